@@ -1,7 +1,6 @@
 """Stage one of the recipe: a linear code for the encoder, and a decoder trained to read it."""
 
 from __future__ import annotations
-from __future__ import annotations
 
 import math
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -133,13 +133,12 @@ def install_linear_encoder(vae: AutoencoderKL, code: LinearCode) -> None:
     encoder = vae.encoder
     for name, module in encoder.named_modules():
         if isinstance(module, torch.nn.Conv2d) and not name.endswith("conv1"):
-            module.weight.zero_()
-            module.bias.zero_()
-    centre = (1, 1)
+            for parameter in module.parameters():
+                parameter.zero_()
     for i in range(3):
-        encoder.conv_in.weight[i, i, *centre] = 1.0
+        encoder.conv_in.weight[i, i, 1, 1] = 1.0
 
-    def widen(resnet: torch.nn.Module, channels: int) -> None:
+    def widen(resnet: ResnetBlock2D, channels: int) -> None:
         for i in range(channels if resnet.conv_shortcut is not None else 0):
             resnet.conv_shortcut.weight[i, i, 0, 0] = 1.0
 
@@ -174,8 +173,8 @@ def install_linear_encoder(vae: AutoencoderKL, code: LinearCode) -> None:
             component = g * each + j
             final.conv_shortcut.weight[start + 2 * j, component, 0, 0] = 1.0
             final.conv_shortcut.weight[start + 2 * j + 1, component, 0, 0] = -1.0
-            encoder.conv_out.weight[component, start + 2 * j, *centre] = 1.0
-            encoder.conv_out.weight[component, start + 2 * j + 1, *centre] = -1.0
+            encoder.conv_out.weight[component, start + 2 * j, 1, 1] = 1.0
+            encoder.conv_out.weight[component, start + 2 * j + 1, 1, 1] = -1.0
         final.conv_shortcut.bias[start + 2 * each] = constant
         final.conv_shortcut.bias[start + 2 * each + 1] = -constant
     encoder.conv_norm_out.weight.fill_(deviation)
@@ -185,6 +184,11 @@ def install_linear_encoder(vae: AutoencoderKL, code: LinearCode) -> None:
     for i in range(channels):
         vae.quant_conv.weight[i, i, 0, 0] = 1.0
     vae.quant_conv.bias[channels:] = -30.0  # no variance: sample() and mode() agree
+
+
+def trained_parameters(vae: AutoencoderKL) -> list[torch.nn.Parameter]:
+    """What :func:`train_autoencoder` trains, in the order of its checkpoints."""
+    return [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
 
 
 def train_autoencoder(
@@ -199,6 +203,7 @@ def train_autoencoder(
     latent_noise: float = 0.03,
     device: str = "cpu",
     seed: int = 0,
+    stop_at: int | None = None,
 ) -> AutoencoderKL:
     """Train from nothing, or go on from ``folder/autoencoder.ckpt``; returns the averaged weights.
 
@@ -206,13 +211,16 @@ def train_autoencoder(
     first step and the denoiser never has to be trained again for a better decoder. The decoder learns
     from crops of 64 x 64 pixels, then for ``whole_picture_steps`` from whole pictures, a quarter as many at
     a time, under MSE + 0.2 L1. Noise of deviation ``latent_noise`` on the latents makes it forgiving.
+
+    Args:
+        stop_at: leave at this step, checkpoint written, to go on later.
     """
     torch.manual_seed(seed)
     code = fit_linear_code(pictures.images[:2000])
     vae = build_autoencoder().to(device)
     install_linear_encoder(vae, code)
     code = code.to(device)
-    trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    trained = trained_parameters(vae)
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
     average = WeightAverage(trained, 0.998)
     checkpoint, log = Checkpoint(folder / "autoencoder.ckpt"), Log(folder / "autoencoder.jsonl")
@@ -235,7 +243,8 @@ def train_autoencoder(
         sheet = np.concatenate([np.concatenate(list(shown[:8]), 1), np.concatenate(list(result[:8]), 1)], 0)
         Image.fromarray(sheet).save(folder / "autoencoder.png")
 
-    bar = tqdm(range(first, num_steps), initial=first, total=num_steps, desc="autoencoder", mininterval=10)
+    last = num_steps if stop_at is None else min(stop_at, num_steps)
+    bar = tqdm(range(first, last), initial=first, total=num_steps, desc="autoencoder", mininterval=10)
     for step in bar:
         whole = step >= num_steps - whole_picture_steps
         side, count = (IMAGE_SIZE, max(2, batch_size // 4)) if whole else (IMAGE_SIZE // 2, batch_size)
@@ -255,7 +264,7 @@ def train_autoencoder(
         if step % 25 == 0:
             bar.set_postfix(loss=f"{running:.4f}", refresh=False)
             log.write(step=step, loss=running, seconds=time.time() - start)
-        if checkpoint.due or step == num_steps - 1:
+        if checkpoint.due or step == last - 1:
             save(step + 1)
     average.swap()
     return vae.eval()

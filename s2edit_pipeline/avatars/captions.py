@@ -60,7 +60,7 @@ def describe(person: Person, rng: random.Random | None = None) -> Caption:
     phrases: list[list[tuple[str, str | None]]] = []
     if person.hair_visible and person.hair != "bald" and say("hair"):
         length, curl = state("hair").split()
-        phrase = [(length, "hair")]
+        phrase: list[tuple[str, str | None]] = [(length, "hair")]
         if curl == "curly":
             phrase.append((curl, "hair"))
         if say("hair_color"):
@@ -75,7 +75,7 @@ def describe(person: Person, rng: random.Random | None = None) -> Caption:
         if kind == "none" or not say(thing):
             continue
         state(thing)
-        words = [(kind, thing)]
+        words: list[tuple[str, str | None]] = [(kind, thing)]
         if say(f"{thing}_color"):
             words.insert(0, (state(f"{thing}_color"), thing))
         if kind != "overalls":
@@ -95,5 +95,5 @@ def describe(person: Person, rng: random.Random | None = None) -> Caption:
     for attribute in ("glasses", "facial_hair", "headwear"):
         if getattr(person, attribute) == "none":
             said[attribute] = "none"
-    words, parts = zip(*(head + body), strict=True)
-    return Caption(words=words, parts=parts, said=said)
+    all_words, all_parts = zip(*(head + body), strict=True)
+    return Caption(words=all_words, parts=all_parts, said=said)

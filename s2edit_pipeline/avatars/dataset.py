@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +55,8 @@ def load_pictures(
     images = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     parts = np.empty((count, len(PARTS), MASK_SIZE, MASK_SIZE), np.uint8) if masks else None
 
-    def keep(results: object) -> None:
-        for i, (image, mask) in enumerate(tqdm(results, total=count, desc=f"drawing {split} pictures", leave=False)):  # type: ignore[call-overload]
+    def keep(results: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> None:
+        for i, (image, mask) in enumerate(tqdm(results, total=count, desc=f"drawing {split} pictures", leave=False)):
             images[i] = image
             if parts is not None:
                 parts[i] = mask

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -23,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .captions import Caption, describe
 from .dataset import PictureSet
-from .training import Checkpoint, Log, Muon, WeightAverage, learning_rate_factor
+from .training import Checkpoint, Log, WeightAverage, learning_rate_factor
 from .world import IMAGE_SIZE, PARTS
 
 SAMPLE_PROMPTS = (
@@ -107,6 +108,8 @@ def grounding_loss(maps: list[torch.Tensor], token_parts: torch.Tensor, masks: t
         maps: per layer (B, Q, K) attention probabilities, Q a square number of cells.
         token_parts: (B, K) index into ``PARTS`` or -1.
         masks: (B, parts, S, S) share of each cell that the part covers, in [0, 1].
+
+    Words whose part has no cell are left out; without any word the loss is 0.
     """
     rows, columns = torch.nonzero(token_parts >= 0, as_tuple=True)
     wanted = masks[rows, token_parts[rows, columns]]
@@ -116,6 +119,8 @@ def grounding_loss(maps: list[torch.Tensor], token_parts: torch.Tensor, masks: t
         target = F.adaptive_avg_pool2d(wanted, side).flatten(1)
         target = (target > 0.3 * target.amax(1, keepdim=True)).float() * (target > 0)
         there = target.sum(1) > 0
+        if not there.any():
+            continue
         target = target[there] / target[there].sum(1, keepdim=True)
         word = probs[rows, :, columns][there] + 1e-8
         log_map = word.log() - word.sum(1, keepdim=True).log()
@@ -132,9 +137,7 @@ class _Batch:
 
 def tokenize_with_parts(tokenizer: CLIPTokenizer, caption: Caption) -> tuple[list[int], list[int]]:
     """(input ids, part index or -1 of each token), both padded to the tokenizer's length."""
-    encoded = tokenizer(
-        [list(caption.words)], is_split_into_words=True, padding="max_length", truncation=True
-    )
+    encoded = tokenizer([list(caption.words)], is_split_into_words=True, padding="max_length", truncation=True)
     parts = [
         -1 if word is None or caption.parts[word] is None else PARTS.index(caption.parts[word])
         for word in encoded.word_ids(0)
@@ -142,7 +145,9 @@ def tokenize_with_parts(tokenizer: CLIPTokenizer, caption: Caption) -> tuple[lis
     return encoded.input_ids[0], parts
 
 
-def _captions(tokenizer: CLIPTokenizer, pictures: PictureSet, index: np.ndarray, rng: random.Random, drop: float) -> _Batch:
+def _captions(
+    tokenizer: CLIPTokenizer, pictures: PictureSet, index: np.ndarray, rng: random.Random, drop: float
+) -> _Batch:
     ids, parts = [], []
     empty = tokenizer("", padding="max_length").input_ids
     for i in index:
@@ -183,6 +188,21 @@ def sample_latents(
     return x
 
 
+def trained_parameters(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> list[torch.nn.Parameter]:
+    """What :func:`train_denoiser` trains, in the order of its checkpoints."""
+    return [*unet.parameters(), *text_encoder.parameters()]
+
+
+def min_snr_weight(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Weight of the squared error in v at noise levels ``alphas_cumprod``, any shape, in (0, 1].
+
+    An error e in the clean picture is an error of ``sqrt(1 + SNR) e`` in v, so that this weight makes
+    it count ``min(1 + SNR, 5)``.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return (1 + snr).clamp(max=5) / (1 + snr)
+
+
 def train_denoiser(
     pictures: PictureSet,
     latents: torch.Tensor,
@@ -194,7 +214,6 @@ def train_denoiser(
     batch_size: int = 16,
     learning_rate: float = 8e-4,
     grounding_weight: float = 0.03,
-    optimizer_name: str = "adamw",
     drop_caption: float = 0.1,
     device: str = "cpu",
     seed: int = 0,
@@ -218,22 +237,15 @@ def train_denoiser(
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
     keepers = {name: _MapKeeper() for name in unet.attn_processors if name.endswith("attn2.processor")}
     unet.set_attn_processor({name: keepers.get(name, held) for name, held in unet.attn_processors.items()})
-    trained = [*unet.parameters(), *text_encoder.parameters()]
-    tables = {id(p) for m in text_encoder.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    matrices = [p for p in trained if p.ndim >= 2 and id(p) not in tables]
-    others = [p for p in trained if p.ndim < 2 or id(p) in tables]
-    if optimizer_name == "muon":
-        optimizers = [Muon(matrices, lr=learning_rate), torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0)]
-    else:
-        optimizers = [torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)]
+    trained = trained_parameters(unet, text_encoder)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
     average = WeightAverage(trained, 0.998)
     checkpoint, log = Checkpoint(folder / "denoiser.ckpt"), Log(folder / "denoiser.jsonl")
     first, spent = 0, 0.0
     if state := checkpoint.load():
         unet.load_state_dict(state["unet"])
         text_encoder.load_state_dict(state["text_encoder"])
-        for optimizer, held in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(held)
+        optimizer.load_state_dict(state["optimizers"][0])
         average.load_state_dict(state["average"])
         first, spent = state["step"], state["seconds"]
     start = time.time() - spent
@@ -243,7 +255,7 @@ def train_denoiser(
             {
                 "unet": unet.state_dict(),
                 "text_encoder": text_encoder.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "optimizers": [optimizer.state_dict()],
                 "average": average.state_dict(),
                 "step": step,
                 "seconds": time.time() - start,
@@ -269,22 +281,18 @@ def train_denoiser(
         t = t.clamp(max=999).to(device)
         context = text_encoder(batch.input_ids.to(device)).last_hidden_state
         predicted = unet(scheduler.add_noise(x0, noise, t), t, context).sample
-        snr = alphas_cumprod[t] / (1 - alphas_cumprod[t])
-        weight = (1 + snr).clamp(max=5) / (1 + snr)
         error = (predicted - scheduler.get_velocity(x0, noise, t)).square().mean((1, 2, 3))
-        denoising = (weight * error).mean()
+        denoising = (min_snr_weight(alphas_cumprod[t]) * error).mean()
         assert pictures.masks is not None
         masks = torch.from_numpy(pictures.masks[index]).to(device).float() / 255
         grounding = grounding_loss([k.map for k in keepers.values()], batch.token_parts.to(device), masks)  # type: ignore[misc]
         loss = denoising + grounding_weight * grounding
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * learning_rate_factor(step, num_steps, 50)
-            optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * learning_rate_factor(step, num_steps, 50)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         average.update()
         for name, value in (("denoising", denoising.item()), ("grounding", grounding.item())):
             running[name] = value if name not in running else 0.97 * running[name] + 0.03 * value
@@ -294,7 +302,5 @@ def train_denoiser(
         if checkpoint.due or step == last - 1:
             save(step + 1)
     average.swap()
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
     unet.set_attn_processor(AttnProcessor2_0())
     return text_encoder.eval(), unet.eval()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from .captions import describe
@@ -22,8 +24,6 @@ _MORE_WORDS = (
 
 def build_tokenizer(num_captions: int = 4000, vocab_size: int = 1400) -> CLIPTokenizer:
     """Train byte-pair merges on captions of training people, so that each common word is one token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     plain = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
     byte_symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
@@ -38,17 +38,12 @@ def build_tokenizer(num_captions: int = 4000, vocab_size: int = 1400) -> CLIPTok
         vocab_size=vocab_size, initial_alphabet=byte_symbols, end_of_word_suffix="</w>", show_progress=False
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    merges = tokenizer.to_str()
-    import json
-
-    learned = [tuple(pair) for pair in json.loads(merges)["model"]["merges"]]
+    learned = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
     # CLIP's order: bytes, bytes that end a word, merged symbols, then the two special tokens
     symbols = [*byte_symbols, *(symbol + "</w>" for symbol in byte_symbols), *("".join(pair) for pair in learned)]
     symbols = list(dict.fromkeys(symbols))
     vocab = {symbol: i for i, symbol in enumerate([*symbols, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(
-        vocab=vocab, merges=learned, model_max_length=MAX_LENGTH, pad_token="<|endoftext|>"
-    )
+    return CLIPTokenizer(vocab=vocab, merges=learned, model_max_length=MAX_LENGTH, pad_token="<|endoftext|>")
 
 
 def save_tokenizer(folder: str | Path) -> CLIPTokenizer:

@@ -155,7 +155,7 @@ class Person:
         Raises:
             ValueError: an attribute that captions don't name, or a value it can't take.
         """
-        fresh: dict[str, Any] = {}
+        fresh: dict[str, Any] = dict(changes)
         for name, value in changes.items():
             if name not in NAMED_ATTRIBUTES:
                 raise ValueError(f"{name!r} is not a named attribute; choose from {', '.join(NAMED_ATTRIBUTES)}.")
@@ -171,7 +171,7 @@ class Person:
                 fresh["background_shade"] = 0
             elif name.endswith("_color"):
                 fresh[name.removesuffix("_color") + "_shade"] = 0
-        return replace(self, **changes, **fresh)
+        return replace(self, **fresh)
 
 
 def sample_person(seed: int, split: str = "train") -> Person:
@@ -263,10 +263,7 @@ def _style() -> Any:
 
 def _options(person: Person, hidden: str | None) -> dict[str, Any]:
     eyes, brows, mouth = _EXPRESSION[person.expression]
-    if person.headwear != "none":
-        top = _HEADWEAR_VARIANT[person.headwear]
-    else:
-        top = _CUTS[person.hair][person.cut]
+    top = _HEADWEAR_VARIANT[person.headwear] if person.headwear != "none" else _CUTS[person.hair][person.cut]
     garment = "graphicShirt" if person.print != "none" else _CLOTHES_VARIANTS[person.clothes][person.garment]
     hair = shade(_HAIR_BASE[person.hair_color], person.hair_shade)
     shown = {

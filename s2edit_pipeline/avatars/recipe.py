@@ -1,0 +1,175 @@
+"""The whole recipe of the embedded model: pictures, the two training stages, the diffusers folder.
+
+Both stages write checkpoints and go on from them, and neither waits for the other: the encoder is a
+linear code of the pictures, known before any training.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from . import autoencoder_training, denoiser_training
+from .autoencoder_training import build_autoencoder, fit_linear_code, to_tensor, train_autoencoder
+from .dataset import load_pictures
+from .denoiser_training import build_scheduler, build_text_encoder, build_unet, train_denoiser
+from .tokenizer import save_tokenizer
+from .training import Checkpoint
+
+STAGES = ("autoencoder", "denoiser")
+_VALIDATION_FIRST, _VALIDATION_COUNT = 100_000, 60
+
+
+def train_avatars(
+    folder: str | Path,
+    *,
+    num_pictures: int = 16000,
+    autoencoder_steps: int = 2400,
+    denoiser_steps: int = 3800,
+    device: str | None = None,
+    seed: int = 0,
+    stages: Iterable[str] = STAGES,
+) -> Path | None:
+    """Train the embedded model in ``folder``, from nothing or from the checkpoints that lie there.
+
+    The pictures are drawn once, to ``folder/pictures`` (50 kB each), and so is the tokenizer. With both
+    stages' checkpoints in ``folder``, the model is written to ``folder/model``.
+
+    Args:
+        num_pictures: training people; the linear code is fitted to the first 2,000.
+        device: None takes a CUDA device where there is one.
+        stages: some of "autoencoder", "denoiser". Each is trained by itself, so that two processes
+            can share the work.
+
+    Returns:
+        ``folder/model``, or None while the other stage's checkpoint is missing.
+
+    Raises:
+        ValueError: a stage of another name.
+    """
+    stages = tuple(stages)
+    if unknown := sorted(set(stages) - set(STAGES)):
+        raise ValueError(f"stages are {', '.join(STAGES)}, not {', '.join(unknown)}.")
+    folder = Path(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pictures = load_pictures(num_pictures, masks="denoiser" in stages, cache=folder / "pictures")
+    if "autoencoder" in stages:
+        validation = load_pictures(_VALIDATION_COUNT, "held_out", first=_VALIDATION_FIRST, cache=folder / "pictures")
+        train_autoencoder(pictures, validation, folder, num_steps=autoencoder_steps, device=device, seed=seed)
+    if "denoiser" in stages:
+        code = fit_linear_code(pictures.images[:2000])
+        chunks = np.array_split(pictures.images, max(1, num_pictures // 500))
+        latents = torch.cat([code.encode(to_tensor(chunk)) for chunk in chunks])
+
+        def decode(z: torch.Tensor) -> np.ndarray:
+            pixels = code.decode(z.cpu()).clamp(-1, 1).add(1).mul(127.5).round().byte()
+            return pixels.permute(0, 2, 3, 1).numpy()
+
+        tokenizer = _tokenizer(folder)
+        train_denoiser(pictures, latents, tokenizer, folder, decode, num_steps=denoiser_steps, device=device, seed=seed)
+    if not all((folder / f"{stage}.ckpt").exists() for stage in STAGES):
+        return None
+    export_checkpoint(folder, folder / "model")
+    return folder / "model"
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer kept in ``folder``, built there when it is missing."""
+    kept = folder / "tokenizer"
+    return CLIPTokenizer.from_pretrained(str(kept)) if kept.exists() else save_tokenizer(kept)
+
+
+def load_checkpoints(folder: str | Path) -> dict[str, Any]:
+    """The model as trained so far in ``folder``, with averaged weights, in float32 and eval mode.
+
+    Returns:
+        "vae", "text_encoder", "tokenizer", "unet" and "scheduler".
+
+    Raises:
+        FileNotFoundError: a stage has written no checkpoint yet.
+    """
+    folder = Path(folder)
+    held = {}
+    for stage in STAGES:
+        state = Checkpoint(folder / f"{stage}.ckpt").load()
+        if state is None:
+            raise FileNotFoundError(
+                f"{folder} holds no {stage}.ckpt; run train_avatars({str(folder)!r}, stages=[{stage!r}]) first."
+            )
+        held[stage] = state
+
+    vae = build_autoencoder()
+    vae.load_state_dict(held["autoencoder"]["model"])
+    _copy_average(autoencoder_training.trained_parameters(vae), held["autoencoder"]["average"])
+
+    tokenizer = _tokenizer(folder)
+    text_encoder = build_text_encoder(tokenizer)
+    text_encoder.load_state_dict(held["denoiser"]["text_encoder"])
+    unet = build_unet(vae.config.latent_channels, text_encoder.config.hidden_size)
+    unet.load_state_dict(held["denoiser"]["unet"])
+    _copy_average(denoiser_training.trained_parameters(unet, text_encoder), held["denoiser"]["average"])
+    return {
+        "vae": vae.eval(),
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": tokenizer,
+        "unet": unet.eval(),
+        "scheduler": build_scheduler(),
+    }
+
+
+@torch.no_grad()
+def _copy_average(parameters: list[torch.nn.Parameter], state: dict[str, Any]) -> None:
+    for parameter, average in zip(parameters, state["average"], strict=True):
+        parameter.copy_(average)
+
+
+def export_model(
+    out: str | Path,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+) -> None:
+    """Write a standard diffusers folder, weights as float16 safetensors; the arguments stay as they are.
+
+    It loads with ``StableDiffusionPipeline.from_pretrained(out)``, in float32 unless told otherwise.
+    """
+    out = Path(out)
+    halves = {
+        name: copy.deepcopy(m).half() for name, m in (("vae", vae), ("text_encoder", text_encoder), ("unet", unet))
+    }
+    pipeline = StableDiffusionPipeline(
+        **halves,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(str(out), safe_serialization=True)
+    # transformers takes the saved dtype for the wanted one, diffusers float32: without this the two would not fit
+    config_file = out / "text_encoder" / "config.json"
+    config = json.loads(config_file.read_text("utf-8"))
+    for key in {"dtype", "torch_dtype"} & config.keys():
+        config[key] = "float32"
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    # CLIP's own two files, for versions of transformers that don't read tokenizer.json
+    tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))
+
+
+def export_checkpoint(folder: str | Path, out: str | Path) -> None:
+    """Write the model as trained so far in ``folder`` to the diffusers folder ``out``.
+
+    Raises:
+        FileNotFoundError: a stage has written no checkpoint yet.
+    """
+    export_model(out, **load_checkpoints(folder))

@@ -1,0 +1,64 @@
+"""The command line: ``s2edit demo``, ``s2edit train-avatars``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    from . import demo
+
+    demo.add_arguments(parser)
+    parser.set_defaults(run=demo.run)
+
+
+def _train_avatars(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, help="folder of pictures, checkpoints and, in the end, model/")
+    parser.add_argument("--pictures", type=int, default=16000, help="training people (default: %(default)s)")
+    parser.add_argument("--autoencoder-steps", type=int, default=2400, help="(default: %(default)s)")
+    parser.add_argument("--denoiser-steps", type=int, default=3800, help="(default: %(default)s)")
+    parser.add_argument("--device", help="where to train (default: a CUDA device if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
+    def run(args: argparse.Namespace) -> int:
+        from .avatars.recipe import train_avatars
+
+        model = train_avatars(
+            args.out,
+            num_pictures=args.pictures,
+            autoencoder_steps=args.autoencoder_steps,
+            denoiser_steps=args.denoiser_steps,
+            device=args.device,
+            seed=args.seed,
+        )
+        print(f"The model is in {model}")
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+_COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "demo": (_demo, "fit an identity to a drawn face and edit it"),
+    "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``s2edit``; returns the exit status.
+
+    Args:
+        argv: the arguments after the program's name; None takes them from ``sys.argv``.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="s2edit", description="Edit a person in one picture, and keep the person.")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (add_arguments, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        # only the command that is run is imported: --help needs no torch
+        if name in argv[:1]:
+            add_arguments(command)
+    args = parser.parse_args(argv)
+    status: int = args.run(args)
+    return status

@@ -1,0 +1,163 @@
+"""The edit: source and target branches side by side from the inverted noise down to the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .attention_control import MapRecorder, PromptToPrompt
+from .ddim_steps import NoiseSchedule, ddim_move
+from .latent_inversion import Inversion, guided
+from .object_masks import edit_region
+
+Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BranchRows:
+    """Which row of the U-Net's batch is what, for ``num_targets`` targets.
+
+    The source's conditional branch is row 0. A source that isn't pinned to its trajectory needs its unconditional
+    branch too. Then the targets' unconditional rows, then their conditional ones.
+    """
+
+    num_targets: int
+    source_unconditional: bool
+
+    @property
+    def unconditional(self) -> slice:
+        first = 1 + self.source_unconditional
+        return slice(first, first + self.num_targets)
+
+    @property
+    def conditional(self) -> slice:
+        first = 1 + self.source_unconditional + self.num_targets
+        return slice(first, first + self.num_targets)
+
+    @property
+    def conditional_rows(self) -> range:
+        return range(self.conditional.start, self.conditional.stop)
+
+
+@dataclass(frozen=True)
+class Confinement:
+    """Where one target may differ from the source.
+
+    Attributes:
+        source_tokens, target_tokens: positions of the words whose maps show it, a tuple for each word.
+        region: (h, w) of 0 and 1, given from outside; then no map is looked at.
+        threshold: see ``object_masks.edit_region``.
+        start: the share of the steps after which the source is kept outside.
+    """
+
+    source_tokens: tuple[tuple[int, ...], ...]
+    target_tokens: tuple[tuple[int, ...], ...]
+    region: torch.Tensor | None
+    threshold: float
+    start: float
+
+
+@dataclass(frozen=True)
+class EditedLatents:
+    """``targets`` (n, C, h, w), the source branch's own end ``source`` (1, C, h, w), and for each target the
+    ``regions`` (h, w) in which it could change, or None where it was free."""
+
+    targets: torch.Tensor
+    source: torch.Tensor
+    regions: tuple[torch.Tensor | None, ...]
+
+
+def _region(confinement: Confinement, recorder: MapRecorder, row: int, height: int, width: int) -> torch.Tensor:
+    if confinement.region is not None:
+        return confinement.region
+    maps = [recorder.word_map(0, tokens, height, width) for tokens in confinement.source_tokens]
+    maps += [recorder.word_map(row, tokens, height, width) for tokens in confinement.target_tokens]
+    if not maps:  # no word changed, so nothing may
+        return torch.zeros(height, width)
+    return edit_region(maps, confinement.threshold)
+
+
+@torch.no_grad()
+def sample_edits(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    inversion: Inversion,
+    source_embeds: torch.Tensor,
+    target_embeds: torch.Tensor,
+    negative_embeds: torch.Tensor,
+    guidance_scale: float,
+    prompt_to_prompt: PromptToPrompt,
+    recorder: MapRecorder,
+    confinements: Sequence[Confinement | None],
+    on_step: Callable[[int, int, torch.Tensor], torch.Tensor | None],
+) -> EditedLatents:
+    """Prompt-to-prompt (Hertz et al. 2022, algorithm 1) from an inverted picture, all targets in one batch.
+
+    Args:
+        source_embeds: (1, L, D); target_embeds: (n, L, D); negative_embeds: (1, L, D).
+        confinements: one for each target; None lets it change everywhere.
+        on_step: called with (step, noise level, target latents) after each; may return other latents, and
+            stops the edit by raising ``StopIteration``.
+    """
+    n, height, width = len(target_embeds), *inversion.trajectory.shape[-2:]
+    rows = BranchRows(n, source_unconditional=not inversion.pinned)
+    source = inversion.trajectory[-1:].to(target_embeds)
+    x = source.expand(n, -1, -1, -1)
+    regions: list[torch.Tensor | None] = [None] * n
+    for step, k in enumerate(range(schedule.num_steps, 0, -1)):
+        prompt_to_prompt.step = step
+        null = negative_embeds
+        if inversion.unconditional_embeds is not None:
+            null = inversion.unconditional_embeds[k - 1 : k].to(target_embeds)
+        free = [] if inversion.pinned else [source]
+        latents = torch.cat([source, *free, x, x])
+        embeds = torch.cat([source_embeds, *([null] if free else []), null.expand(n, -1, -1), target_embeds])
+        output = denoise(latents, k, embeds)
+
+        a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
+        target_output = guided(output[rows.unconditional], output[rows.conditional], guidance_scale)
+        x = ddim_move(x, target_output, a, a_next, schedule.prediction_type)
+        if inversion.pinned:
+            source = inversion.trajectory[k - 1 : k].to(x)
+        else:
+            source_output = guided(output[1:2], output[0:1], guidance_scale)
+            source = ddim_move(source, source_output, a, a_next, schedule.prediction_type)
+
+        for i, confinement in enumerate(confinements):
+            if confinement is None or step + 1 < confinement.start * schedule.num_steps:
+                continue
+            region = _region(confinement, recorder, rows.conditional_rows[i], height, width).to(x)
+            regions[i] = region
+            x = torch.cat([x[:i], torch.where(region > 0.5, x[i : i + 1], source), x[i + 1 :]])
+        try:
+            replaced = on_step(step, k, x)
+        except StopIteration:
+            break
+        x = x if replaced is None else replaced
+    return EditedLatents(x, source, tuple(regions))
+
+
+@torch.no_grad()
+def sample_from_noise(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    latents: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    negative_embeds: torch.Tensor,
+    guidance_scale: float,
+    on_step: Callable[[int, int, torch.Tensor], torch.Tensor | None],
+) -> torch.Tensor:
+    """Guided DDIM sampling of ``latents`` (B, C, h, w) under ``prompt_embeds`` (B, L, D)."""
+    x = latents
+    for step, k in enumerate(range(schedule.num_steps, 0, -1)):
+        output = denoise(torch.cat([x, x]), k, torch.cat([negative_embeds, prompt_embeds]))
+        output = guided(*output.chunk(2), guidance_scale)
+        x = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], schedule.prediction_type)
+        try:
+            replaced = on_step(step, k, x)
+        except StopIteration:
+            break
+        x = x if replaced is None else replaced
+    return x

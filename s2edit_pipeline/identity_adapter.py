@@ -1,0 +1,336 @@
+"""A fitted identity: its token, its weights, its mask; saved, loaded, laid over a model and lifted off again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "identity.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+TOKEN_FILE = "learned_embeds.safetensors"
+FULL_FILE = "weight_differences.safetensors"
+MASK_FILE = "mask.png"
+CARD_FILE = "README.md"
+METHODS = ("full", "lora", "token")
+
+
+@dataclass(frozen=True)
+class IdentityAdapter:
+    """What :meth:`S2EditPipeline.fit_identity` returns.
+
+    Attributes:
+        token: the learned token as prompts spell it, such as "[I]".
+        subject: the noun that it stands before.
+        source_prompt: P, the words the picture was described by, without the token.
+        method: "full", "lora" or "token".
+        row: (D,) float32, the token's row of the text encoder's embedding table.
+        weights: for "lora" diffusers' LoRA state dict (``unet.….lora_A.weight``, ``text_encoder.…``), for "full"
+            the differences to the base model (``unet.…``, ``text_encoder.…``), for "token" nothing.
+        lora_metadata: PEFT's rank, alpha and targets of each component, as diffusers writes them.
+        mask: (h, w) float32 in [0, 1], ``M_obj`` at the latents' size, or None where spatial control was off.
+        base_model: what the base model calls itself.
+        base_fingerprint: a few numbers of each of its components, see :func:`fingerprint`.
+        settings: what it was fitted with.
+        measures: what was measured while fitting: losses and cosine at both ends, seconds.
+    """
+
+    token: str
+    subject: str
+    source_prompt: str
+    method: str
+    row: torch.Tensor
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    lora_metadata: Mapping[str, Any] = field(default_factory=dict)
+    mask: torch.Tensor | None = None
+    base_model: str = ""
+    base_fingerprint: Mapping[str, list[float]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"IdentityAdapter(token={self.token!r}, subject={self.subject!r}, source_prompt={self.source_prompt!r}, "
+            f"method={self.method!r}, base_model={self.base_model!r})"
+        )
+
+    def renamed(self, token: str) -> IdentityAdapter:
+        """The same identity under another token."""
+        return replace(self, token=token)
+
+    def weight_differences(self, component: str) -> dict[str, torch.Tensor]:
+        """Parameter name -> what is added to it in ``component`` ("unet" or "text_encoder"), float32.
+
+        LoRA (Hu et al. 2021): ``W' = W + (alpha / r) B A``.
+        """
+        prefix = component + "."
+        mine = {name.removeprefix(prefix): t for name, t in self.weights.items() if name.startswith(prefix)}
+        if self.method != "lora":
+            return {name: t.float() for name, t in mine.items()}
+        scale = self.lora_metadata[f"{component}.lora_alpha"] / self.lora_metadata[f"{component}.r"] if mine else 1.0
+        differences = {}
+        for name, down in mine.items():
+            if name.endswith(".lora_A.weight"):
+                layer = name.removesuffix(".lora_A.weight")
+                up = mine[f"{layer}.lora_B.weight"]
+                differences[f"{layer}.weight"] = scale * (up.float() @ down.float())
+        return differences
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the identity to the folder ``save_directory``: safetensors, JSON, a mask PNG and a card.
+
+        The folder is made beside its place and moved there whole, so a failure leaves what was there. A folder
+        that holds anything but an identity is never replaced.
+
+        Raises:
+            ValueError: ``save_directory`` is a file, or a folder with other things in it.
+        """
+        target = Path(save_directory)
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"{target} is a file; give a folder for the identity.")
+        if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_FILE).exists():
+            raise ValueError(f"{target} holds other files and no {CONFIG_FILE}; give a new folder, or an identity's.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            self._write(made)
+            made.chmod(0o755)
+            if target.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+                os.rename(target, old / "identity")
+                os.rename(made, target)
+                shutil.rmtree(old)
+            else:
+                os.rename(made, target)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+    def _write(self, folder: Path) -> None:
+        save_file({self.token: self.row.contiguous()}, str(folder / TOKEN_FILE))
+        held = {name: t.contiguous() for name, t in self.weights.items()}
+        if self.method == "lora":
+            save_file(held, str(folder / LORA_FILE), {"lora_adapter_metadata": json.dumps(dict(self.lora_metadata))})
+        elif self.method == "full":
+            save_file(held, str(folder / FULL_FILE))
+        if self.mask is not None:
+            Image.fromarray((self.mask.numpy() * 255).round().astype(np.uint8)).save(folder / MASK_FILE)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "token": self.token,
+            "subject": self.subject,
+            "source_prompt": self.source_prompt,
+            "method": self.method,
+            "base_model": self.base_model,
+            "base_fingerprint": dict(self.base_fingerprint),
+            "settings": dict(self.settings),
+            "measures": dict(self.measures),
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        (folder / CARD_FILE).write_text(self._card(), "utf-8")
+
+    def _card(self) -> str:
+        base = json.dumps(self.base_model)
+        return (
+            f"---\nlibrary_name: diffusers\nbase_model: {base}\ntags:\n- s2edit\n- image-editing\n"
+            f"instance_prompt: {json.dumps(self.source_prompt)}\n---\n\n"
+            f'# An identity for S2EditPipeline\n\nToken `{self.token}` before the noun "{self.subject}", fitted to one '
+            f'picture described as "{self.source_prompt}" (method `{self.method}`).\n\n'
+            "```python\nfrom s2edit_pipeline import IdentityAdapter\n\n"
+            'identity = IdentityAdapter.from_pretrained("this folder or repository")\n```\n\n'
+            "Publish the identity of a person only with that person's consent.\n"
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> IdentityAdapter:
+        """Load an identity from a folder or a Hub repository.
+
+        Raises:
+            ValueError: the folder holds no identity, or one that is damaged or of a newer format; the message says
+                which file and what was expected.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            name = str(pretrained_model_name_or_path)
+            if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+                raise ValueError(f"{name} is not a folder; give an identity's folder or a Hub repository's name.")
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                    allow_patterns=[CONFIG_FILE, LORA_FILE, TOKEN_FILE, FULL_FILE, MASK_FILE],
+                )
+            )
+        return cls._read(folder)
+
+    @classmethod
+    def _read(cls, folder: Path) -> IdentityAdapter:
+        if not (folder / CONFIG_FILE).is_file():
+            raise ValueError(f"{folder} holds no {CONFIG_FILE}: it is not an identity that save_pretrained wrote.")
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
+            version = config["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / CONFIG_FILE} is damaged ({error!r}); save the identity again.") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder / CONFIG_FILE} has format version {version!r} and this release reads {FORMAT_VERSION}: "
+                "pip install --upgrade s2edit-pipeline."
+            )
+        missing = {"token", "subject", "source_prompt", "method"} - set(config)
+        if missing or config["method"] not in METHODS:
+            raise ValueError(f"{folder / CONFIG_FILE} lacks {sorted(missing)} or has an unknown method; save it again.")
+        try:
+            rows = load_file(str(folder / TOKEN_FILE))
+            row = rows[config["token"]].float().reshape(-1)
+            weights: dict[str, torch.Tensor] = {}
+            metadata: dict[str, Any] = {}
+            if config["method"] == "lora":
+                with safe_open(str(folder / LORA_FILE), framework="pt") as opened:
+                    metadata = json.loads((opened.metadata() or {})["lora_adapter_metadata"])
+                    weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            elif config["method"] == "full":
+                weights = load_file(str(folder / FULL_FILE))
+            mask = None
+            if (folder / MASK_FILE).exists():
+                mask = torch.from_numpy(np.asarray(Image.open(folder / MASK_FILE).convert("L")) / np.float32(255))
+        except Exception as error:
+            raise ValueError(f"The identity in {folder} is damaged: {error!r}. Fetch or save it again.") from error
+        return cls(
+            token=config["token"],
+            subject=config["subject"],
+            source_prompt=config["source_prompt"],
+            method=config["method"],
+            row=row,
+            weights=weights,
+            lora_metadata=metadata,
+            mask=mask,
+            base_model=config.get("base_model", ""),
+            base_fingerprint=config.get("base_fingerprint", {}),
+            settings=config.get("settings", {}),
+            measures=config.get("measures", {}),
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "An identity for S2EditPipeline",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the identity to the Hub repository ``repo_id``; returns the commit's address."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(Path(folder))
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
+            )
+        return str(commit.commit_url)
+
+
+def fingerprint(module: nn.Module) -> list[float]:
+    """Eight numbers that tell base models apart whatever dtype they are loaded in: the number of weights, and the
+    first weight of seven tensors spread over the module."""
+    named = sorted(module.named_parameters())
+    chosen = [named[i * (len(named) - 1) // 6][1] for i in range(7)]
+    return [float(sum(p.numel() for _, p in named)), *(float(p.detach().flatten()[0]) for p in chosen)]
+
+
+def check_base(adapter: IdentityAdapter, components: Mapping[str, nn.Module]) -> None:
+    """Raises:
+    ValueError: the identity was fitted to a base model with other weights.
+    """
+    for name, wanted in adapter.base_fingerprint.items():
+        found = fingerprint(components[name])
+        if len(wanted) != len(found) or not np.allclose(wanted, found, rtol=0.02, atol=1e-3):
+            raise ValueError(
+                f"The identity {adapter.token!r} was fitted to {adapter.base_model or 'another base model'!r}, whose "
+                f"{name} has other weights than this pipeline's. Load that model, or fit the identity again with this one."
+            )
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter ``name``, also where PEFT has since wrapped its layer."""
+    layer, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(layer)
+    return getattr(getattr(owner, "base_layer", owner), leaf)
+
+
+class LoadedIdentities:
+    """The identities laid over a pipeline's components now; the base weights are kept to be put back bit by bit."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, tuple[IdentityAdapter, float]] = {}
+        self._originals: dict[tuple[str, str], torch.Tensor] = {}
+
+    def add(self, adapter: IdentityAdapter, scale: float, components: Mapping[str, nn.Module]) -> None:
+        """Lay ``adapter`` over ``components``.
+
+        Raises:
+            ValueError: it doesn't fit them (names or shapes); nothing is changed then.
+        """
+        for component, module in components.items():
+            for name, difference in adapter.weight_differences(component).items():
+                try:
+                    held = _parameter(module, name)
+                except AttributeError:
+                    raise ValueError(
+                        f"The identity changes {component}.{name}, which this model doesn't have."
+                    ) from None
+                if held.shape != difference.shape:
+                    raise ValueError(
+                        f"The identity's {component}.{name} is {tuple(difference.shape)}; the model's is {tuple(held.shape)}."
+                    )
+        self._lift(components)
+        self.adapters[adapter.token] = (adapter, scale)
+        self._lay(components)
+
+    def remove(self, token: str, components: Mapping[str, nn.Module]) -> None:
+        """Lift one identity off; the others stay."""
+        self._lift(components)
+        del self.adapters[token]
+        self._lay(components)
+
+    @torch.no_grad()
+    def _lift(self, components: Mapping[str, nn.Module]) -> None:
+        for (component, name), original in self._originals.items():
+            parameter = _parameter(components[component], name)
+            parameter.data = original.to(parameter)
+        self._originals.clear()
+
+    @torch.no_grad()
+    def _lay(self, components: Mapping[str, nn.Module]) -> None:
+        for adapter, scale in self.adapters.values():
+            for component, module in components.items():
+                for name, difference in adapter.weight_differences(component).items():
+                    parameter = _parameter(module, name)
+                    self._originals.setdefault((component, name), parameter.data)
+                    changed = parameter.data.float() + scale * difference.to(parameter.device)
+                    parameter.data = changed.to(parameter.dtype)

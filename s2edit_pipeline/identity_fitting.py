@@ -1,0 +1,300 @@
+"""Stage one of S2Edit: fitting a token, and adapter or model weights, to one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from .attention_control import SpatialControl, attention_control
+from .ddim_steps import add_noise, training_target
+from .identity_losses import cosine, reconstruction_loss, semantic_loss
+from .identity_token import embedding_table, token_rows
+from .prompt_alignment import TokenizedPrompt
+
+LORA_TARGETS = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
+_DEFAULTS = {"full": (60, 2e-5), "lora": (60, 1e-3), "token": (100, 5e-3)}
+"""method -> (num_steps, learning_rate)"""
+TOKEN_LEARNING_RATE = 5e-3
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How to fit. Where it says *ours* the paper leaves it open or does without.
+
+    Attributes:
+        method: "full" tunes U-Net and text encoder (the paper's), "lora" low-rank adapters on both (ours),
+            "token" the embedding row alone (textual inversion, Gal et al. 2022).
+        num_steps, learning_rate: None takes the method's own.
+        batch_size: noise levels a step, spread evenly over all of them.
+        semantic_weight: lambda of the semantic loss; 0.1 is the paper's.
+        spatial_control: mask ``[I]``'s cross-attention.
+        detach_sentence: keep e_P out of the gradient (ours; off is the default reading).
+        renormalize, mask_after: see ``attention_control.SpatialControl`` (ours).
+        lora_rank: of every adapter.
+    """
+
+    method: str = "lora"
+    num_steps: int | None = None
+    learning_rate: float | None = None
+    batch_size: int = 4
+    semantic_weight: float = 0.1
+    spatial_control: bool = True
+    detach_sentence: bool = False
+    renormalize: bool = False
+    mask_after: bool = False
+    lora_rank: int = 4
+
+    def __post_init__(self) -> None:
+        if self.method not in _DEFAULTS:
+            raise ValueError(f"method={self.method!r} is unknown; choose 'full', 'lora' or 'token'.")
+        steps, rate = _DEFAULTS[self.method]
+        object.__setattr__(self, "num_steps", steps if self.num_steps is None else self.num_steps)
+        object.__setattr__(self, "learning_rate", rate if self.learning_rate is None else self.learning_rate)
+        for name in ("num_steps", "batch_size", "lora_rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        if not self.learning_rate > 0:  # type: ignore[operator]
+            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate!r}.")
+        if not self.semantic_weight >= 0:
+            raise ValueError(f"semantic_weight must be 0 or more, not {self.semantic_weight!r}.")
+
+
+@dataclass(frozen=True)
+class FitExample:
+    """One picture to fit.
+
+    Attributes:
+        latents: (1, C, h, w).
+        prompt: P, without the token.
+        prompt_with_token: P~, with it.
+        token_id: the token's id in the tokenizer that made the prompts.
+        mask: (h, w) ``M_obj``, or None without spatial control.
+    """
+
+    latents: torch.Tensor
+    prompt: TokenizedPrompt
+    prompt_with_token: TokenizedPrompt
+    token_id: int
+    mask: torch.Tensor | None
+
+    @property
+    def token_positions(self) -> tuple[int, ...]:
+        return tuple(torch.nonzero(self.prompt_with_token.input_ids[0] == self.token_id)[:, 0].tolist())
+
+
+@dataclass(frozen=True)
+class FitProgress:
+    """What a step measured: the loss's two terms, and cos(e_P, e_[I]) with its sign."""
+
+    step: int
+    reconstruction_loss: float
+    semantic_loss: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """``row`` (D,), ``weights`` and ``lora_metadata`` as in ``IdentityAdapter``, and the steps' ``progress``."""
+
+    row: torch.Tensor
+    weights: Mapping[str, torch.Tensor]
+    lora_metadata: Mapping[str, Any]
+    progress: tuple[FitProgress, ...]
+
+
+@contextmanager
+def _frozen(components: Mapping[str, nn.Module]) -> Iterator[None]:
+    """No parameter asks for a gradient; afterwards each is as before, its accumulated ``grad`` included."""
+    held = [(p, p.requires_grad, p.grad) for module in components.values() for p in module.parameters()]
+    modes = [(m, m.training) for module in components.values() for m in module.modules()]
+    for module in components.values():
+        module.requires_grad_(False)
+        module.eval()
+    try:
+        yield
+    finally:
+        for parameter, required, gradient in held:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        for submodule, mode in modes:
+            submodule.training = mode
+
+
+@contextmanager
+def _full_weights(components: Mapping[str, nn.Module]) -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
+    """All weights, trained as float32 copies; the original tensors are put back, not written to."""
+    table = embedding_table(components["text_encoder"]).weight
+    held = [
+        (f"{name}.{inner}", p, p.data)
+        for name, module in components.items()
+        for inner, p in module.named_parameters()
+        if p is not table  # [I]'s own row is trained; the words' rows stay
+    ]
+    words = table.data
+
+    def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {name: (p.data - original.float()).cpu() for name, p, original in held}, {}
+
+    try:
+        for _, parameter, original in held:
+            parameter.data = original.float().clone()
+            parameter.requires_grad_(True)
+        table.data = words.float()
+        yield [p for _, p, _ in held], harvest
+    finally:
+        table.data = words
+        for _, parameter, original in held:
+            parameter.data = original
+
+
+@contextmanager
+def _lora_weights(
+    components: Mapping[str, nn.Module], rank: int, seed: int
+) -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
+    """PEFT's LoRA in every attention projection; afterwards the very modules that were there are back."""
+    adapter = "s2edit_fit"
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    attributes = {name: set(vars(module)) for name, module in components.items()}
+    configs = {name: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS[name]) for name in components}
+
+    def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        weights: dict[str, torch.Tensor] = {}
+        metadata: dict[str, Any] = {}
+        for name, module in components.items():
+            state = peft.get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
+            weights |= {f"{name}.{key}": value.detach().float().cpu().clone() for key, value in state.items()}
+            plain = {
+                "r": rank, "lora_alpha": rank, "target_modules": sorted(LORA_TARGETS[name]), "rank_pattern": {},
+                "alpha_pattern": {}, "lora_dropout": 0.0, "bias": "none", "use_dora": False, "use_rslora": False,
+                "lora_bias": False,
+            }  # fmt: skip
+            metadata |= {f"{name}.{key}": value for key, value in plain.items()}
+        return weights, metadata
+
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for name, module in components.items():
+                before = [(p, n, c) for p in module.modules() for n, c in p.named_children()]
+                replaced += before
+                peft.inject_adapter_in_model(configs[name], module, adapter_name=adapter)
+        trained = [p for module in components.values() for n, p in module.named_parameters() if f".{adapter}." in n]
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+        yield trained, harvest
+    finally:
+        for parent, child_name, child in replaced:
+            if getattr(parent, child_name) is not child:
+                setattr(parent, child_name, child)
+        for name, module in components.items():
+            for added in set(vars(module)) - attributes[name]:  # peft_config and the like
+                delattr(module, added)
+
+
+@contextmanager
+def _no_weights() -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
+    yield [], lambda: ({}, {})
+
+
+def fit_identity_weights(
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    alphas_cumprod: torch.Tensor,
+    prediction_type: str,
+    example: FitExample,
+    row: torch.Tensor,
+    settings: FitSettings,
+    generator: torch.Generator | None,
+    on_step: Callable[[FitProgress], bool],
+) -> FitResult:
+    """Minimise ``L = L_recons + lambda L_semantic`` over the token's row and what ``settings.method`` tunes.
+
+    Whatever happens, ``unet`` and ``text_encoder`` are afterwards as they were, to the bit.
+
+    Args:
+        alphas_cumprod: (T,), the scheduler's.
+        row: (D,), where the token starts.
+        on_step: called after each step; returning False ends the fit there.
+
+    Raises:
+        FloatingPointError: the loss is no number any more; the message names the step.
+    """
+    components = {"unet": unet, "text_encoder": text_encoder}
+    device = example.latents.device
+    num_train, (height, width) = len(alphas_cumprod), example.latents.shape[-2:]
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    settings_steps, rate = settings.num_steps, settings.learning_rate
+    assert settings_steps is not None and rate is not None
+    if settings.method == "full":
+        tuned = _full_weights(components)
+    elif settings.method == "lora":
+        tuned = _lora_weights(components, settings.lora_rank, seed)
+    else:
+        tuned = _no_weights()
+
+    learned = nn.Parameter(row.detach().clone().float().to(device))
+    positions = example.token_positions
+    ids = torch.cat([example.prompt.input_ids, example.prompt_with_token.input_ids]).to(device)
+    batch = settings.batch_size
+    control = SpatialControl(
+        {"identity": example.mask} if example.mask is not None else {},
+        [{"identity": positions} if example.mask is not None else {}] * batch,
+        renormalize=settings.renormalize,
+        mask_after=settings.mask_after,
+    )
+    progress: list[FitProgress] = []
+    with (
+        torch.enable_grad(),
+        _frozen(components),
+        tuned as (weights, harvest),
+        token_rows(text_encoder, {example.token_id: learned}),
+        attention_control(unet, control, height, width),
+    ):
+        groups = [{"params": [learned], "lr": rate if settings.method == "token" else TOKEN_LEARNING_RATE}]
+        if weights:
+            groups.append({"params": weights, "lr": rate})
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        x0 = example.latents.float().expand(batch, -1, -1, -1)
+        for step in range(settings_steps):
+            # one draw in each of `batch` equal stretches of the noise levels
+            u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+            t = (u * num_train).long().clamp(max=num_train - 1)
+            epsilon = torch.randn(x0.shape, generator=generator).to(device)
+
+            embedded = text_encoder(ids).last_hidden_state
+            sentence = embedded[0, example.prompt.eos]  # e_P: P's end token
+            if settings.detach_sentence:
+                sentence = sentence.detach()
+            token = embedded[1, list(positions)]  # e_[I]
+            alpha_bar = alphas_cumprod[t]
+            noised = add_noise(x0, epsilon, alpha_bar).to(unet.dtype)
+            context = embedded[1:].to(unet.dtype).expand(batch, -1, -1)
+            output = unet(noised, t.to(device), encoder_hidden_states=context).sample
+            reconstruction = reconstruction_loss(output, training_target(x0, epsilon, alpha_bar, prediction_type))
+            semantic = semantic_loss(sentence, token)
+            loss = reconstruction + settings.semantic_weight * semantic
+            if not bool(torch.isfinite(loss)):
+                raise FloatingPointError(
+                    f"The loss is {loss.item()} at step {step}; lower learning_rate (it is {rate:g}) or load the model "
+                    "in float32."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            progress.append(
+                FitProgress(step, reconstruction.item(), semantic.item(), cosine(sentence, token).mean().item())
+            )
+            if on_step(progress[-1]) is False:
+                break
+        held_weights, metadata = harvest()
+    return FitResult(learned.detach().cpu(), held_weights, metadata, tuple(progress))

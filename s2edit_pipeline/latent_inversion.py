@@ -1,0 +1,172 @@
+"""From a picture to the noise that leads back to it. Each method has the same signature and returns an Inversion.
+
+``denoise(x, level, prompt_embeds)`` is the U-Net's output for latents ``x`` (B, C, h, w) at noise level
+``level`` of the schedule; attention control, if any, is its own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .ddim_steps import NoiseSchedule, ddim_move
+
+Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+OnStep = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """A picture on its way to noise.
+
+    Attributes:
+        method: "ddim", "null_text", "negative_prompt" or "direct".
+        prompt: the source prompt, with the identity's token where there is one.
+        trajectory: (N + 1, C, h, w), the latents at each noise level, the picture itself first.
+        unconditional_embeds: (N, L, D), for noise level k at k - 1; or None: the empty (or negative) prompt's.
+        guidance_scale: that the unconditional embeddings were made for, or None where any will do.
+        identity: the fitted token that took part, or None.
+        base_model: what the model calls itself.
+    """
+
+    method: str
+    prompt: str
+    trajectory: torch.Tensor
+    unconditional_embeds: torch.Tensor | None = None
+    guidance_scale: float | None = None
+    identity: str | None = None
+    base_model: str = ""
+
+    @property
+    def num_inference_steps(self) -> int:
+        return len(self.trajectory) - 1
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the source branch is held to the stored trajectory (direct inversion)."""
+        return self.method == "direct"
+
+
+def guided(unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans 2021), in the form diffusers uses."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+@torch.no_grad()
+def ddim_trajectory(
+    denoise: Denoise, latents: torch.Tensor, schedule: NoiseSchedule, prompt_embeds: torch.Tensor, on_step: OnStep
+) -> torch.Tensor:
+    """DDIM run backwards at guidance 1 (Song et al. 2021, section 4.3); (N + 1, C, h, w).
+
+    The U-Net is asked at the latents' own noise level, so that the evaluation that leads from level k up to
+    k + 1 is the one that leads from k down to k - 1 on the way back.
+    """
+    path = [latents]
+    for k in range(schedule.num_steps):
+        output = denoise(path[-1], max(k, 1), prompt_embeds)
+        a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k + 1]
+        path.append(ddim_move(path[-1], output, a, a_next, schedule.prediction_type))
+        on_step(k)
+    return torch.cat(path)
+
+
+def _bare(
+    denoise: Denoise,
+    latents: torch.Tensor,
+    schedule: NoiseSchedule,
+    prompt_embeds: torch.Tensor,
+    negative_embeds: torch.Tensor,
+    guidance_scale: float,
+    on_step: OnStep,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """DDIM inversion alone. Whether the source is pinned to it ("direct") or runs free ("ddim") is the edit's affair:
+    the offset of Ju et al. 2023 (PnP Inversion, algorithm 1) is, written out, "use the stored latents"."""
+    return ddim_trajectory(denoise, latents, schedule, prompt_embeds, on_step), None
+
+
+def _negative_prompt(
+    denoise: Denoise,
+    latents: torch.Tensor,
+    schedule: NoiseSchedule,
+    prompt_embeds: torch.Tensor,
+    negative_embeds: torch.Tensor,
+    guidance_scale: float,
+    on_step: OnStep,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Negative-prompt inversion (Miyake et al. 2023): the source prompt stands in for the optimised embedding."""
+    trajectory = ddim_trajectory(denoise, latents, schedule, prompt_embeds, on_step)
+    return trajectory, prompt_embeds.expand(schedule.num_steps, -1, -1).clone()
+
+
+def _null_text(
+    denoise: Denoise,
+    latents: torch.Tensor,
+    schedule: NoiseSchedule,
+    prompt_embeds: torch.Tensor,
+    negative_embeds: torch.Tensor,
+    guidance_scale: float,
+    on_step: OnStep,
+    *,
+    num_inner_steps: int = 10,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Null-text inversion (Mokady et al. 2023, algorithm 1), with its published settings.
+
+    The pivot is the DDIM trajectory at guidance 1; from the noise down, the unconditional embedding of each
+    step is optimised until the guided step meets the pivot, and is the next step's start.
+    """
+    pivot = ddim_trajectory(denoise, latents, schedule, prompt_embeds, on_step)
+    n = schedule.num_steps
+    x, null, found = pivot[n:], negative_embeds.detach().float(), []
+    for i, k in enumerate(range(n, 0, -1)):
+        a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
+        wanted = pivot[k - 1 : k]
+        with torch.no_grad():
+            conditional = denoise(x, k, prompt_embeds)
+
+        def step_down(
+            null: torch.Tensor,
+            x: torch.Tensor = x,
+            k: int = k,
+            conditional: torch.Tensor = conditional,
+            a: torch.Tensor = a,
+            a_next: torch.Tensor = a_next,
+        ) -> torch.Tensor:
+            output = guided(denoise(x, k, null.to(prompt_embeds)), conditional, guidance_scale)
+            return ddim_move(x, output, a, a_next, schedule.prediction_type)
+
+        with torch.enable_grad():
+            null = null.clone().requires_grad_()
+            optimizer = torch.optim.Adam([null], lr=1e-2 * (1 - i / (2 * n)))
+            for _ in range(num_inner_steps):
+                loss = F.mse_loss(step_down(null).float(), wanted.float())
+                (null.grad,) = torch.autograd.grad(loss, [null])
+                optimizer.step()
+                if loss.item() < 1e-5 + i * 2e-5:
+                    break
+        null = null.detach()
+        found.append(null)
+        with torch.no_grad():
+            x = step_down(null)
+        on_step(n + i)
+    return pivot, torch.cat(found[::-1])
+
+
+INVERSIONS = {"direct": _bare, "ddim": _bare, "negative_prompt": _negative_prompt, "null_text": _null_text}
+"""Method name -> ``f(denoise, latents, schedule, prompt_embeds, negative_embeds, guidance_scale, on_step)``,
+which returns the trajectory and the unconditional embeddings, if it makes any."""
+
+
+def num_inversion_steps(method: str, num_inference_steps: int) -> int:
+    """How often ``on_step`` will be called."""
+    return num_inference_steps * (2 if method == "null_text" else 1)
+
+
+def check_method(method: str) -> None:
+    """Raises:
+    ValueError: there is no such inversion.
+    """
+    if method not in INVERSIONS:
+        raise ValueError(f"inversion method {method!r} is unknown; choose one of {', '.join(map(repr, INVERSIONS))}.")

@@ -1,0 +1,1038 @@
+"""S2EditPipeline: fit an identity to one picture, and edit the picture by words without losing it.
+
+S2Edit: Text-Guided Image Editing with Precise Semantic and Spatial Control (2025). The formulas are in the modules
+beside this one; here they are put in order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import (
+    FromSingleFileMixin,
+    IPAdapterMixin,
+    StableDiffusionLoraLoaderMixin,
+    TextualInversionLoaderMixin,
+)
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from .attention_control import (
+    AttentionController,
+    Controllers,
+    MapRecorder,
+    PromptToPrompt,
+    SpatialControl,
+    attention_control,
+    mask_at,
+)
+from .ddim_steps import NoiseSchedule, check_scheduler, noise_schedule
+from .edit_sampling import BranchRows, Confinement, sample_edits, sample_from_noise
+from .identity_adapter import IdentityAdapter, LoadedIdentities, check_base, fingerprint
+from .identity_fitting import FitExample, FitProgress, FitSettings, fit_identity_weights
+from .identity_losses import cosine
+from .identity_token import initial_row, token_rows, with_tokens
+from .latent_inversion import INVERSIONS, Inversion, check_method, num_inversion_steps
+from .object_masks import mask_to_picture, record_maps, threshold_map
+from .picture_inputs import load_mask, load_picture, picture_to_tensor, working_size
+from .pipeline_output import S2EditPipelineOutput
+from .prompt_alignment import TokenizedPrompt, align_prompts, content_words, insert_token, split_words, tokenize
+
+MASK_LEVELS = (0.2, 0.35, 0.5, 0.65)
+"""Where the object is looked for: shares of the way from the picture to noise."""
+MASK_THRESHOLD = 0.4
+EDIT_THRESHOLD = 0.4
+CONFINE_FROM = 0.2
+"""The share of the steps after which the source is kept outside the edit."""
+
+
+class S2EditPipeline(
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    IPAdapterMixin,
+    FromSingleFileMixin,
+):
+    """Identity-preserving editing of real pictures with a Stable Diffusion model.
+
+    Args:
+        vae: autoencoder between pictures and latents.
+        text_encoder, tokenizer: CLIP's.
+        unet: conditional denoiser, epsilon- or v-prediction.
+        scheduler: any with ``alphas_cumprod``; its noise levels are read and it is never changed.
+        safety_checker, feature_extractor: Stable Diffusion's own, or None.
+        image_encoder: for IP-Adapter, or None.
+        requires_safety_checker: only kept, so that Stable Diffusion's folders load.
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]  # noqa: RUF012 (diffusers' form)
+    _exclude_from_cpu_offload = ["safety_checker"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        safety_checker: StableDiffusionSafetyChecker = None,
+        feature_extractor: CLIPImageProcessor = None,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        requires_safety_checker: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self._loaded = LoadedIdentities()
+        self._interrupt = False
+
+    # -------------------------------------------------------------------- what callbacks read and set
+
+    @property
+    def interrupt(self) -> bool:
+        """Set ``pipe._interrupt = True`` in a callback to stop after the step; what there is comes back."""
+        return self._interrupt
+
+    # -------------------------------------------------------------------- checks and encodings
+
+    def _components_with_weights(self) -> dict[str, torch.nn.Module]:
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    def _check_ready(self) -> None:
+        for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"The pipeline has no {name}; load it whole, or pass {name}= to from_pretrained.")
+        check_scheduler(self.scheduler)
+        if self.unet.config.in_channels != self.vae.config.latent_channels:
+            raise ValueError(
+                f"The U-Net takes {self.unet.config.in_channels} channels and the autoencoder gives "
+                f"{self.vae.config.latent_channels}: an inpainting or instruction model can't be used; load its base."
+            )
+        if self.unet.dtype != self.text_encoder.dtype:
+            raise ValueError(
+                f"The U-Net is {self.unet.dtype} and the text encoder {self.text_encoder.dtype}. "
+                "Load with one type, from_pretrained(..., dtype=torch.float32), or call pipe.to(torch.float32)."
+            )
+
+    def _working_size(self, picture: PIL.Image.Image, height: int | None, width: int | None) -> tuple[int, int]:
+        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        sample_size = self.unet.config.sample_size
+        native = (sample_size if isinstance(sample_size, int) else min(sample_size)) * self.vae_scale_factor
+        return working_size(picture.size, native, multiple, height, width)
+
+    @staticmethod
+    def _check_prompt(prompt: Any, name: str) -> None:
+        if not isinstance(prompt, str):
+            raise TypeError(f"{name} must be a string, not {type(prompt).__name__}.")
+        if not prompt.strip():
+            raise ValueError(f"{name} is empty; say what the picture shows, such as 'a photo of a lady with glasses'.")
+
+    @staticmethod
+    def _check_guidance(guidance_scale: float) -> None:
+        if not isinstance(guidance_scale, (int, float)) or not np.isfinite(guidance_scale) or guidance_scale < 0:
+            raise ValueError(f"guidance_scale must be a number of at least 0, not {guidance_scale!r}.")
+
+    @torch.no_grad()
+    def _encode_picture(self, picture: PIL.Image.Image, height: int, width: int) -> torch.Tensor:
+        """(1, C, h, w) latents at noise level 0, in the U-Net's dtype."""
+        pixels = picture_to_tensor(picture, height, width).to(self._execution_device, self.vae.dtype)
+        encoded = self.vae.encode(pixels)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return ((latents - shift) * self.vae.config.scaling_factor).to(self.unet.dtype)
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in about [-1, 1]."""
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + shift
+        return self.vae.decode(latents, return_dict=False)[0]
+
+    def _tokenize(self, prompt: str, tokenizer: Any = None) -> TokenizedPrompt:
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        return tokenize(tokenizer, self.maybe_convert_prompt(prompt, tokenizer))
+
+    @torch.no_grad()
+    def _encode_prompt(self, prompt: TokenizedPrompt, clip_skip: int | None = None) -> torch.Tensor:
+        """(1, L, D), with the loaded identities' rows in place."""
+        with self._identity_rows():
+            ids = prompt.input_ids.to(self._execution_device)
+            encoded = self.text_encoder(ids, output_hidden_states=clip_skip is not None)
+            if clip_skip is None:
+                return encoded.last_hidden_state
+            text_model = getattr(self.text_encoder, "text_model", self.text_encoder)
+            return text_model.final_layer_norm(encoded.hidden_states[-(clip_skip + 1)])
+
+    @contextmanager
+    def _identity_rows(self) -> Iterator[None]:
+        rows = {
+            self.tokenizer.convert_tokens_to_ids(token): adapter.row.to(self._execution_device)
+            for token, (adapter, _) in self._loaded.adapters.items()
+        }
+        with token_rows(self.text_encoder, rows):
+            yield
+
+    # -------------------------------------------------------------------- identities
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """The tokens of the identities loaded now."""
+        return tuple(self._loaded.adapters)
+
+    def load_identity(self, identity: Any, token: str | None = None, scale: float = 1.0, **kwargs: Any) -> str:
+        """Load an identity into the pipeline; prompts can then say its token.
+
+        Args:
+            identity: an ``IdentityAdapter``, a folder, or a Hub repository's name.
+            token: another name for it.
+            scale: strength of its weights, 1 as fitted.
+            kwargs: for ``IdentityAdapter.from_pretrained``.
+
+        Returns:
+            The token.
+
+        Raises:
+            ValueError: it belongs to another base model, or its token is taken; nothing is changed then.
+        """
+        adapter = (
+            identity if hasattr(identity, "weight_differences") else IdentityAdapter.from_pretrained(identity, **kwargs)
+        )
+        adapter = adapter if token is None else adapter.renamed(token)
+        if adapter.token in self._loaded.adapters:
+            raise ValueError(
+                f"An identity {adapter.token!r} is loaded already. Give this one another name, "
+                f"load_identity(..., token='[{adapter.token.strip('[]<>')}2]'), or unload_identity({adapter.token!r})."
+            )
+        if not self._loaded.adapters:
+            check_base(adapter, self._components_with_weights())
+        tokenizer = with_tokens(self.tokenizer, [adapter.token])
+        rows = self.text_encoder.get_input_embeddings().weight.shape[1]
+        if adapter.row.shape != (rows,):
+            raise ValueError(f"The identity's token has {tuple(adapter.row.shape)} numbers; this model's have {rows}.")
+        self._loaded.add(adapter, scale, self._components_with_weights())
+        if len(self._loaded.adapters) == 1:
+            self._plain_tokenizer = self.tokenizer
+        self.tokenizer = tokenizer
+        return adapter.token
+
+    def unload_identity(self, token: str | None = None) -> None:
+        """Take out one identity, or all. With the last one gone the pipeline is, to the bit, as before the first.
+
+        Raises:
+            ValueError: no identity of that token is loaded.
+        """
+        tokens = list(self._loaded.adapters) if token is None else [token]
+        for name in tokens:
+            if name not in self._loaded.adapters:
+                raise ValueError(f"No identity {name!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}.")
+            self._loaded.remove(name, self._components_with_weights())
+        if tokens:
+            left = list(self._loaded.adapters)
+            self.tokenizer = with_tokens(self._plain_tokenizer, left) if left else self._plain_tokenizer
+
+    @contextmanager
+    def _with_identity(self, identity: Any) -> Iterator[None]:
+        """``identity`` loaded for the length of the context, unless it is None or loaded already."""
+        if identity is None or (isinstance(identity, str) and identity in self._loaded.adapters):
+            yield
+            return
+        token = self.load_identity(identity)
+        try:
+            yield
+        finally:
+            self.unload_identity(token)
+
+    def _spatial_control(self, rows: Sequence[TokenizedPrompt | None]) -> SpatialControl:
+        """``[I]``'s mask for each row of a batch; rows without a prompt (unconditional) have none."""
+        masks, columns = {}, []
+        names = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self._loaded.adapters}
+        settings: Mapping[str, Any] = {}
+        for token, (adapter, _) in self._loaded.adapters.items():
+            if adapter.mask is not None:
+                masks[token] = adapter.mask
+                settings = adapter.settings
+        for prompt in rows:
+            found: dict[str, tuple[int, ...]] = {}
+            for token in masks:
+                at = () if prompt is None else torch.nonzero(prompt.input_ids[0] == names[token])[:, 0].tolist()
+                if len(at):
+                    found[token] = tuple(at)
+            columns.append(found)
+        return SpatialControl(
+            masks,
+            columns,
+            renormalize=bool(settings.get("renormalize", False)),
+            mask_after=bool(settings.get("mask_after", False)),
+        )
+
+    # -------------------------------------------------------------------- the mask
+
+    def _denoiser(self, schedule: NoiseSchedule) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+        timesteps = schedule.timesteps.tolist()
+
+        def denoise(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
+            return self.unet(x, timesteps[level - 1], encoder_hidden_states=prompt_embeds.to(x), return_dict=False)[0]
+
+        return denoise
+
+    def _map_queries(self, height: int, width: int, shallowest: int = 16) -> int:
+        """The most queries a layer may have to tell where words look: those of 1/16 to 1/32 of the picture's side,
+        or of the latents themselves where these are as small."""
+        factor = 2 if min(height, width) > shallowest else 1
+        return -(-height // factor) * -(-width // factor)
+
+    @torch.no_grad()
+    def _object_mask(
+        self, latents: torch.Tensor, prompt: TokenizedPrompt, subject: str, threshold: float
+    ) -> torch.Tensor:
+        """(h, w) float32 of 0 and 1: where ``subject`` is, from the model as it is now."""
+        height, width = latents.shape[-2:]
+        schedule = noise_schedule(self.scheduler, min(50, self.scheduler.config.num_train_timesteps))
+        levels = [max(1, round(share * schedule.num_steps)) for share in MASK_LEVELS]
+        recorder = MapRecorder(self._map_queries(height, width))
+        embeds = self._encode_prompt(prompt)
+        with attention_control(self.unet, recorder, height, width):
+            # its own fixed noise: looking at the mask must not change what is drawn afterwards
+            noise = torch.Generator().manual_seed(0)
+            record_maps(self._denoiser(schedule), recorder, latents, embeds, schedule, levels, noise)
+        return threshold_map(recorder.word_map(0, prompt.find(subject), height, width).cpu(), threshold)
+
+    def preview_mask(
+        self,
+        image: Any,
+        prompt: str,
+        subject: str,
+        *,
+        threshold: float = MASK_THRESHOLD,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> PIL.Image.Image:
+        """The object mask that ``fit_identity`` would use: a PIL "L" picture of the size of ``image``.
+
+        The noun's cross-attention under ``prompt``, averaged over noise levels and over the layers of 1/16 to 1/32
+        of the picture's side, normalised, smoothed, thresholded, largest component kept (S2Edit, ``M_obj``).
+
+        Raises:
+            TypeError, ValueError: as :meth:`fit_identity`.
+        """
+        self._check_ready()
+        picture = load_picture(image)
+        self._check_prompt(prompt, "prompt")
+        tokens = self._tokenize(prompt)
+        tokens.find(subject)
+        latents = self._encode_picture(picture, *self._working_size(picture, height, width))
+        mask = self._object_mask(latents, tokens, subject, threshold)
+        self.maybe_free_model_hooks()
+        return mask_to_picture(mask, picture.size)
+
+    # -------------------------------------------------------------------- stage one: fitting
+
+    def fit_identity(
+        self,
+        image: Any,
+        prompt: str,
+        subject: str,
+        token: str = "[I]",
+        method: str = "lora",
+        mask: Any = None,
+        num_steps: int | None = None,
+        learning_rate: float | None = None,
+        semantic_weight: float = 0.1,
+        spatial_control: bool = True,
+        reference: Any = None,
+        generator: torch.Generator | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        *,
+        batch_size: int = 4,
+        lora_rank: int = 4,
+        detach_sentence: bool = False,
+        renormalize: bool = False,
+        mask_after: bool = False,
+        mask_threshold: float = MASK_THRESHOLD,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> IdentityAdapter:
+        """Fit ``token`` to the subject of one picture (S2Edit, stage one). The pipeline is left as it was found.
+
+        Args:
+            image: the picture, see ``picture_inputs.load_picture``.
+            prompt: P, what it shows: "a photo of a lady with glasses".
+            subject: the noun in it that ``token`` will stand before: "lady".
+            token: one word in brackets.
+            method: "lora", "full" (the paper's) or "token".
+            mask: the subject's mask, white inside, the picture's shape; None finds it by itself.
+            num_steps, learning_rate: None takes the method's own.
+            semantic_weight: lambda; 0 leaves the semantic loss out.
+            spatial_control: mask the token's cross-attention.
+            generator: makes the fit repeatable.
+            callback_on_step_end: ``f(pipe, step, num_steps, measures)``, ``measures`` a dict with
+                ``reconstruction_loss``, ``semantic_loss`` and ``cosine``; set ``pipe._interrupt = True`` to stop early.
+            batch_size: noise levels a step.
+            lora_rank: of the adapters.
+            detach_sentence, renormalize, mask_after: see ``identity_fitting.FitSettings``.
+            mask_threshold: of the automatic mask.
+            height, width: work at another size than the model's own.
+
+        Returns:
+            The identity, to be saved, loaded, or passed to the pipeline.
+
+        Raises:
+            TypeError, ValueError: an input that can't be used; nothing has been done then.
+            FloatingPointError: the loss ran away; the message names the step.
+        """
+        self._check_ready()
+        if reference is not None:
+            raise ValueError("reference= can't be fitted by this release; fit the picture alone.")
+        settings = FitSettings(
+            method=method,
+            num_steps=num_steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            semantic_weight=semantic_weight,
+            spatial_control=spatial_control,
+            detach_sentence=detach_sentence,
+            renormalize=renormalize,
+            mask_after=mask_after,
+            lora_rank=lora_rank,
+        )
+        self._check_prompt(prompt, "prompt")
+        self._check_prompt(subject, "subject")
+        picture = load_picture(image)
+        tokenizer = with_tokens(self.tokenizer, [token])
+        if token in split_words(prompt, [token]):
+            raise ValueError(f"prompt={prompt!r} holds the token {token!r} already; describe the picture without it.")
+        tokens = self._tokenize(prompt)
+        tokens_with = self._tokenize(insert_token(prompt, subject, token), tokenizer)
+        size = self._working_size(picture, height, width)
+        given_mask = None if mask is None else load_mask(mask, picture.size)
+        if self._loaded.adapters:
+            raise ValueError(
+                f"Identities are loaded ({', '.join(self.identities)}); a new one is fitted to the bare model. "
+                "Call pipe.unload_identity() first."
+            )
+        for component in self._components_with_weights().values():
+            if getattr(component, "peft_config", None):
+                raise ValueError(
+                    "Other LoRA weights are attached. Merge them, pipe.fuse_lora() then pipe.unload_lora_weights(), "
+                    "or only unload them, and fit again."
+                )
+
+        started = time.perf_counter()
+        self._interrupt = False
+        latents = self._encode_picture(picture, *size)
+        object_mask = None
+        if spatial_control:
+            if given_mask is None:
+                object_mask = self._object_mask(latents, tokens, subject, mask_threshold)
+            else:
+                object_mask = mask_at(given_mask, *latents.shape[-2:])
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        example = FitExample(latents, tokens, tokens_with, token_id, object_mask)
+        row = initial_row(self.tokenizer, self.text_encoder, subject)
+        assert settings.num_steps is not None
+
+        with self.progress_bar(total=settings.num_steps) as bar:
+
+            def on_step(progress: FitProgress) -> bool:
+                bar.set_postfix(
+                    loss=f"{progress.reconstruction_loss:.4f}", cos=f"{progress.cosine:+.3f}", refresh=False
+                )
+                bar.update()
+                if callback_on_step_end is not None:
+                    measures = {
+                        "reconstruction_loss": progress.reconstruction_loss,
+                        "semantic_loss": progress.semantic_loss,
+                        "cosine": progress.cosine,
+                    }
+                    callback_on_step_end(self, progress.step, settings.num_steps, measures)
+                return not self._interrupt
+
+            result = fit_identity_weights(
+                self.unet,
+                self.text_encoder,
+                self.scheduler.alphas_cumprod.cpu(),
+                self.scheduler.config.get("prediction_type", "epsilon"),
+                example,
+                row,
+                settings,
+                generator,
+                on_step,
+            )
+        self.maybe_free_model_hooks()
+        first, last = result.progress[0], result.progress[-1]
+        tail = result.progress[-max(1, len(result.progress) // 5) :]
+        return IdentityAdapter(
+            token=token,
+            subject=subject,
+            source_prompt=prompt,
+            method=method,
+            row=result.row,
+            weights=result.weights,
+            lora_metadata=result.lora_metadata,
+            mask=None if object_mask is None else object_mask.cpu(),
+            base_model=self._base_name(),
+            base_fingerprint={name: fingerprint(m) for name, m in self._components_with_weights().items()},
+            settings={
+                "num_steps": len(result.progress),
+                "learning_rate": settings.learning_rate,
+                "batch_size": batch_size,
+                "semantic_weight": semantic_weight,
+                "spatial_control": spatial_control,
+                "detach_sentence": detach_sentence,
+                "renormalize": renormalize,
+                "mask_after": mask_after,
+                "lora_rank": lora_rank,
+                "automatic_mask": mask is None,
+                "height": size[0],
+                "width": size[1],
+            },
+            measures={
+                "cosine_first": first.cosine,
+                "cosine_last": last.cosine,
+                "reconstruction_loss_first": first.reconstruction_loss,
+                "reconstruction_loss_last": float(np.mean([p.reconstruction_loss for p in tail])),
+                "seconds": round(time.perf_counter() - started, 2),
+            },
+        )
+
+    def _base_name(self) -> str:
+        """What the base model calls itself: a Hub name, or the last part of a folder's."""
+        name = str(getattr(self, "name_or_path", "") or self.config.get("_name_or_path", ""))
+        return name.rstrip("/").split("/")[-1] if name.startswith(("/", ".")) or name.count("/") > 1 else name
+
+    # -------------------------------------------------------------------- stage two: inversion
+
+    def _source_prompt(self, prompt: str, target_tokens: Sequence[str]) -> str:
+        """``prompt`` with each loaded token that a target holds put before its subject."""
+        for token in target_tokens:
+            adapter, _ = self._loaded.adapters[token]
+            if token not in split_words(prompt, [token]):
+                prompt = insert_token(prompt, adapter.subject, token)
+        return prompt
+
+    def _tokens_in(self, prompts: Sequence[str]) -> list[str]:
+        return [t for t in self._loaded.adapters if any(t in split_words(p, [t]) for p in prompts)]
+
+    def invert(
+        self,
+        image: Any,
+        prompt: str,
+        method: str = "direct",
+        num_inference_steps: int = 50,
+        *,
+        identity: Any = None,
+        guidance_scale: float = 4.5,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        clip_skip: int | None = None,
+    ) -> Inversion:
+        """From a picture to the noise that leads back to it under ``prompt``.
+
+        Args:
+            image: the picture.
+            prompt: the source prompt; of a loaded (or passed) identity the token is put before its subject by itself.
+            method: "direct" (Ju et al. 2023), "ddim" (Song et al. 2021), "null_text" (Mokady et al. 2023) or
+                "negative_prompt" (Miyake et al. 2023).
+            num_inference_steps: of the inversion and of the edits that use it.
+            identity: an identity to load for this call.
+            guidance_scale: what "null_text" optimises for; the others serve any.
+
+        Raises:
+            TypeError, ValueError: an input that can't be used; nothing has been done then.
+        """
+        self._check_ready()
+        check_method(method)
+        self._check_prompt(prompt, "prompt")
+        self._check_guidance(guidance_scale)
+        schedule = noise_schedule(self.scheduler, num_inference_steps)
+        picture = load_picture(image)
+        size = self._working_size(picture, height, width)
+        with self._with_identity(identity):
+            fitting = [t for t, (a, _) in self._loaded.adapters.items() if a.subject in split_words(prompt)]
+            prompt = self._source_prompt(prompt, fitting)
+            tokens = self._tokenize(prompt)
+            latents = self._encode_picture(picture, *size)
+            return self._invert(latents, tokens, method, schedule, guidance_scale, negative_prompt, clip_skip)
+
+    def _invert(
+        self,
+        latents: torch.Tensor,
+        prompt: TokenizedPrompt,
+        method: str,
+        schedule: NoiseSchedule,
+        guidance_scale: float,
+        negative_prompt: str,
+        clip_skip: int | None,
+    ) -> Inversion:
+        embeds = self._encode_prompt(prompt, clip_skip)
+        negative = self._encode_prompt(self._tokenize(negative_prompt), clip_skip)
+        denoise = self._denoiser(schedule)
+        controls = {True: self._spatial_control([prompt]), False: self._spatial_control([None])}
+        # null-text also asks for the unconditional branch, which holds no token: nothing to mask there
+        controlled = _ByPrompt(embeds, controls)
+
+        def denoise_controlled(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
+            controlled.is_source = prompt_embeds is embeds
+            return denoise(x, level, prompt_embeds)
+
+        with (
+            self._frozen_unet(),
+            attention_control(self.unet, controlled, *latents.shape[-2:]),
+            self.progress_bar(total=num_inversion_steps(method, schedule.num_steps)) as bar,
+        ):
+            trajectory, unconditional = INVERSIONS[method](
+                denoise_controlled, latents, schedule, embeds, negative, guidance_scale, lambda _: bar.update()
+            )
+        tokens = self._tokens_in([prompt.text])
+        return Inversion(
+            method=method,
+            prompt=prompt.text,
+            trajectory=trajectory,
+            unconditional_embeds=unconditional,
+            guidance_scale=guidance_scale if method == "null_text" else None,
+            identity=tokens[0] if tokens else None,
+            base_model=self._base_name(),
+        )
+
+    @contextmanager
+    def _frozen_unet(self) -> Iterator[None]:
+        """Null-text differentiates through the U-Net, not with respect to it."""
+        held = [(p, p.requires_grad) for p in self.unet.parameters()]
+        self.unet.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, required in held:
+                parameter.requires_grad_(required)
+
+    def _check_inversion(self, inversion: Any, source_prompt: str, steps: int | None, guidance_scale: float) -> None:
+        if not hasattr(inversion, "trajectory"):
+            raise TypeError(
+                f"inversion must be what pipe.invert(...) returns, or a method's name, not {type(inversion).__name__}."
+            )
+        if steps is not None and steps != inversion.num_inference_steps:
+            raise ValueError(
+                f"num_inference_steps={steps}, but the inversion was made in {inversion.num_inference_steps}; "
+                f"leave it out, or call pipe.invert(..., num_inference_steps={steps})."
+            )
+        if inversion.prompt != source_prompt:
+            raise ValueError(
+                f"The inversion was made under {inversion.prompt!r} and the edit's source prompt is {source_prompt!r}; "
+                "invert under the same words, with the same identity loaded: pipe.invert(image, source_prompt, "
+                "identity=identity)."
+            )
+        if inversion.guidance_scale is not None and inversion.guidance_scale != guidance_scale:
+            raise ValueError(
+                f"The null-text inversion was optimised for guidance_scale={inversion.guidance_scale:g}, not "
+                f"{guidance_scale:g}; use that, or call pipe.invert(..., guidance_scale={guidance_scale:g})."
+            )
+        shape = inversion.trajectory.shape[1]
+        if shape != self.unet.config.in_channels:
+            raise ValueError(f"The inversion has {shape} latent channels, this model {self.unet.config.in_channels}.")
+
+    # -------------------------------------------------------------------- stage two: the edit
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        image: Any = None,
+        source_prompt: str | None = None,
+        identity: Any = None,
+        inversion: Inversion | str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 4.5,
+        cross_replace_steps: float | Mapping[str, float] = 0.4,
+        self_replace_steps: float = 0.4,
+        reweight: Mapping[str, float] | None = None,
+        blend_words: Sequence[str] | bool | None = None,
+        edit_mask: Any = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        *,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        edit: str = "auto",
+        blend_threshold: float = EDIT_THRESHOLD,
+        negative_prompt: str | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        clip_skip: int | None = None,
+        return_attention_maps: bool = False,
+    ) -> S2EditPipelineOutput | tuple[Any, ...]:
+        """Edit a picture by words (S2Edit, stage two), or draw the identity anew where ``image`` is None.
+
+        Args:
+            prompt: the target prompt, or several: all edits share one inversion. ``[I]`` in it is put into
+                ``source_prompt`` by itself, before the identity's subject.
+            image: the picture to edit.
+            source_prompt: what it shows; None takes the identity's own.
+            identity: an identity to use for this call, or the token of a loaded one.
+            inversion: what :meth:`invert` returned, or a method's name; None is "direct".
+            num_inference_steps: 50, or the inversion's own.
+            guidance_scale: 3.5 to 5.5 are S2Edit's.
+            cross_replace_steps: share of the steps in which words common to both prompts keep the source's
+                cross-attention; or ``{"word": share, "default_": share}``.
+            self_replace_steps: share of the steps in which the self-attention at 1/16 of the picture's side and
+                below is the source's.
+            reweight: word of the target -> factor on its attention.
+            blend_words: None confines the edit to where the changed words look, a list to where these words look
+                (in source or target), False lets it change the whole picture.
+            edit_mask: where the edit may change the picture, white inside; replaces the words' own region.
+            generator: only used without ``image``.
+            output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end: ``f(pipe, step, timestep, tensors)``; it may return ``{"latents": ...}`` and set
+                ``pipe._interrupt = True`` to stop early.
+            edit: "auto", "replace" or "refine", see ``prompt_alignment.align_prompts``.
+            blend_threshold: of the words' maps, in (0, 1); lower lets the edit reach farther.
+            negative_prompt: what to steer away from.
+            num_images_per_prompt, prompt_embeds, negative_prompt_embeds, latents: only without ``image``; an edit
+                of a picture is deterministic and needs the words.
+            return_attention_maps: also return where each word of the first target looked.
+
+        Returns:
+            ``S2EditPipelineOutput``, or with ``return_dict=False`` the tuple of its fields, images first.
+
+        Raises:
+            TypeError, ValueError: an input that can't be used; nothing has been done then.
+        """
+        self._check_ready()
+        self._interrupt = False
+        self._check_guidance(guidance_scale)
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise ValueError(f"{name!r} can't be handed to callbacks; choose from {self._callback_tensor_inputs}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'.")
+        for name, value in (("self_replace_steps", self_replace_steps), ("blend_threshold", blend_threshold)):
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {value!r}.")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
+        def call_back(step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+            result = None
+            if callback_on_step_end is not None:
+                shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                result = (callback_on_step_end(self, step, timestep, shown) or {}).get("latents")
+            if self._interrupt:
+                raise StopIteration
+            return result
+
+        with self._with_identity(identity), ExitStack():
+            if image is None and not hasattr(inversion, "trajectory"):
+                output = self._draw(
+                    prompt, num_inference_steps, guidance_scale, generator, call_back, negative_prompt,
+                    num_images_per_prompt, prompt_embeds, negative_prompt_embeds, latents, height, width, clip_skip,
+                    output_type,
+                )  # fmt: skip
+            else:
+                for name, value in (("prompt_embeds", prompt_embeds), ("latents", latents)):
+                    if value is not None:
+                        raise ValueError(f"{name} can't be combined with image: the edit is made from the words.")
+                if num_images_per_prompt != 1:
+                    raise ValueError("num_images_per_prompt: an edit is deterministic, a second one would be the same.")
+                output = self._edit(
+                    prompt, image, source_prompt, inversion, num_inference_steps, guidance_scale, cross_replace_steps,
+                    self_replace_steps, reweight, blend_words, edit_mask, call_back, edit, blend_threshold,
+                    negative_prompt or "", height, width, clip_skip, return_attention_maps, output_type,
+                )  # fmt: skip
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    def _finish(self, latents: torch.Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
+        if output_type == "latent":
+            return latents, None
+        pixels = self._decode(latents)
+        flagged = None
+        if self.safety_checker is not None:
+            shown = self.image_processor.postprocess(pixels, output_type="pil")
+            features = self.feature_extractor(shown, return_tensors="pt").to(self._execution_device)
+            pixels, flagged = self.safety_checker(images=pixels, clip_input=features.pixel_values.to(pixels.dtype))
+        return self.image_processor.postprocess(pixels, output_type=output_type), flagged
+
+    def _draw(
+        self,
+        prompt: str | list[str] | None,
+        num_inference_steps: int | None,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        call_back: Callable[[int, int, dict[str, torch.Tensor]], torch.Tensor | None],
+        negative_prompt: str | None,
+        num_images_per_prompt: int,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        height: int | None,
+        width: int | None,
+        clip_skip: int | None,
+        output_type: str,
+    ) -> S2EditPipelineOutput:
+        """Draw from noise; a loaded identity's mask applies where it was fitted at the same shape."""
+        schedule = noise_schedule(self.scheduler, 50 if num_inference_steps is None else num_inference_steps)
+        prompts: list[TokenizedPrompt | None]
+        if prompt_embeds is None:
+            texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+            if not texts:
+                raise ValueError("Pass prompt= (or prompt_embeds=); with image= as well to edit a picture.")
+            tokenized = [self._tokenize(text) for text in texts]
+            conditional = torch.cat([self._encode_prompt(t, clip_skip) for t in tokenized])
+            prompts = [t for t in tokenized for _ in range(num_images_per_prompt)]
+        else:
+            conditional = prompt_embeds.to(self._execution_device, self.unet.dtype)
+            prompts = [None] * (len(conditional) * num_images_per_prompt)
+        conditional = conditional.repeat_interleave(num_images_per_prompt, 0)
+        if negative_prompt_embeds is None:
+            negative = self._encode_prompt(self._tokenize(negative_prompt or ""), clip_skip)
+            negative = negative.expand(len(conditional), -1, -1)
+        else:
+            negative = negative_prompt_embeds.to(conditional).repeat_interleave(
+                len(conditional) // len(negative_prompt_embeds), 0
+            )
+        sample_size = self.unet.config.sample_size
+        native = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        h, w = (native[i] if side is None else side // self.vae_scale_factor for i, side in enumerate((height, width)))
+        shape = (len(conditional), self.unet.config.in_channels, h, w)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must be {shape}, not {tuple(latents.shape)}.")
+        control = self._spatial_control([*[None] * len(prompts), *prompts])
+        tensors = {"prompt_embeds": conditional, "negative_prompt_embeds": negative}
+        with (
+            attention_control(self.unet, control, h, w),
+            self.progress_bar(total=schedule.num_steps) as bar,
+        ):
+
+            def on_step(step: int, level: int, x: torch.Tensor) -> torch.Tensor | None:
+                bar.update()
+                return call_back(step, int(schedule.timesteps[level - 1]), {"latents": x, **tensors})
+
+            final = sample_from_noise(
+                self._denoiser(schedule),
+                schedule,
+                latents.to(conditional),
+                conditional,
+                negative,
+                guidance_scale,
+                on_step,
+            )
+        images, flagged = self._finish(final, output_type)
+        return S2EditPipelineOutput(images=images, nsfw_content_detected=flagged)
+
+    def _edit(
+        self,
+        prompt: str | list[str] | None,
+        image: Any,
+        source_prompt: str | None,
+        inversion: Inversion | str | None,
+        num_inference_steps: int | None,
+        guidance_scale: float,
+        cross_replace_steps: float | Mapping[str, float],
+        self_replace_steps: float,
+        reweight: Mapping[str, float] | None,
+        blend_words: Sequence[str] | bool | None,
+        edit_mask: Any,
+        call_back: Callable[[int, int, dict[str, torch.Tensor]], torch.Tensor | None],
+        edit: str,
+        blend_threshold: float,
+        negative_prompt: str,
+        height: int | None,
+        width: int | None,
+        clip_skip: int | None,
+        return_attention_maps: bool,
+        output_type: str,
+    ) -> S2EditPipelineOutput:
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        if not prompts:
+            raise ValueError("Pass the target prompt: pipe('a photo of a [I] lady', image=image, source_prompt=...).")
+        for text in prompts:
+            self._check_prompt(text, "prompt")
+        present = self._tokens_in(prompts)
+        if source_prompt is None:
+            named = [
+                hasattr(inversion, "prompt") and inversion.prompt,
+                *(self._loaded.adapters[t][0].source_prompt for t in present),
+            ]
+            source_prompt = next((text for text in named if text), None)
+            if source_prompt is None:
+                raise ValueError("Pass source_prompt=, what the picture shows now: 'a photo of a lady with glasses'.")
+        self._check_prompt(source_prompt, "source_prompt")
+        source_prompt = self._source_prompt(source_prompt, present)
+        source, targets = self._tokenize(source_prompt), [self._tokenize(text) for text in prompts]
+        alignments = [align_prompts(source, target, edit) for target in targets]
+        weights = [_reweighting(target, reweight) for target in targets]
+        picture = None if image is None else load_picture(image)
+        if inversion is None or isinstance(inversion, str):
+            method = inversion or "direct"
+            check_method(method)
+            schedule = noise_schedule(self.scheduler, 50 if num_inference_steps is None else num_inference_steps)
+            size = self._working_size(picture, height, width)
+            latent_size = (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor)
+        else:
+            self._check_inversion(inversion, source_prompt, num_inference_steps, guidance_scale)
+            schedule = noise_schedule(self.scheduler, inversion.num_inference_steps)
+            latent_size = tuple(inversion.trajectory.shape[-2:])
+        cross_until = [_replace_until(target, cross_replace_steps, schedule.num_steps) for target in targets]
+        region = None
+        if edit_mask is not None:
+            shape = (latent_size[1] * self.vae_scale_factor, latent_size[0] * self.vae_scale_factor)
+            region = mask_at(
+                load_mask(edit_mask, shape if picture is None else picture.size, "edit_mask"), *latent_size
+            )
+            region = region.to(self._execution_device)
+        confinements: list[Confinement | None] = []
+        for target, weight, alignment in zip(targets, weights, alignments, strict=True):
+            if blend_words is False and region is None:
+                confinements.append(None)
+                continue
+            if isinstance(blend_words, (list, tuple)):
+                looks = [tuple(_occurrences(p, blend_words)) for p in (source, target)]
+                if not any(looks):
+                    raise ValueError(
+                        f"blend_words={list(blend_words)!r}: none of them is in the source or target prompt."
+                    )
+            else:
+                changed = set(alignment.changed_target)
+                if weight is not None:
+                    changed |= {t for t in range(len(weight)) if weight[t] != 1}
+                looks = [content_words(source, set(alignment.changed_source)), content_words(target, changed)]
+            confinements.append(Confinement(looks[0], looks[1], region, blend_threshold, CONFINE_FROM))
+
+        if inversion is None or isinstance(inversion, str):
+            found = self._encode_picture(picture, *size)
+            inversion = self._invert(found, source, method, schedule, guidance_scale, negative_prompt, clip_skip)
+        negative = self._encode_prompt(self._tokenize(negative_prompt), clip_skip)
+        source_embeds = self._encode_prompt(source, clip_skip)
+        target_embeds = torch.cat([self._encode_prompt(t, clip_skip) for t in targets])
+        rows = BranchRows(len(targets), source_unconditional=not inversion.pinned)
+        plain = [None] * (len(targets) + int(rows.source_unconditional))
+        prompt_to_prompt = PromptToPrompt(
+            source_row=0,
+            target_rows=rows.conditional_rows,
+            alignments=alignments,
+            cross_until=cross_until,
+            self_until=round(self_replace_steps * schedule.num_steps),
+            weights=weights,
+            max_self_queries=self._map_queries(*latent_size),
+        )
+        recorder = MapRecorder(self._map_queries(*latent_size))
+        # the source is masked before its maps are taken over; the targets' own columns are masked with it, and a
+        # column that was taken over is 0 already wherever the mask is
+        control = Controllers([self._spatial_control([source, *plain, *targets]), prompt_to_prompt, recorder])
+        tensors = {"prompt_embeds": target_embeds, "negative_prompt_embeds": negative}
+        with (
+            attention_control(self.unet, control, *latent_size),
+            self.progress_bar(total=schedule.num_steps) as bar,
+        ):
+
+            def on_step(step: int, level: int, x: torch.Tensor) -> torch.Tensor | None:
+                bar.update()
+                return call_back(step, int(schedule.timesteps[level - 1]), {"latents": x, **tensors})
+
+            edited = sample_edits(
+                self._denoiser(schedule), schedule, inversion, source_embeds, target_embeds, negative, guidance_scale,
+                prompt_to_prompt, recorder, confinements, on_step,
+            )  # fmt: skip
+        images, flagged = self._finish(edited.targets, output_type)
+        decoded, _ = self._finish(edited.source, output_type)
+        size_of_output = (latent_size[1] * self.vae_scale_factor, latent_size[0] * self.vae_scale_factor)
+        maps = None
+        if return_attention_maps:
+            maps = {
+                word.text: _map_picture(
+                    recorder.word_map(rows.conditional_rows[0], word.tokens, *latent_size), size_of_output
+                )
+                for word in targets[0].words
+            }
+        return S2EditPipelineOutput(
+            images=images,
+            attention_maps=maps,
+            edit_masks=[None if r is None else mask_to_picture(r, size_of_output) for r in edited.regions],
+            source=decoded[0] if output_type == "pil" else decoded,
+            nsfw_content_detected=flagged,
+        )
+
+
+class _ByPrompt:
+    """One control for the source's branch, another for the unconditional one, by which of them asks."""
+
+    def __init__(self, embeds: torch.Tensor, controls: Mapping[bool, AttentionController]) -> None:
+        self.controls, self.is_source = controls, True
+
+    def wants(self, site: Any) -> bool:
+        return self.controls[self.is_source].wants(site)
+
+    def __call__(self, probs: torch.Tensor, site: Any) -> torch.Tensor:
+        return self.controls[self.is_source](probs, site)
+
+
+def _occurrences(prompt: TokenizedPrompt, words: Sequence[str]) -> list[tuple[int, ...]]:
+    found = []
+    for word in words:
+        try:
+            found.append(prompt.find(word))
+        except ValueError:
+            continue  # it may be in the other prompt
+    return found
+
+
+def _reweighting(prompt: TokenizedPrompt, reweight: Mapping[str, float] | None) -> torch.Tensor | None:
+    if not reweight:
+        return None
+    weights = torch.ones(prompt.input_ids.shape[1])
+    for word, factor in reweight.items():
+        if not isinstance(factor, (int, float)) or not np.isfinite(factor):
+            raise ValueError(f"reweight[{word!r}] must be a number, not {factor!r}.")
+        weights[list(prompt.find(word))] = float(factor)
+    return weights
+
+
+def _replace_until(prompt: TokenizedPrompt, share: float | Mapping[str, float], num_steps: int) -> torch.Tensor:
+    """(L,): for each token the step up to which its map is the source's."""
+    shares = share if isinstance(share, Mapping) else {"default_": share}
+    for word, value in shares.items():
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"cross_replace_steps must be from 0 to 1, not {value!r} (for {word!r}).")
+    until = torch.full((prompt.input_ids.shape[1],), float(shares.get("default_", 0.4)))
+    for word, value in shares.items():
+        if word != "default_":
+            until[list(prompt.find(word))] = float(value)
+    return (until * num_steps).round()
+
+
+def _map_picture(attention: torch.Tensor, size: tuple[int, int]) -> PIL.Image.Image:
+    values = (attention / attention.max().clamp(min=1e-12) * 255).round().byte().cpu().numpy()
+    return PIL.Image.fromarray(values).resize(size, PIL.Image.Resampling.BICUBIC)
