@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .avatars import load_avatars
     from .identity_adapter import IdentityAdapter
+    from .identity_fitting import ReferenceAttribute
     from .latent_inversion import Inversion
     from .pipeline import S2EditPipeline
     from .pipeline_output import S2EditPipelineOutput
 
 __version__ = "0.1.0"
-__all__ = ["IdentityAdapter", "Inversion", "S2EditPipeline", "S2EditPipelineOutput", "load_avatars"]
+__all__ = ["IdentityAdapter", "Inversion", "ReferenceAttribute", "S2EditPipeline", "S2EditPipelineOutput", "load_avatars"]
 
 _WHERE = {
     "IdentityAdapter": "identity_adapter",
     "Inversion": "latent_inversion",
+    "ReferenceAttribute": "identity_fitting",
     "S2EditPipeline": "pipeline",
     "S2EditPipelineOutput": "pipeline_output",
     "load_avatars": "avatars",

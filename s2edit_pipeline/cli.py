@@ -1,4 +1,4 @@
-"""The command line: ``s2edit demo``, ``s2edit train-avatars``."""
+"""The command line: ``s2edit demo``, ``s2edit measure``, ``s2edit train-avatars``."""
 
 from __future__ import annotations
 
@@ -39,8 +39,43 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _measure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("base-model", "inversions"))
+    parser.add_argument("--model", help="a diffusers folder of the avatars family; the embedded model otherwise")
+    parser.add_argument("--captions", type=int, default=256, help="base-model: pictures drawn (%(default)s)")
+    parser.add_argument("--people", type=int, default=4, help="inversions: held-out people (%(default)s)")
+    parser.add_argument("--steps", type=int, help="inference steps (base-model 30, inversions 50)")
+    parser.add_argument("--sheet", help="base-model: also save the first 32 pictures drawn, to this PNG")
+
+    def run(args: argparse.Namespace) -> int:
+        from .avatars import load_avatars
+        from .pipeline import S2EditPipeline
+
+        pipe = S2EditPipeline.from_pretrained(args.model) if args.model else load_avatars()
+        pipe.set_progress_bar_config(disable=True)
+        if args.what == "inversions":
+            from .evaluation.inversion_table import measure_inversions, table
+
+            print(table(measure_inversions(pipe, people=range(args.people), num_inference_steps=args.steps or 50)))
+            return 0
+        from .evaluation.base_model import measure_base_model
+
+        report = measure_base_model(pipe, num_captions=args.captions, num_inference_steps=args.steps or 30)
+        print(report.table())
+        if args.sheet:
+            import numpy as np
+            from PIL import Image
+
+            rows = [report.generated[i : i + 8] for i in range(0, min(32, len(report.generated)) // 8 * 8, 8)]
+            Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in rows])).save(args.sheet)
+        return 0
+
+    parser.set_defaults(run=run)
+
+
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (_demo, "fit an identity to a drawn face and edit it"),
+    "measure": (_measure, "measure the base model or the inversions"),
     "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),
 }
 

@@ -93,6 +93,23 @@ class FitExample:
 
 
 @dataclass(frozen=True)
+class ReferenceAttribute:
+    """A second picture whose attribute gets a token of its own, to be mixed in: "a lady with [A] makeup".
+
+    Attributes:
+        image: the picture that has it.
+        prompt: what that picture shows, without the token.
+        subject: the noun that the token stands before.
+        token: the token.
+    """
+
+    image: Any
+    prompt: str
+    subject: str
+    token: str = "[A]"
+
+
+@dataclass(frozen=True)
 class FitProgress:
     """What a step measured: the loss's two terms, and cos(e_P, e_[I]) with its sign."""
 

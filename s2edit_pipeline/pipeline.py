@@ -42,7 +42,7 @@ from .ddim_steps import NoiseSchedule, check_scheduler, noise_schedule
 from .edit_sampling import BranchRows, Confinement, sample_edits, sample_from_noise
 from .identity_adapter import IdentityAdapter, LoadedIdentities, check_base, fingerprint
 from .identity_fitting import FitExample, FitProgress, FitSettings, fit_identity_weights
-from .identity_losses import cosine
+from .identity_losses import cosine  # noqa: F401  diffusers copies only the files that this one names
 from .identity_token import initial_row, token_rows, with_tokens
 from .latent_inversion import INVERSIONS, Inversion, check_method, num_inversion_steps
 from .object_masks import mask_to_picture, record_maps, threshold_map

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import autoencoder_training, denoiser_training
@@ -54,6 +55,7 @@ def train_avatars(
 
     Raises:
         ValueError: a stage of another name.
+        FileNotFoundError: a denoiser's checkpoint without the tokenizer it was trained with.
     """
     stages = tuple(stages)
     if unknown := sorted(set(stages) - set(STAGES)):
@@ -73,8 +75,11 @@ def train_avatars(
             pixels = code.decode(z.cpu()).clamp(-1, 1).add(1).mul(127.5).round().byte()
             return pixels.permute(0, 2, 3, 1).numpy()
 
-        tokenizer = _tokenizer(folder)
-        train_denoiser(pictures, latents, tokenizer, folder, decode, num_steps=denoiser_steps, device=device, seed=seed)
+        if not any((folder / kept).exists() for kept in ("tokenizer", "denoiser.ckpt")):
+            save_tokenizer(folder / "tokenizer")
+        train_denoiser(
+            pictures, latents, _tokenizer(folder), folder, decode, num_steps=denoiser_steps, device=device, seed=seed
+        )
     if not all((folder / f"{stage}.ckpt").exists() for stage in STAGES):
         return None
     export_checkpoint(folder, folder / "model")
@@ -82,9 +87,13 @@ def train_avatars(
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer kept in ``folder``, built there when it is missing."""
+    """The tokenizer kept in ``folder``; never another, since the weights know words by their numbers."""
     kept = folder / "tokenizer"
-    return CLIPTokenizer.from_pretrained(str(kept)) if kept.exists() else save_tokenizer(kept)
+    if not kept.exists():
+        raise FileNotFoundError(
+            f"{kept} is missing; put there the tokenizer that {folder / 'denoiser.ckpt'} was trained with."
+        )
+    return CLIPTokenizer.from_pretrained(str(kept))
 
 
 def load_checkpoints(folder: str | Path) -> dict[str, Any]:
@@ -94,7 +103,7 @@ def load_checkpoints(folder: str | Path) -> dict[str, Any]:
         "vae", "text_encoder", "tokenizer", "unet" and "scheduler".
 
     Raises:
-        FileNotFoundError: a stage has written no checkpoint yet.
+        FileNotFoundError: a stage has written no checkpoint yet, or the tokenizer is missing.
     """
     folder = Path(folder)
     held = {}
@@ -162,7 +171,11 @@ def export_model(
     for key in {"dtype", "torch_dtype"} & config.keys():
         config[key] = "float32"
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-    # CLIP's own two files, for versions of transformers that don't read tokenizer.json
+    # transformers 4 knows the weights by their old names alone, and CLIP's tokenizer by its two old files;
+    # transformers 5 reads both
+    weights_file = out / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": w for name, w in load_file(weights_file).items()}
+    save_file(weights, weights_file, metadata={"format": "pt"})
     tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))
 
 
@@ -170,6 +183,6 @@ def export_checkpoint(folder: str | Path, out: str | Path) -> None:
     """Write the model as trained so far in ``folder`` to the diffusers folder ``out``.
 
     Raises:
-        FileNotFoundError: a stage has written no checkpoint yet.
+        FileNotFoundError: a stage has written no checkpoint yet, or the tokenizer is missing.
     """
     export_model(out, **load_checkpoints(folder))

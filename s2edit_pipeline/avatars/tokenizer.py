@@ -35,7 +35,12 @@ def build_tokenizer(num_captions: int = 4000, vocab_size: int = 1400) -> CLIPTok
     known = [*NOUNS, *PARTS, *_MORE_WORDS, *(v for values in NAMED_ATTRIBUTES.values() for v in values)]
     corpus += [" ".join(known)] * 50
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=byte_symbols, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocab_size,
+        initial_alphabet=byte_symbols,
+        # ties are broken by number: left alone, these are numbered in the order of a hash table, anew in each run
+        special_tokens=[symbol + "</w>" for symbol in byte_symbols],
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     learned = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]

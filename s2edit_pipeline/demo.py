@@ -1,0 +1,197 @@
+"""``s2edit demo``: a person that the model has never seen is fitted, saved, loaded and edited, in one sheet."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .evaluation.counterfactual import CounterfactualEdit
+
+DEFAULT_PERSON = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="s2edit-demo", help="folder for sheet, pictures and identity (%(default)s)")
+    parser.add_argument("--person", type=int, default=DEFAULT_PERSON, help="number of the held-out person (%(default)s)")
+    parser.add_argument("--image", help="a picture of yours, with --prompt, --subject and --edit")
+    parser.add_argument("--prompt", help="what your picture shows: 'a photo of a lady with glasses'")
+    parser.add_argument("--subject", help="the noun in it whose identity is kept: 'lady'")
+    parser.add_argument("--edit", action="append", default=[], help="a target prompt; give as many as you like")
+    parser.add_argument("--mask", help="your own mask of the subject, white inside; found by itself otherwise")
+    parser.add_argument("--model", help="a Stable Diffusion folder or Hub name; the embedded model otherwise")
+    parser.add_argument("--method", default="lora", choices=("lora", "full", "token"), help="(%(default)s)")
+    parser.add_argument("--fit-steps", type=int, help="the method's own by default")
+    parser.add_argument("--inversion", default="direct", help="direct, ddim, null_text or negative_prompt (%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="inference steps (%(default)s)")
+    parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo; returns the exit status, 2 for arguments that don't go together or can't be used."""
+    started = time.perf_counter()
+    if args.image and not (args.prompt and args.subject and args.edit):
+        print("--image needs --prompt, --subject and at least one --edit.", file=sys.stderr)
+        return 2
+    if not args.image and (args.prompt or args.subject or args.edit or args.mask):
+        print("--prompt, --subject, --edit and --mask describe a picture of yours: give --image too.", file=sys.stderr)
+        return 2
+    try:
+        _run(args, started)
+    except (ValueError, TypeError) as error:
+        print(f"s2edit demo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(args: argparse.Namespace, started: float) -> None:
+    import torch
+    from diffusers.utils import logging
+    from PIL import Image
+    from transformers.utils import logging as transformers_logging
+
+    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.disable_progress_bar()
+
+    from .avatars import load_avatars
+    from .identity_adapter import IdentityAdapter
+    from .picture_inputs import load_picture
+    from .pipeline import S2EditPipeline
+    from .prompt_alignment import insert_token
+
+    def clock() -> float:
+        return time.perf_counter() - started
+
+    graded: list[CounterfactualEdit | None]
+    if args.image:
+        picture, prompt, subject = load_picture(args.image), args.prompt, args.subject
+        targets, names, graded = list(args.edit), list(args.edit), [None] * len(args.edit)
+    else:
+        from .avatars.captions import describe
+        from .avatars.world import render, sample_person
+        from .evaluation.counterfactual import demo_edits
+
+        person = sample_person(args.person, "held_out")
+        picture, prompt, subject = render(person), describe(person).text, person.noun
+        edits = demo_edits(person)
+        targets, names, graded = [e.target_prompt for e in edits], [e.name for e in edits], list(edits)
+
+    pipe = S2EditPipeline.from_pretrained(args.model) if args.model else load_avatars()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f'"{prompt}"\n{clock():6.1f} s  model loaded')
+
+    # every target is checked before anything is fitted
+    for target in targets:
+        if subject.lower() not in target.lower():
+            raise ValueError(f"The edit {target!r} must keep the subject {subject!r}, so that [I] can stand before it.")
+    shown_mask = Image.open(args.mask).convert("L") if args.mask else pipe.preview_mask(picture, prompt, subject)
+    print(f"{clock():6.1f} s  mask found: {sum(shown_mask.histogram()[128:]) / (shown_mask.width * shown_mask.height):.0%} of the picture")
+    pipe.set_progress_bar_config(desc="fitting", leave=False)
+    identity = pipe.fit_identity(
+        picture,
+        prompt,
+        subject,
+        method=args.method,
+        mask=args.mask,
+        num_steps=args.fit_steps,
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+    identity.save_pretrained(out / "identity")
+    size = sum(f.stat().st_size for f in (out / "identity").iterdir())
+    m = identity.measures
+    print(
+        f"{clock():6.1f} s  identity fitted ({identity.settings['num_steps']} steps), saved ({size / 1e6:.2f} MB) and "
+        f"loaded back; cos(e_P, e_[I]) {m['cosine_first']:+.3f} -> {m['cosine_last']:+.3f}"
+    )
+    pipe.load_identity(IdentityAdapter.from_pretrained(out / "identity"))
+    pipe.set_progress_bar_config(desc="inverting", leave=False)
+    inversion = pipe.invert(picture, prompt, args.inversion, args.steps, guidance_scale=args.guidance)
+    print(f"{clock():6.1f} s  picture inverted ({args.inversion}, {args.steps} steps)")
+
+    pipe.set_progress_bar_config(desc="editing", leave=False)
+    report: dict[str, Any] = {"prompt": prompt, "identity": dict(m), "edits": []}
+    rows = []
+    reconstruction = None
+    for name, target, edit in zip(names, targets, graded, strict=True):
+        before = time.perf_counter()
+        result = pipe(
+            insert_token(target, subject, identity.token),
+            image=picture,
+            source_prompt=prompt,
+            inversion=inversion,
+            guidance_scale=args.guidance,
+        )
+        took = time.perf_counter() - before
+        reconstruction, edited = result.source, result.images[0]
+        edited.save(out / f"{len(rows) + 1}-{name.replace(' ', '-')[:40]}.png")
+        record: dict[str, Any] = {"name": name, "prompt": target, "seconds": round(took, 2), "at": round(clock(), 1)}
+        line = f"{clock():6.1f} s  {name}: {took:.1f} s"
+        truth = None
+        if edit is not None:
+            from .evaluation.counterfactual import grade
+
+            score, truth = grade(edit, edited), edit.truth()
+            record |= asdict(score)
+            line += (
+                f", PSNR to the truth {score.whole:.1f} dB; inside the edit {score.inside:.1f} "
+                f"(unedited {score.unedited_inside:.1f}), outside {score.outside:.1f}"
+            )
+        print(line)
+        report["edits"].append(record)
+        rows.append((name, edited, truth, result.edit_masks[0]))
+    assert reconstruction is not None
+    sheet = _sheet(prompt, picture, shown_mask, reconstruction, rows)
+    sheet.save(out / "sheet.png")
+    report["seconds"] = round(clock(), 1)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    print(f"{clock():6.1f} s  {out / 'sheet.png'}")
+
+
+def _sheet(
+    prompt: str,
+    source: Image.Image,
+    mask: Image.Image,
+    reconstruction: Image.Image,
+    rows: list[tuple[str, Image.Image, Image.Image | None, Image.Image | None]],
+) -> Image.Image:
+    """One picture: source, mask and reconstruction above; below, a column for each edit: it, the truth, its region."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell, gap, caption = 192, 8, 22
+    font = ImageFont.load_default(14)
+    has_truth = any(truth is not None for _, _, truth, _ in rows)
+    lines: list[list[tuple[str, Image.Image | None]]] = [
+        [("source", source), ("mask of [I]", mask), ("reconstruction", reconstruction)],
+        [(name, edited) for name, edited, _, _ in rows],
+    ]
+    if has_truth:
+        lines.append([("the truth", truth) for _, _, truth, _ in rows])
+    lines.append([("may change", region) for _, _, _, region in rows])
+    columns = max(len(line) for line in lines)
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, len(lines) * (cell + caption + gap) + caption + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 4), prompt, "black", font)
+    for y, line in enumerate(lines):
+        for x, (text, picture) in enumerate(line):
+            left, top = gap + x * (cell + gap), caption + gap + y * (cell + caption + gap)
+            if picture is None:
+                continue
+            shown = picture.convert("RGB")
+            shown.thumbnail((10**6, cell)) if shown.height > cell else None
+            scale = min(cell / shown.width, cell / shown.height)
+            shown = shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.LANCZOS)
+            sheet.paste(shown, (left, top + caption))
+            draw.rectangle((left - 1, top + caption - 1, left + shown.width, top + caption + shown.height), outline="#999")
+            draw.text((left, top + 3), text[:30], "black", font)
+    return sheet
