@@ -65,6 +65,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
 
     from .avatars import load_avatars
     from .identity_adapter import IdentityAdapter
+    from .latent_inversion import check_method
     from .picture_inputs import load_picture
     from .pipeline import S2EditPipeline
     from .prompt_alignment import insert_token
@@ -72,6 +73,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
     def clock() -> float:
         return time.perf_counter() - started
 
+    check_method(args.inversion)
     graded: list[CounterfactualEdit | None]
     if args.image:
         picture, prompt, subject = load_picture(args.image), args.prompt, args.subject
@@ -91,7 +93,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
     print(f'"{prompt}"\n{clock():6.1f} s  model loaded')
 
-    # every target is checked before anything is fitted
+    # before anything is fitted
     for target in targets:
         if subject.lower() not in target.lower():
             raise ValueError(f"The edit {target!r} must keep the subject {subject!r}, so that [I] can stand before it.")

@@ -45,7 +45,7 @@ def test_a_picture_of_ones_own(tmp_path: Path) -> None:
         (["--image", "there-is-none.png", "--prompt", "a man", "--subject", "man", "--edit", "a man"], "not a file"),
         (["--image", "x.png"], "--prompt"),
         (["--prompt", "a man"], "--image"),
-        (["--inversion", "nonsense", "--fit-steps", "1"], "unknown"),
+        (["--inversion", "nonsense"], "unknown"),
     ],
 )
 def test_arguments_that_cannot_be_used(
@@ -55,7 +55,9 @@ def test_arguments_that_cannot_be_used(
     assert said in capsys.readouterr().err
 
 
-def test_an_edit_without_the_subject_is_refused_before_the_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_edit_without_the_subject_is_refused_before_the_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     render(sample_person(9, "held_out")).save(tmp_path / "mine.png")
     command = ["demo", "--out", str(tmp_path / "out"), "--image", str(tmp_path / "mine.png"), "--subject", "man"]
     assert cli.main([*command, "--prompt", "a photo of a man", "--edit", "a photo of a lady"]) == 2

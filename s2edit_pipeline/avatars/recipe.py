@@ -27,6 +27,7 @@ from .training import Checkpoint
 
 STAGES = ("autoencoder", "denoiser")
 _VALIDATION_FIRST, _VALIDATION_COUNT = 100_000, 60
+_CHUNK = 500  # pictures encoded at a time: as floats they are four times as large
 
 
 def train_avatars(
@@ -68,7 +69,7 @@ def train_avatars(
         train_autoencoder(pictures, validation, folder, num_steps=autoencoder_steps, device=device, seed=seed)
     if "denoiser" in stages:
         code = fit_linear_code(pictures.images[:2000])
-        chunks = np.array_split(pictures.images, max(1, num_pictures // 500))
+        chunks = [pictures.images[i : i + _CHUNK] for i in range(0, num_pictures, _CHUNK)]
         latents = torch.cat([code.encode(to_tensor(chunk)) for chunk in chunks])
 
         def decode(z: torch.Tensor) -> np.ndarray:

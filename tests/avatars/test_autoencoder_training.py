@@ -18,6 +18,7 @@ from s2edit_pipeline.avatars.autoencoder_training import (
     train_autoencoder,
     trained_parameters,
 )
+from s2edit_pipeline.avatars.dataset import PictureSet
 from s2edit_pipeline.avatars.world import IMAGE_SIZE
 
 CELLS = IMAGE_SIZE // PATCH
@@ -151,8 +152,9 @@ def test_the_encoder_is_the_linear_code(pictures, code, latents):
 
 
 def _train(pictures, folder, **more):
-    settings = {"num_steps": 4, "whole_picture_steps": 1, "batch_size": 2, **more}
-    return train_autoencoder(pictures, pictures, folder, **settings)
+    settings = {"num_steps": 3, "whole_picture_steps": 1, "batch_size": 2, **more}
+    validation = PictureSet(pictures.people[:2], pictures.images[:2], None)
+    return train_autoencoder(pictures, validation, folder, **settings)
 
 
 def test_the_first_step_follows_the_gradient_of_mse_and_a_fifth_of_l1(pictures, code, tmp_path):
@@ -182,19 +184,20 @@ def test_the_first_step_follows_the_gradient_of_mse_and_a_fifth_of_l1(pictures, 
 
 
 def test_a_few_steps_make_it_better(pictures, tmp_path):
-    before = train_autoencoder(pictures, pictures, tmp_path / "none", num_steps=0)
-    after = _train(pictures, tmp_path, num_steps=12, whole_picture_steps=0)
-    scores = [mean_psnr(pictures.images, reconstruct(vae, pictures.images)) for vae in (before, after)]
+    before = _train(pictures, tmp_path / "none", num_steps=0)
+    after = _train(pictures, tmp_path, num_steps=10, whole_picture_steps=0)
+    shown = pictures.images[:2]
+    scores = [mean_psnr(shown, reconstruct(vae, shown)) for vae in (before, after)]
     assert scores[1] > scores[0] + 2
     records = [json.loads(line) for line in (tmp_path / "autoencoder.jsonl").read_text().splitlines()]
-    assert records[-1]["step"] == 12 and records[-1]["psnr"] == pytest.approx(scores[1], abs=1e-6)
+    assert records[-1]["step"] == 10 and records[-1]["psnr"] == pytest.approx(scores[1], abs=1e-3)
     encoders = [vae.encoder.state_dict() for vae in (before, after)]
     assert all(torch.equal(held, encoders[1][name]) for name, held in encoders[0].items())
 
 
 def test_going_on_gives_the_same_as_going_through(pictures, tmp_path):
     whole = _train(pictures, tmp_path / "whole")
-    _train(pictures, tmp_path / "parts", stop_at=2)
+    _train(pictures, tmp_path / "parts", stop_at=1)
     parts = _train(pictures, tmp_path / "parts")
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, parts.state_dict()[name]), name

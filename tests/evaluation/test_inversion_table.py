@@ -22,7 +22,9 @@ def test_seen_as_the_other_prediction_is_the_same_model() -> None:
             assert pipe.scheduler.config.prediction_type == "epsilon"
             epsilon = pipe.unet(x, t, encoder_hidden_states=context).sample
     for mine, theirs in zip(
-        split_prediction(v, x, alpha_bar, "v_prediction"), split_prediction(epsilon, x, alpha_bar, "epsilon"), strict=True
+        split_prediction(v, x, alpha_bar, "v_prediction"),
+        split_prediction(epsilon, x, alpha_bar, "epsilon"),
+        strict=True,
     ):
         torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=2e-4)
     assert pipe.scheduler is scheduler and not pipe.unet._forward_hooks

@@ -1,0 +1,1 @@
+"""Measuring: metrics, the classifier, the tables."""

@@ -1,0 +1,59 @@
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import s2edit_pipeline
+from s2edit_pipeline.avatars import recipe
+from s2edit_pipeline.cli import main
+
+
+def test_train_avatars_passes_its_options_on(monkeypatch, capsys):
+    calls = []
+
+    def train(folder, **settings):
+        calls.append((folder, settings))
+        return Path(folder) / "model"
+
+    monkeypatch.setattr(recipe, "train_avatars", train)
+    options = "--pictures 7 --autoencoder-steps 5 --denoiser-steps 3 --device cpu --seed 2".split()
+    assert main(["train-avatars", "--out", "here", *options]) == 0
+    assert main(["train-avatars", "--out", "here"]) == 0
+    given = {"num_pictures": 7, "autoencoder_steps": 5, "denoiser_steps": 3, "device": "cpu", "seed": 2}
+    plain = {"num_pictures": 16000, "autoencoder_steps": 2400, "denoiser_steps": 3800, "device": None, "seed": 0}
+    assert calls == [("here", given), ("here", plain)]
+    assert str(Path("here") / "model") in capsys.readouterr().out
+
+
+def test_demo_is_its_own_module(monkeypatch):
+    demo = types.ModuleType("s2edit_pipeline.demo")
+    demo.add_arguments = lambda parser: parser.add_argument("--steps", type=int)
+    demo.run = lambda args: args.steps
+    monkeypatch.setitem(sys.modules, "s2edit_pipeline.demo", demo)
+    monkeypatch.setattr(s2edit_pipeline, "demo", demo, raising=False)
+    assert main(["demo", "--steps", "3"]) == 3
+
+
+@pytest.mark.parametrize(("argv", "status"), [(["--help"], 0), (["train-avatars", "--help"], 0), ([], 2), (["x"], 2)])
+def test_help_and_mistakes_name_the_commands(argv, status, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == status
+    shown = "".join(capsys.readouterr())
+    assert "--out" in shown if "train-avatars" in argv else "demo" in shown or "command" in shown
+
+
+def test_train_avatars_needs_a_folder(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train-avatars"])
+    assert exit.value.code == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_arguments_are_taken_from_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["s2edit", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    shown = capsys.readouterr().out
+    assert "usage: s2edit" in shown and "train-avatars" in shown
