@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from .pipeline_output import S2EditPipelineOutput
 
 __version__ = "0.1.0"
-__all__ = ["IdentityAdapter", "Inversion", "ReferenceAttribute", "S2EditPipeline", "S2EditPipelineOutput", "load_avatars"]
+__all__ = [
+    "IdentityAdapter",
+    "Inversion",
+    "ReferenceAttribute",
+    "S2EditPipeline",
+    "S2EditPipelineOutput",
+    "load_avatars",
+]
 
 _WHERE = {
     "IdentityAdapter": "identity_adapter",

@@ -20,7 +20,9 @@ DEFAULT_PERSON = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="s2edit-demo", help="folder for sheet, pictures and identity (%(default)s)")
-    parser.add_argument("--person", type=int, default=DEFAULT_PERSON, help="number of the held-out person (%(default)s)")
+    parser.add_argument(
+        "--person", type=int, default=DEFAULT_PERSON, help="number of the held-out person (%(default)s)"
+    )
     parser.add_argument("--image", help="a picture of yours, with --prompt, --subject and --edit")
     parser.add_argument("--prompt", help="what your picture shows: 'a photo of a lady with glasses'")
     parser.add_argument("--subject", help="the noun in it whose identity is kept: 'lady'")
@@ -29,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a Stable Diffusion folder or Hub name; the embedded model otherwise")
     parser.add_argument("--method", default="lora", choices=("lora", "full", "token"), help="(%(default)s)")
     parser.add_argument("--fit-steps", type=int, help="the method's own by default")
-    parser.add_argument("--inversion", default="direct", help="direct, ddim, null_text or negative_prompt (%(default)s)")
+    parser.add_argument(
+        "--inversion", default="direct", help="direct, ddim, null_text or negative_prompt (%(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=50, help="inference steps (%(default)s)")
     parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -98,7 +102,8 @@ def _run(args: argparse.Namespace, started: float) -> None:
         if subject.lower() not in target.lower():
             raise ValueError(f"The edit {target!r} must keep the subject {subject!r}, so that [I] can stand before it.")
     shown_mask = Image.open(args.mask).convert("L") if args.mask else pipe.preview_mask(picture, prompt, subject)
-    print(f"{clock():6.1f} s  mask found: {sum(shown_mask.histogram()[128:]) / (shown_mask.width * shown_mask.height):.0%} of the picture")
+    share = sum(shown_mask.histogram()[128:]) / (shown_mask.width * shown_mask.height)
+    print(f"{clock():6.1f} s  mask found: {share:.0%} of the picture")
     pipe.set_progress_bar_config(desc="fitting", leave=False)
     identity = pipe.fit_identity(
         picture,
@@ -123,11 +128,11 @@ def _run(args: argparse.Namespace, started: float) -> None:
 
     pipe.set_progress_bar_config(desc="editing", leave=False)
     report: dict[str, Any] = {"prompt": prompt, "identity": dict(m), "edits": []}
-    rows = []
+    rows: list[tuple[str, Image.Image, Image.Image | None, Image.Image | None]] = []
     reconstruction = None
     for name, target, edit in zip(names, targets, graded, strict=True):
         before = time.perf_counter()
-        result = pipe(
+        result: Any = pipe(
             insert_token(target, subject, identity.token),
             image=picture,
             source_prompt=prompt,
@@ -181,7 +186,9 @@ def _sheet(
         lines.append([("the truth", truth) for _, _, truth, _ in rows])
     lines.append([("may change", region) for _, _, _, region in rows])
     columns = max(len(line) for line in lines)
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, len(lines) * (cell + caption + gap) + caption + gap), "white")
+    sheet = Image.new(
+        "RGB", (columns * (cell + gap) + gap, len(lines) * (cell + caption + gap) + caption + gap), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 4), prompt, "black", font)
     for y, line in enumerate(lines):
@@ -194,6 +201,8 @@ def _sheet(
             scale = min(cell / shown.width, cell / shown.height)
             shown = shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.LANCZOS)
             sheet.paste(shown, (left, top + caption))
-            draw.rectangle((left - 1, top + caption - 1, left + shown.width, top + caption + shown.height), outline="#999")
+            draw.rectangle(
+                (left - 1, top + caption - 1, left + shown.width, top + caption + shown.height), outline="#999"
+            )
             draw.text((left, top + 3), text[:30], "black", font)
     return sheet

@@ -153,7 +153,8 @@ def sample_from_noise(
     x = latents
     for step, k in enumerate(range(schedule.num_steps, 0, -1)):
         output = denoise(torch.cat([x, x]), k, torch.cat([negative_embeds, prompt_embeds]))
-        output = guided(*output.chunk(2), guidance_scale)
+        unconditional, conditional = output.chunk(2)
+        output = guided(unconditional, conditional, guidance_scale)
         x = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], schedule.prediction_type)
         try:
             replaced = on_step(step, k, x)

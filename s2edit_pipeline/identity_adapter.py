@@ -180,7 +180,7 @@ class IdentityAdapter:
                     name,
                     revision=revision,
                     token=token,
-                    cache_dir=cache_dir,
+                    cache_dir=None if cache_dir is None else str(cache_dir),
                     local_files_only=local_files_only,
                     allow_patterns=[CONFIG_FILE, LORA_FILE, TOKEN_FILE, FULL_FILE, MASK_FILE],
                 )
@@ -272,7 +272,7 @@ def check_base(adapter: IdentityAdapter, components: Mapping[str, nn.Module]) ->
         if len(wanted) != len(found) or not np.allclose(wanted, found, rtol=0.02, atol=1e-3):
             raise ValueError(
                 f"The identity {adapter.token!r} was fitted to {adapter.base_model or 'another base model'!r}, whose "
-                f"{name} has other weights than this pipeline's. Load that model, or fit the identity again with this one."
+                f"{name} has other weights than this pipeline's. Load that model, or fit the identity again here."
             )
 
 
@@ -306,7 +306,8 @@ class LoadedIdentities:
                     ) from None
                 if held.shape != difference.shape:
                     raise ValueError(
-                        f"The identity's {component}.{name} is {tuple(difference.shape)}; the model's is {tuple(held.shape)}."
+                        f"The identity's {component}.{name} is {tuple(difference.shape)}; "
+                        f"the model's is {tuple(held.shape)}."
                     )
         self._lift(components)
         self.adapters[adapter.token] = (adapter, scale)

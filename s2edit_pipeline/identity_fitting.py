@@ -9,7 +9,9 @@ from typing import Any
 
 import peft
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextModel
 
 from .attention_control import SpatialControl, attention_control
 from .ddim_steps import add_noise, training_target
@@ -224,8 +226,8 @@ def _no_weights() -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
 
 
 def fit_identity_weights(
-    unet: nn.Module,
-    text_encoder: nn.Module,
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
     alphas_cumprod: torch.Tensor,
     prediction_type: str,
     example: FitExample,
@@ -246,7 +248,7 @@ def fit_identity_weights(
     Raises:
         FloatingPointError: the loss is no number any more; the message names the step.
     """
-    components = {"unet": unet, "text_encoder": text_encoder}
+    components: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
     device = example.latents.device
     num_train, (height, width) = len(alphas_cumprod), example.latents.shape[-2:]
     seed = int(torch.randint(2**31, (1,), generator=generator))

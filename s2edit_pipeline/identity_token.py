@@ -47,7 +47,7 @@ def with_tokens(tokenizer: Any, tokens: list[str]) -> Any:
     return extended
 
 
-def embedding_table(text_encoder: nn.Module) -> nn.Embedding:
+def embedding_table(text_encoder: Any) -> nn.Embedding:
     """The token embedding of ``text_encoder``."""
     table = text_encoder.get_input_embeddings()
     assert isinstance(table, nn.Embedding)

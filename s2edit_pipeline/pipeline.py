@@ -4,11 +4,10 @@ S2Edit: Text-Guided Image Editing with Precise Semantic and Spatial Control (202
 beside this one; here they are put in order.
 """
 
-from __future__ import annotations
-
+# no `from __future__ import annotations` here: diffusers' from_pipe reads the types of __init__'s parameters
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -82,6 +81,7 @@ class S2EditPipeline(
     _optional_components = ["safety_checker", "feature_extractor", "image_encoder"]  # noqa: RUF012 (diffusers' form)
     _exclude_from_cpu_offload = ["safety_checker"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+    tokenizer: Any
 
     def __init__(
         self,
@@ -110,6 +110,7 @@ class S2EditPipeline(
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         self._loaded = LoadedIdentities()
+        self._plain_tokenizer: Any = None
         self._interrupt = False
 
     # -------------------------------------------------------------------- what callbacks read and set
@@ -186,7 +187,7 @@ class S2EditPipeline(
             encoded = self.text_encoder(ids, output_hidden_states=clip_skip is not None)
             if clip_skip is None:
                 return encoded.last_hidden_state
-            text_model = getattr(self.text_encoder, "text_model", self.text_encoder)
+            text_model: Any = getattr(self.text_encoder, "text_model", self.text_encoder)  # transformers 4 nests it
             return text_model.final_layer_norm(encoded.hidden_states[-(clip_skip + 1)])
 
     @contextmanager
@@ -575,7 +576,12 @@ class S2EditPipeline(
         picture = load_picture(image)
         size = self._working_size(picture, height, width)
         with self._with_identity(identity):
-            fitting = [t for t, (a, _) in self._loaded.adapters.items() if a.subject in split_words(prompt)]
+            words = f" {' '.join(split_words(prompt))} "
+            fitting = [
+                token
+                for token, (adapter, _) in self._loaded.adapters.items()
+                if f" {' '.join(split_words(adapter.subject))} " in words
+            ]
             prompt = self._source_prompt(prompt, fitting)
             tokens = self._tokenize(prompt)
             latents = self._encode_picture(picture, *size)
@@ -751,7 +757,7 @@ class S2EditPipeline(
                 raise StopIteration
             return result
 
-        with self._with_identity(identity), ExitStack():
+        with self._with_identity(identity):
             if image is None and not hasattr(inversion, "trajectory"):
                 output = self._draw(
                     prompt, num_inference_steps, guidance_scale, generator, call_back, negative_prompt,
@@ -759,8 +765,8 @@ class S2EditPipeline(
                     output_type,
                 )  # fmt: skip
             else:
-                for name, value in (("prompt_embeds", prompt_embeds), ("latents", latents)):
-                    if value is not None:
+                for name, given in (("prompt_embeds", prompt_embeds), ("latents", latents)):
+                    if given is not None:
                         raise ValueError(f"{name} can't be combined with image: the edit is made from the words.")
                 if num_images_per_prompt != 1:
                     raise ValueError("num_images_per_prompt: an edit is deterministic, a second one would be the same.")
@@ -800,7 +806,7 @@ class S2EditPipeline(
         clip_skip: int | None,
         output_type: str,
     ) -> S2EditPipelineOutput:
-        """Draw from noise; a loaded identity's mask applies where it was fitted at the same shape."""
+        """Draw from noise; a loaded identity's mask applies here too: it stays where it was in its picture."""
         schedule = noise_schedule(self.scheduler, 50 if num_inference_steps is None else num_inference_steps)
         prompts: list[TokenizedPrompt | None]
         if prompt_embeds is None:
@@ -880,10 +886,11 @@ class S2EditPipeline(
             raise ValueError("Pass the target prompt: pipe('a photo of a [I] lady', image=image, source_prompt=...).")
         for text in prompts:
             self._check_prompt(text, "prompt")
-        present = self._tokens_in(prompts)
+        inverted_prompt = str(getattr(inversion, "prompt", ""))
+        present = self._tokens_in([*prompts, inverted_prompt])
         if source_prompt is None:
             named = [
-                hasattr(inversion, "prompt") and inversion.prompt,
+                inverted_prompt,
                 *(self._loaded.adapters[t][0].source_prompt for t in present),
             ]
             source_prompt = next((text for text in named if text), None)
@@ -895,7 +902,9 @@ class S2EditPipeline(
         alignments = [align_prompts(source, target, edit) for target in targets]
         weights = [_reweighting(target, reweight) for target in targets]
         picture = None if image is None else load_picture(image)
+        latent_size: tuple[int, int]
         if inversion is None or isinstance(inversion, str):
+            assert picture is not None  # else it would have been drawn from noise
             method = inversion or "direct"
             check_method(method)
             schedule = noise_schedule(self.scheduler, 50 if num_inference_steps is None else num_inference_steps)
@@ -904,7 +913,7 @@ class S2EditPipeline(
         else:
             self._check_inversion(inversion, source_prompt, num_inference_steps, guidance_scale)
             schedule = noise_schedule(self.scheduler, inversion.num_inference_steps)
-            latent_size = tuple(inversion.trajectory.shape[-2:])
+            latent_size = (inversion.trajectory.shape[-2], inversion.trajectory.shape[-1])
         cross_until = [_replace_until(target, cross_replace_steps, schedule.num_steps) for target in targets]
         region = None
         if edit_mask is not None:
@@ -932,13 +941,16 @@ class S2EditPipeline(
             confinements.append(Confinement(looks[0], looks[1], region, blend_threshold, CONFINE_FROM))
 
         if inversion is None or isinstance(inversion, str):
+            assert picture is not None
             found = self._encode_picture(picture, *size)
             inversion = self._invert(found, source, method, schedule, guidance_scale, negative_prompt, clip_skip)
         negative = self._encode_prompt(self._tokenize(negative_prompt), clip_skip)
         source_embeds = self._encode_prompt(source, clip_skip)
         target_embeds = torch.cat([self._encode_prompt(t, clip_skip) for t in targets])
         rows = BranchRows(len(targets), source_unconditional=not inversion.pinned)
-        plain = [None] * (len(targets) + int(rows.source_unconditional))
+        # negative-prompt inversion asks the unconditional branch with the source's words, [I] among them
+        unconditional = source if inversion.method == "negative_prompt" else None
+        plain = [unconditional] * (len(targets) + int(rows.source_unconditional))
         prompt_to_prompt = PromptToPrompt(
             source_row=0,
             target_rows=rows.conditional_rows,

@@ -203,7 +203,10 @@ def align_prompts(source: TokenizedPrompt, target: TokenizedPrompt, edit: str = 
 
 
 _FUNCTION_WORDS = frozenset(
-    "a an the and or with without of in on at by to from for as is are has have his her its their this that some no not".split()
+    (
+        "a an the and or with without of in on at by to from for as is are has have his her its their this that "
+        "some no not"
+    ).split()
 )
 
 
