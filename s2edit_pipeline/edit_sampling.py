@@ -88,6 +88,7 @@ def sample_edits(
     target_embeds: torch.Tensor,
     negative_embeds: torch.Tensor,
     guidance_scale: float,
+    guidance_rescale: float,
     prompt_to_prompt: PromptToPrompt,
     recorder: MapRecorder,
     confinements: Sequence[Confinement | None],
@@ -97,6 +98,7 @@ def sample_edits(
 
     Args:
         source_embeds: (1, L, D); target_embeds: (n, L, D); negative_embeds: (1, L, D).
+        guidance_rescale: of the targets' branches; the source's comes back by plain guidance.
         confinements: one for each target; None lets it change everywhere.
         on_step: called with (step, noise level, target latents) after each; may return other latents, and
             stops the edit by raising ``StopIteration``.
@@ -117,7 +119,7 @@ def sample_edits(
         output = denoise(latents, k, embeds)
 
         a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
-        target_output = guided(output[rows.unconditional], output[rows.conditional], guidance_scale)
+        target_output = guided(output[rows.unconditional], output[rows.conditional], guidance_scale, guidance_rescale)
         x = ddim_move(x, target_output, a, a_next, schedule.prediction_type)
         if inversion.pinned:
             source = inversion.trajectory[k - 1 : k].to(x)
@@ -147,6 +149,7 @@ def sample_from_noise(
     prompt_embeds: torch.Tensor,
     negative_embeds: torch.Tensor,
     guidance_scale: float,
+    guidance_rescale: float,
     on_step: Callable[[int, int, torch.Tensor], torch.Tensor | None],
 ) -> torch.Tensor:
     """Guided DDIM sampling of ``latents`` (B, C, h, w) under ``prompt_embeds`` (B, L, D)."""
@@ -154,7 +157,7 @@ def sample_from_noise(
     for step, k in enumerate(range(schedule.num_steps, 0, -1)):
         output = denoise(torch.cat([x, x]), k, torch.cat([negative_embeds, prompt_embeds]))
         unconditional, conditional = output.chunk(2)
-        output = guided(unconditional, conditional, guidance_scale)
+        output = guided(unconditional, conditional, guidance_scale, guidance_rescale)
         x = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], schedule.prediction_type)
         try:
             replaced = on_step(step, k, x)

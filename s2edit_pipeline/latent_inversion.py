@@ -50,9 +50,20 @@ class Inversion:
         return self.method == "direct"
 
 
-def guided(unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans 2021), in the form diffusers uses."""
-    return unconditional + guidance_scale * (conditional - unconditional)
+def guided(
+    unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0
+) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans 2021), in the form diffusers uses, (B, C, h, w).
+
+    ``guidance_rescale`` brings the result's deviation that far back to the conditional's (Lin et al. 2024,
+    section 3.4): guidance stretches it, which burns colours.
+    """
+    output = unconditional + guidance_scale * (conditional - unconditional)
+    if guidance_rescale == 0:
+        return output
+    axes = list(range(1, output.ndim))
+    matched = output * (conditional.std(axes, keepdim=True) / output.std(axes, keepdim=True))
+    return torch.lerp(output, matched, guidance_rescale)
 
 
 @torch.no_grad()

@@ -688,6 +688,7 @@ class S2EditPipeline(
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         edit: str = "auto",
         blend_threshold: float = EDIT_THRESHOLD,
+        guidance_rescale: float = 0.0,
         negative_prompt: str | None = None,
         num_images_per_prompt: int = 1,
         prompt_embeds: torch.Tensor | None = None,
@@ -709,6 +710,7 @@ class S2EditPipeline(
             inversion: what :meth:`invert` returned, or a method's name; None is "direct".
             num_inference_steps: 50, or the inversion's own.
             guidance_scale: 3.5 to 5.5 are S2Edit's.
+            guidance_rescale: from 0 to 1, against colours burnt by guidance (Lin et al. 2024).
             cross_replace_steps: share of the steps in which words common to both prompts keep the source's
                 cross-attention; or ``{"word": share, "default_": share}``.
             self_replace_steps: share of the steps in which the self-attention at 1/16 of the picture's side and
@@ -742,7 +744,11 @@ class S2EditPipeline(
                 raise ValueError(f"{name!r} can't be handed to callbacks; choose from {self._callback_tensor_inputs}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'.")
-        for name, value in (("self_replace_steps", self_replace_steps), ("blend_threshold", blend_threshold)):
+        for name, value in (
+            ("self_replace_steps", self_replace_steps),
+            ("blend_threshold", blend_threshold),
+            ("guidance_rescale", guidance_rescale),
+        ):
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be from 0 to 1, not {value!r}.")
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -760,7 +766,7 @@ class S2EditPipeline(
         with self._with_identity(identity):
             if image is None and not hasattr(inversion, "trajectory"):
                 output = self._draw(
-                    prompt, num_inference_steps, guidance_scale, generator, call_back, negative_prompt,
+                    prompt, num_inference_steps, guidance_scale, guidance_rescale, generator, call_back, negative_prompt,
                     num_images_per_prompt, prompt_embeds, negative_prompt_embeds, latents, height, width, clip_skip,
                     output_type,
                 )  # fmt: skip
@@ -771,8 +777,8 @@ class S2EditPipeline(
                 if num_images_per_prompt != 1:
                     raise ValueError("num_images_per_prompt: an edit is deterministic, a second one would be the same.")
                 output = self._edit(
-                    prompt, image, source_prompt, inversion, num_inference_steps, guidance_scale, cross_replace_steps,
-                    self_replace_steps, reweight, blend_words, edit_mask, call_back, edit, blend_threshold,
+                    prompt, image, source_prompt, inversion, num_inference_steps, guidance_scale, guidance_rescale,
+                    cross_replace_steps, self_replace_steps, reweight, blend_words, edit_mask, call_back, edit, blend_threshold,
                     negative_prompt or "", height, width, clip_skip, return_attention_maps, output_type,
                 )  # fmt: skip
         self.maybe_free_model_hooks()
@@ -794,6 +800,7 @@ class S2EditPipeline(
         prompt: str | list[str] | None,
         num_inference_steps: int | None,
         guidance_scale: float,
+        guidance_rescale: float,
         generator: torch.Generator | list[torch.Generator] | None,
         call_back: Callable[[int, int, dict[str, torch.Tensor]], torch.Tensor | None],
         negative_prompt: str | None,
@@ -853,6 +860,7 @@ class S2EditPipeline(
                 conditional,
                 negative,
                 guidance_scale,
+                guidance_rescale,
                 on_step,
             )
         images, flagged = self._finish(final, output_type)
@@ -866,6 +874,7 @@ class S2EditPipeline(
         inversion: Inversion | str | None,
         num_inference_steps: int | None,
         guidance_scale: float,
+        guidance_rescale: float,
         cross_replace_steps: float | Mapping[str, float],
         self_replace_steps: float,
         reweight: Mapping[str, float] | None,
@@ -976,7 +985,7 @@ class S2EditPipeline(
 
             edited = sample_edits(
                 self._denoiser(schedule), schedule, inversion, source_embeds, target_embeds, negative, guidance_scale,
-                prompt_to_prompt, recorder, confinements, on_step,
+                guidance_rescale, prompt_to_prompt, recorder, confinements, on_step,
             )  # fmt: skip
         images, flagged = self._finish(edited.targets, output_type)
         decoded, _ = self._finish(edited.source, output_type)
