@@ -38,7 +38,8 @@ from .attention_control import (
     mask_at,
 )
 from .ddim_steps import NoiseSchedule, check_scheduler, noise_schedule
-from .edit_sampling import BranchRows, Confinement, sample_edits, sample_from_noise
+from .edit_plan import plan_edits
+from .edit_sampling import BranchRows, sample_edits, sample_from_noise
 from .identity_adapter import IdentityAdapter, LoadedIdentities, check_base, fingerprint
 from .identity_fitting import FitExample, FitProgress, FitSettings, fit_identity_weights
 from .identity_losses import cosine  # noqa: F401  diffusers copies only the files that this one names
@@ -47,7 +48,7 @@ from .latent_inversion import INVERSIONS, Inversion, check_method, num_inversion
 from .object_masks import mask_to_picture, record_maps, threshold_map
 from .picture_inputs import load_mask, load_picture, picture_to_tensor, working_size
 from .pipeline_output import S2EditPipelineOutput
-from .prompt_alignment import TokenizedPrompt, align_prompts, content_words, insert_token, split_words, tokenize
+from .prompt_alignment import TokenizedPrompt, insert_token, split_words, tokenize
 
 MASK_LEVELS = (0.2, 0.35, 0.5, 0.65)
 """Where the object is looked for: shares of the way from the picture to noise."""
@@ -766,8 +767,8 @@ class S2EditPipeline(
         with self._with_identity(identity):
             if image is None and not hasattr(inversion, "trajectory"):
                 output = self._draw(
-                    prompt, num_inference_steps, guidance_scale, guidance_rescale, generator, call_back, negative_prompt,
-                    num_images_per_prompt, prompt_embeds, negative_prompt_embeds, latents, height, width, clip_skip,
+                    prompt, num_inference_steps, guidance_scale, guidance_rescale, generator, call_back,
+                    negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds, latents, height, width, clip_skip,
                     output_type,
                 )  # fmt: skip
             else:
@@ -778,8 +779,8 @@ class S2EditPipeline(
                     raise ValueError("num_images_per_prompt: an edit is deterministic, a second one would be the same.")
                 output = self._edit(
                     prompt, image, source_prompt, inversion, num_inference_steps, guidance_scale, guidance_rescale,
-                    cross_replace_steps, self_replace_steps, reweight, blend_words, edit_mask, call_back, edit, blend_threshold,
-                    negative_prompt or "", height, width, clip_skip, return_attention_maps, output_type,
+                    cross_replace_steps, self_replace_steps, reweight, blend_words, edit_mask, call_back, edit,
+                    blend_threshold, negative_prompt or "", height, width, clip_skip, return_attention_maps, output_type,
                 )  # fmt: skip
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
@@ -908,8 +909,6 @@ class S2EditPipeline(
         self._check_prompt(source_prompt, "source_prompt")
         source_prompt = self._source_prompt(source_prompt, present)
         source, targets = self._tokenize(source_prompt), [self._tokenize(text) for text in prompts]
-        alignments = [align_prompts(source, target, edit) for target in targets]
-        weights = [_reweighting(target, reweight) for target in targets]
         picture = None if image is None else load_picture(image)
         latent_size: tuple[int, int]
         if inversion is None or isinstance(inversion, str):
@@ -923,7 +922,6 @@ class S2EditPipeline(
             self._check_inversion(inversion, source_prompt, num_inference_steps, guidance_scale)
             schedule = noise_schedule(self.scheduler, inversion.num_inference_steps)
             latent_size = (inversion.trajectory.shape[-2], inversion.trajectory.shape[-1])
-        cross_until = [_replace_until(target, cross_replace_steps, schedule.num_steps) for target in targets]
         region = None
         if edit_mask is not None:
             shape = (latent_size[1] * self.vae_scale_factor, latent_size[0] * self.vae_scale_factor)
@@ -931,23 +929,18 @@ class S2EditPipeline(
                 load_mask(edit_mask, shape if picture is None else picture.size, "edit_mask"), *latent_size
             )
             region = region.to(self._execution_device)
-        confinements: list[Confinement | None] = []
-        for target, weight, alignment in zip(targets, weights, alignments, strict=True):
-            if blend_words is False and region is None:
-                confinements.append(None)
-                continue
-            if isinstance(blend_words, (list, tuple)):
-                looks = [tuple(_occurrences(p, blend_words)) for p in (source, target)]
-                if not any(looks):
-                    raise ValueError(
-                        f"blend_words={list(blend_words)!r}: none of them is in the source or target prompt."
-                    )
-            else:
-                changed = set(alignment.changed_target)
-                if weight is not None:
-                    changed |= {t for t in range(len(weight)) if weight[t] != 1}
-                looks = [content_words(source, set(alignment.changed_source)), content_words(target, changed)]
-            confinements.append(Confinement(looks[0], looks[1], region, blend_threshold, CONFINE_FROM))
+        plans = plan_edits(
+            source,
+            targets,
+            num_steps=schedule.num_steps,
+            edit=edit,
+            cross_replace_steps=cross_replace_steps,
+            reweight=reweight,
+            blend_words=blend_words,
+            region=region,
+            blend_threshold=blend_threshold,
+            confine_from=CONFINE_FROM,
+        )
 
         if inversion is None or isinstance(inversion, str):
             assert picture is not None
@@ -963,10 +956,10 @@ class S2EditPipeline(
         prompt_to_prompt = PromptToPrompt(
             source_row=0,
             target_rows=rows.conditional_rows,
-            alignments=alignments,
-            cross_until=cross_until,
+            alignments=[plan.alignment for plan in plans],
+            cross_until=[plan.cross_until for plan in plans],
             self_until=round(self_replace_steps * schedule.num_steps),
-            weights=weights,
+            weights=[plan.weights for plan in plans],
             max_self_queries=self._map_queries(*latent_size),
         )
         recorder = MapRecorder(self._map_queries(*latent_size))
@@ -985,7 +978,7 @@ class S2EditPipeline(
 
             edited = sample_edits(
                 self._denoiser(schedule), schedule, inversion, source_embeds, target_embeds, negative, guidance_scale,
-                guidance_rescale, prompt_to_prompt, recorder, confinements, on_step,
+                guidance_rescale, prompt_to_prompt, recorder, [plan.confinement for plan in plans], on_step,
             )  # fmt: skip
         images, flagged = self._finish(edited.targets, output_type)
         decoded, _ = self._finish(edited.source, output_type)
@@ -1018,40 +1011,6 @@ class _ByPrompt:
 
     def __call__(self, probs: torch.Tensor, site: Any) -> torch.Tensor:
         return self.controls[self.is_source](probs, site)
-
-
-def _occurrences(prompt: TokenizedPrompt, words: Sequence[str]) -> list[tuple[int, ...]]:
-    found = []
-    for word in words:
-        try:
-            found.append(prompt.find(word))
-        except ValueError:
-            continue  # it may be in the other prompt
-    return found
-
-
-def _reweighting(prompt: TokenizedPrompt, reweight: Mapping[str, float] | None) -> torch.Tensor | None:
-    if not reweight:
-        return None
-    weights = torch.ones(prompt.input_ids.shape[1])
-    for word, factor in reweight.items():
-        if not isinstance(factor, (int, float)) or not np.isfinite(factor):
-            raise ValueError(f"reweight[{word!r}] must be a number, not {factor!r}.")
-        weights[list(prompt.find(word))] = float(factor)
-    return weights
-
-
-def _replace_until(prompt: TokenizedPrompt, share: float | Mapping[str, float], num_steps: int) -> torch.Tensor:
-    """(L,): for each token the step up to which its map is the source's."""
-    shares = share if isinstance(share, Mapping) else {"default_": share}
-    for word, value in shares.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"cross_replace_steps must be from 0 to 1, not {value!r} (for {word!r}).")
-    until = torch.full((prompt.input_ids.shape[1],), float(shares.get("default_", 0.4)))
-    for word, value in shares.items():
-        if word != "default_":
-            until[list(prompt.find(word))] = float(value)
-    return (until * num_steps).round()
 
 
 def _map_picture(attention: torch.Tensor, size: tuple[int, int]) -> PIL.Image.Image:
