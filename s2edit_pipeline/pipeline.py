@@ -768,8 +768,8 @@ class S2EditPipeline(
             if image is None and not hasattr(inversion, "trajectory"):
                 output = self._draw(
                     prompt, num_inference_steps, guidance_scale, guidance_rescale, generator, call_back,
-                    negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds, latents, height, width, clip_skip,
-                    output_type,
+                    negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds, latents, height, width,
+                    clip_skip, output_type,
                 )  # fmt: skip
             else:
                 for name, given in (("prompt_embeds", prompt_embeds), ("latents", latents)):
@@ -780,7 +780,8 @@ class S2EditPipeline(
                 output = self._edit(
                     prompt, image, source_prompt, inversion, num_inference_steps, guidance_scale, guidance_rescale,
                     cross_replace_steps, self_replace_steps, reweight, blend_words, edit_mask, call_back, edit,
-                    blend_threshold, negative_prompt or "", height, width, clip_skip, return_attention_maps, output_type,
+                    blend_threshold, negative_prompt or "", height, width, clip_skip, return_attention_maps,
+                    output_type,
                 )  # fmt: skip
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
