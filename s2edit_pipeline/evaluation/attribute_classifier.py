@@ -206,7 +206,10 @@ def train_attribute_classifier(
 
 def save_attribute_classifier(model: AttributeClassifier, path: str | Path = WEIGHTS_FILE) -> None:
     """Write the weights as float16 safetensors; the header says how the network is built and what it names."""
-    state = {name: t.half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    state = {
+        name: (t.half() if t.is_floating_point() else t).contiguous()  # trained as channels_last
+        for name, t in model.state_dict().items()
+    }
     config = {"widths": model.widths, "attributes": NAMED_ATTRIBUTES}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(state, str(path), {"config": json.dumps(config)})

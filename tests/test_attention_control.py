@@ -1,0 +1,395 @@
+"""The attention seam and its controllers, against diffusers' own attention and naive loops in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor
+
+from s2edit_pipeline.attention_control import (
+    AttentionSite,
+    ControlledAttnProcessor,
+    Controllers,
+    MapRecorder,
+    PromptToPrompt,
+    SpatialControl,
+    attention_control,
+    layer_sizes,
+    mask_at,
+)
+from s2edit_pipeline.pipeline import S2EditPipeline
+from s2edit_pipeline.prompt_alignment import PromptAlignment
+
+
+class Everything:
+    """Wants every layer, changes nothing, remembers what came."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[AttentionSite, torch.Tensor]] = []
+
+    def wants(self, site: AttentionSite) -> bool:
+        return True
+
+    def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
+        self.seen.append((site, probs.detach()))
+        return probs
+
+
+def probabilities(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).softmax(-1)
+
+
+# ------------------------------------------------------------------------------ the seam
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cross_attention_dim": 24},
+        {"cross_attention_dim": 24, "qk_norm": "layer_norm"},
+        {"norm_num_groups": 4, "residual_connection": True, "rescale_output_factor": 2.0},
+        {"cross_attention_dim": 24, "cross_attention_norm": "layer_norm"},
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_unchanged_layer_is_diffusers_own(settings: dict[str, Any], masked: bool) -> None:
+    torch.manual_seed(0)
+    attn = Attention(query_dim=16, heads=2, dim_head=8, **settings).double()
+    attn.set_processor(AttnProcessor())
+    hidden = torch.randn(3, 12, 16, dtype=torch.float64)
+    context = torch.randn(3, 5, 24, dtype=torch.float64) if "cross_attention_dim" in settings else None
+    mask = None
+    if masked:
+        mask = torch.zeros(3, 1, 5 if context is not None else 12, dtype=torch.float64)
+        mask[1, :, 2:] = -1e4
+    wanted = attn(hidden, encoder_hidden_states=context, attention_mask=mask)
+    held, everything = attn.processor, Everything()
+    attn.set_processor(ControlledAttnProcessor("layer", held, everything, {12: (3, 4)}))
+    found = attn(hidden, encoder_hidden_states=context, attention_mask=mask)
+    # the softmax runs in float32
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    ((site, probs),) = everything.seen
+    assert (site.is_cross, site.height, site.width) == (context is not None, 3, 4)
+    torch.testing.assert_close(probs.sum(-1), torch.ones_like(probs[..., 0]), rtol=0, atol=1e-6)
+
+
+def test_a_picture_shaped_layer_is_diffusers_own() -> None:
+    torch.manual_seed(0)
+    attn = Attention(query_dim=16, heads=2, dim_head=8, norm_num_groups=4, residual_connection=True).double()
+    attn.set_processor(AttnProcessor())
+    hidden = torch.randn(2, 16, 3, 4, dtype=torch.float64)
+    wanted = attn(hidden)
+    attn.set_processor(ControlledAttnProcessor("layer", attn.processor, Everything(), {12: (3, 4)}))
+    torch.testing.assert_close(attn(hidden), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)])
+def test_a_whole_unet_under_control_is_the_unet(pipe: S2EditPipeline, size: tuple[int, int]) -> None:
+    x, context = torch.randn(2, 4, *size), torch.randn(2, 9, 32)
+    with torch.no_grad():
+        wanted = pipe.unet(x, 500, context).sample
+        everything = Everything()
+        with attention_control(pipe.unet, everything, *size):
+            found = pipe.unet(x, 500, context).sample
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert len(everything.seen) == len(pipe.unet.attn_processors)
+    for site, probs in everything.seen:
+        assert probs.shape[-2] == site.height * site.width
+        assert (site.height, site.width) in (size, (size[0] // 2, size[1] // 2))  # true heights, none transposed
+
+
+def test_sizes_are_the_units_own_also_for_odd_latents() -> None:
+    class Config:
+        block_out_channels = (1, 2, 3)
+
+    class Unet:
+        config = Config()
+
+    assert layer_sizes(Unet(), 13, 21) == {13 * 21: (13, 21), 7 * 11: (7, 11), 4 * 6: (4, 6)}
+
+
+def test_processors_are_put_back_also_after_an_error(pipe: S2EditPipeline) -> None:
+    before = dict(pipe.unet.attn_processors)
+    with pytest.raises(RuntimeError), attention_control(pipe.unet, Everything(), 16, 16):
+        assert all(isinstance(p, ControlledAttnProcessor) for p in pipe.unet.attn_processors.values())
+        raise RuntimeError
+    after = pipe.unet.attn_processors
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+
+
+def test_attention_that_cannot_be_taken_over_is_refused(pipe: S2EditPipeline) -> None:
+    class IPAdapterAttnProcessor(AttnProcessor):
+        pass
+
+    processors = {name: IPAdapterAttnProcessor() for name in pipe.unet.attn_processors}
+    pipe.unet.set_attn_processor(dict(processors))
+    with (
+        pytest.raises(ValueError, match="holds IPAdapterAttnProcessor.*unload_ip_adapter"),
+        attention_control(pipe.unet, Everything(), 16, 16),
+    ):
+        pass
+    assert all(p is processors[name] for name, p in pipe.unet.attn_processors.items())
+
+
+def test_layers_nobody_wants_run_as_installed(pipe: S2EditPipeline) -> None:
+    class Nothing(Everything):
+        def wants(self, site: AttentionSite) -> bool:
+            return False
+
+    x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 9, 32)
+    with torch.no_grad():
+        wanted = pipe.unet(x, 500, context).sample
+        with attention_control(pipe.unet, Nothing(), 16, 16):
+            found = pipe.unet(x, 500, context).sample
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------ spatial control
+
+MASK = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("mask_after", [False, True])
+def test_spatial_control_is_the_formula(renormalize: bool, mask_after: bool) -> None:
+    """``A*_[I] = A_[I] ⊙ M_obj``, cell by cell, with both of our switches."""
+    probs, site = probabilities(2, 3, 16, 6), AttentionSite("x", True, 4, 4)
+    control = SpatialControl({"[I]": MASK}, [{"[I]": (2,)}, {}], renormalize=renormalize, mask_after=mask_after)
+    assert control.wants(site) and not control.wants(AttentionSite("x", False, 4, 4))
+    found = control(probs, site)
+    for head in range(3):
+        for query in range(16):
+            row = probs[0, head, query].tolist()
+            for key in range(6):
+                if key == 2 or (mask_after and key > 2):
+                    row[key] *= MASK.flatten()[query].item()
+            if renormalize:
+                total = sum(row)
+                row = [value / total for value in row]
+            torch.testing.assert_close(found[0, head, query], torch.tensor(row, dtype=torch.float64))
+    torch.testing.assert_close(found[1], probs[1], rtol=1e-12, atol=0)  # a row without the token is left alone
+
+
+def test_two_tokens_have_two_masks() -> None:
+    probs, site = probabilities(1, 1, 16, 6), AttentionSite("x", True, 4, 4)
+    found = SpatialControl({"[I]": MASK, "[A]": 1 - MASK}, [{"[I]": (1, 3), "[A]": (4,)}])(probs, site)
+    gate = torch.ones(16, 6, dtype=torch.float64)
+    for key, mask in ((1, MASK), (3, MASK), (4, 1 - MASK)):
+        gate[:, key] = mask.flatten().double()
+    torch.testing.assert_close(found[0, 0], probs[0, 0] * gate)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (3, 5), (16, 24), (1, 1)])
+def test_a_mask_at_a_layers_size_is_the_area_it_covers(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    mask = (torch.rand(16, 24, generator=generator) > 0.6).float()
+    found = mask_at(mask, *size)
+    shares = torch.zeros(size)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            top, bottom = i * 16 // size[0], -(-(i + 1) * 16 // size[0])
+            left, right = j * 24 // size[1], -(-(j + 1) * 24 // size[1])
+            shares[i, j] = mask[top:bottom, left:right].mean()
+    wanted = shares >= min(0.5, shares.max().item())
+    assert torch.equal(found.bool(), wanted)
+    assert found.sum() > 0
+
+
+def test_masking_twice_is_masking_once_and_nothing_is_nothing() -> None:
+    once = mask_at(MASK, 2, 2)
+    assert torch.equal(mask_at(once, 2, 2), once)
+    assert mask_at(torch.zeros(8, 8), 4, 4).sum() == 0
+    speck = torch.zeros(16, 16)
+    speck[5, 9] = 1
+    assert mask_at(speck, 2, 2).tolist() == [[0, 1], [0, 0]]  # smaller than half a cell, and still somewhere
+
+
+# ------------------------------------------------------------------------------ prompt-to-prompt
+
+
+def alignment(keys: int = 5) -> PromptAlignment:
+    """Target tokens 0, 1, 4 take source tokens 0, 2, 4 (half of 1 as well for 1); 2 and 3 are new."""
+    mapping = torch.zeros(keys, keys)
+    mapping[0, 0] = mapping[4, 4] = 1
+    mapping[1, 1] = mapping[2, 1] = 0.5
+    share = torch.tensor([1.0, 1, 0, 0, 1])
+    return PromptAlignment(mapping, share, (), (2, 3))
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 6])
+def test_cross_attention_is_taken_over_word_by_word(step: int) -> None:
+    """Section 3.2: replacement, refinement and re-weighting, element by element."""
+    probs, site, tied = probabilities(4, 2, 6, 5), AttentionSite("x", True, 2, 3), alignment()
+    until = torch.tensor([6.0, 3, 6, 6, 2])
+    weights = torch.tensor([1.0, 1, 2.5, 1, -1])
+    controller = PromptToPrompt(1, [2, 3], [tied, tied], [until, until], 4, [weights, None], 99)
+    controller.step = step
+    before = probs.clone()
+    found = controller(probs, site)
+    assert torch.equal(probs, before)  # its argument is left alone
+    for row, factors in ((2, weights), (3, torch.ones(5))):
+        for head in range(2):
+            for query in range(6):
+                for key in range(5):
+                    value = probs[row, head, query, key].item()
+                    if tied.share[key] == 1 and step < until[key]:
+                        value = sum(
+                            probs[1, head, query, s].item() * tied.mapping[s, key].item() for s in range(5)
+                        )
+                    assert found[row, head, query, key].item() == pytest.approx(value * factors[key].item())
+    torch.testing.assert_close(found[:2], probs[:2], rtol=0, atol=0)  # source and unconditional rows
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_self_attention_is_the_sources_in_small_layers_at_first(step: int) -> None:
+    probs = probabilities(3, 2, 6, 6)
+    controller = PromptToPrompt(0, [2], [alignment()], [torch.zeros(5)], 4, [None], max_self_queries=6)
+    controller.step = step
+    site = AttentionSite("x", False, 2, 3)
+    assert controller.wants(site) is (step < 4)
+    assert not controller.wants(AttentionSite("x", False, 4, 6))
+    if step < 4:
+        found = controller(probs, site)
+        torch.testing.assert_close(found, probs[[0, 1, 0]], rtol=0, atol=0)
+
+
+def test_a_source_is_its_own_target() -> None:
+    """Editing nothing changes nothing: the identity mapping leaves what the source has."""
+    probs = probabilities(2, 2, 6, 5)
+    plain = PromptAlignment(torch.eye(5), torch.ones(5), (), ())
+    controller = PromptToPrompt(0, [1], [plain], [torch.full((5,), 9.0)], 9, [None], 99)
+    found = controller(probs, AttentionSite("x", True, 2, 3))
+    torch.testing.assert_close(found[1], probs[0])
+
+
+# ------------------------------------------------------------------------------ recording
+
+
+def test_recorded_maps_are_the_mean_over_heads_layers_and_calls() -> None:
+    recorder = MapRecorder(max_queries=8)
+    small, large = AttentionSite("a", True, 2, 4), AttentionSite("b", True, 4, 4)
+    assert recorder.wants(small) and not recorder.wants(large)
+    assert not recorder.wants(AttentionSite("c", False, 2, 4))
+    seen = [probabilities(2, 3, 8, 5, seed=i) for i in range(4)]
+    for probs in seen:
+        assert recorder(probs, small) is probs
+    wanted = torch.stack(seen).mean(0).mean(1).float()
+    torch.testing.assert_close(recorder.maps[(2, 4)], wanted)
+    word = recorder.word_map(1, (2, 3), 2, 4)
+    torch.testing.assert_close(word, wanted[1][:, 2:4].mean(-1).view(2, 4))
+
+
+def test_maps_of_two_sizes_weigh_the_same() -> None:
+    recorder = MapRecorder(max_queries=8)
+    one = torch.zeros(1, 1, 8, 2)
+    one[..., 0] = 0.2
+    for _ in range(3):
+        recorder(one, AttentionSite("a", True, 2, 4))
+    half = torch.zeros(1, 1, 2, 2)
+    half[..., 0] = 0.6
+    recorder(half, AttentionSite("b", True, 1, 2))
+    torch.testing.assert_close(recorder.word_map(0, (0,), 4, 8), torch.full((4, 8), 0.4))
+
+
+def test_controllers_come_one_after_the_other() -> None:
+    site, probs = AttentionSite("x", True, 4, 4), probabilities(1, 1, 16, 6)
+    recorder = MapRecorder(99)
+    chain = Controllers([SpatialControl({"[I]": MASK}, [{"[I]": (2,)}]), recorder])
+    assert chain.wants(site) and not chain.wants(AttentionSite("x", False, 4, 4))
+    chain(probs, site)
+    seen = recorder.maps[(4, 4)][0, :, 2]
+    assert bool((seen[MASK.flatten() == 0] == 0).all()) and bool((seen[MASK.flatten() == 1] > 0).all())
+
+
+# ------------------------------------------------------------------------------ in the pipeline
+
+
+class Watch:
+    """Stands behind a controller and keeps, for each call, how much each row's token got outside its mask."""
+
+    def __init__(self, controller: Any, seen: list[tuple[str, int, torch.Tensor]]) -> None:
+        self.controller, self.seen = controller, seen
+
+    def wants(self, site: AttentionSite) -> bool:
+        return site.is_cross or self.controller.wants(site)
+
+    def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
+        if self.controller.wants(site):
+            probs = self.controller(probs, site)
+        if site.is_cross:
+            self.seen.append((site.name, site.height, probs.detach().clone()))
+        return probs
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, torch.Tensor]]:
+    """What every cross-attention layer makes of its probabilities, wherever the package controls attention."""
+    from s2edit_pipeline import attention_control as seam
+    from s2edit_pipeline import identity_fitting, pipeline
+
+    seen: list[tuple[str, int, torch.Tensor]] = []
+    for module in (identity_fitting, pipeline):
+        monkeypatch.setattr(
+            module,
+            "attention_control",
+            lambda unet, controller, h, w: seam.attention_control(unet, Watch(controller, seen), h, w),
+        )
+    return seen
+
+
+def outside(probs: torch.Tensor, mask: torch.Tensor, height: int) -> torch.Tensor:
+    """(rows, heads, cells outside, keys)."""
+    cells = mask_at(mask, height, height).flatten() == 0
+    assert bool(cells.any())
+    return probs[:, :, cells]
+
+
+@pytest.mark.parametrize("method", ["lora", "token", "full"])
+def test_the_token_is_exactly_nothing_outside_its_mask_at_every_step_of_fit_and_edit(
+    pipe: S2EditPipeline, picture: Any, half_mask: Any, watched: list[tuple[str, int, torch.Tensor]], method: str
+) -> None:
+    layers = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    source, target = "a photo of a sad lady with glasses", "a photo of a smiling [I] lady with glasses"
+    column = 6  # start, a, photo, of, a, sad, [I]
+    identity = pipe.fit_identity(picture, source, "lady", method=method, mask=half_mask, num_steps=2)
+    assert identity.mask is not None
+    assert len(watched) == 2 * len(layers) and {name for name, _, _ in watched} == set(layers)
+    for _, height, probs in watched:
+        assert float(outside(probs, identity.mask, height)[..., column].abs().max()) == 0
+        assert float(outside(probs, identity.mask, height)[..., column + 1].min()) > 0  # the noun looks everywhere
+    watched.clear()
+    for inversion in ("direct", "ddim", "null_text", "negative_prompt"):
+        pipe(target, picture, source, identity, inversion, num_inference_steps=4)
+        assert len(watched) >= (4 + 4) * len(layers) and {name for name, _, _ in watched} == set(layers)
+        for _, height, probs in watched:
+            values = outside(probs, identity.mask, height)[..., column]
+            with_token = [0] if len(probs) == 1 else [0, len(probs) - 1]
+            if inversion == "null_text" and len(probs) == 1:
+                continue  # half of these are the unconditional branch, which holds no token
+            if inversion == "negative_prompt":
+                with_token = list(range(len(probs)))  # the unconditional branches say the source's words
+            assert float(values[with_token].abs().max()) == 0
+        watched.clear()
+
+
+def test_without_spatial_control_it_looks_everywhere(
+    pipe: S2EditPipeline, picture: Any, half_mask: Any, watched: list[tuple[str, int, torch.Tensor]]
+) -> None:
+    pipe.fit_identity(picture, "a photo of a sad lady", "lady", spatial_control=False, num_steps=1)
+    mask = torch.from_numpy(half_mask).float()
+    assert watched and all(float(outside(p, mask, h)[..., 6].min()) > 0 for _, h, p in watched)
+
+
+def test_perturbed_controls_are_seen_by_these_tests(pipe: S2EditPipeline) -> None:
+    """The U-Net's answer depends on the seam at all: zeroing the token's column changes it."""
+    x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 9, 32)
+    unet = copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        wanted = unet(x, 500, context).sample
+        with attention_control(unet, SpatialControl({"[I]": torch.zeros(4, 4)}, [{"[I]": (2,)}]), 16, 16):
+            assert float((unet(x, 500, context).sample - wanted).abs().max()) > 1e-4
