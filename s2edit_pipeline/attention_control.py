@@ -81,12 +81,12 @@ class ControlledAttnProcessor:
         if is_picture:
             channels = hidden_states.shape[1]
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, context.shape[1], context.shape[0])
             attention_mask = attention_mask.view(context.shape[0], attn.heads, -1, attention_mask.shape[-1])
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
         if is_cross and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
 

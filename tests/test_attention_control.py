@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from s2edit_pipeline.attention_control import (
     AttentionSite,
@@ -60,7 +60,7 @@ def probabilities(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_an_unchanged_layer_is_diffusers_own(settings: dict[str, Any], masked: bool) -> None:
     torch.manual_seed(0)
     attn = Attention(query_dim=16, heads=2, dim_head=8, **settings).double()
-    attn.set_processor(AttnProcessor())
+    attn.set_processor(AttnProcessor2_0())
     hidden = torch.randn(3, 12, 16, dtype=torch.float64)
     context = torch.randn(3, 5, 24, dtype=torch.float64) if "cross_attention_dim" in settings else None
     mask = None
@@ -81,7 +81,7 @@ def test_an_unchanged_layer_is_diffusers_own(settings: dict[str, Any], masked: b
 def test_a_picture_shaped_layer_is_diffusers_own() -> None:
     torch.manual_seed(0)
     attn = Attention(query_dim=16, heads=2, dim_head=8, norm_num_groups=4, residual_connection=True).double()
-    attn.set_processor(AttnProcessor())
+    attn.set_processor(AttnProcessor2_0())
     hidden = torch.randn(2, 16, 3, 4, dtype=torch.float64)
     wanted = attn(hidden)
     attn.set_processor(ControlledAttnProcessor("layer", attn.processor, Everything(), {12: (3, 4)}))
