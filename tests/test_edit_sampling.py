@@ -1,0 +1,132 @@
+"""The edit's loop, branch by branch, against naive ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from s2edit_pipeline.attention_control import MapRecorder, PromptToPrompt
+from s2edit_pipeline.ddim_steps import NoiseSchedule
+from s2edit_pipeline.edit_sampling import BranchRows, Confinement, sample_edits, sample_from_noise
+from s2edit_pipeline.latent_inversion import Inversion, ddim_trajectory
+
+N = 6
+SCHEDULE = NoiseSchedule(torch.linspace(0.999, 0.05, N + 1, dtype=torch.float64), torch.arange(N), "epsilon")
+SCALE = 3.0
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def denoise(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+    """Each row for itself."""
+    assert len(x) == len(embeds)
+    return torch.tanh(x + embeds.mean((1, 2))[:, None, None, None] + 0.02 * level)
+
+
+def move(x: torch.Tensor, eps: torch.Tensor, k: int) -> torch.Tensor:
+    a, b = float(SCHEDULE.alphas_bar[k]), float(SCHEDULE.alphas_bar[k - 1])
+    return math.sqrt(b) * (x - math.sqrt(1 - a) * eps) / math.sqrt(a) + math.sqrt(1 - b) * eps
+
+
+def alone(x: torch.Tensor, embeds: torch.Tensor, nulls: list[torch.Tensor]) -> list[torch.Tensor]:
+    """One prompt's own guided way down, all its levels, noisiest first."""
+    path = [x]
+    for k in range(N, 0, -1):
+        u, c = denoise(path[-1], k, nulls[k - 1]), denoise(path[-1], k, embeds)
+        path.append(move(path[-1], u + SCALE * (c - u), k))
+    return path
+
+
+EMBEDS, TARGETS, NULL = normal(1, 4, 5), normal(2, 4, 5, seed=1) + 0.5, normal(1, 4, 5, seed=2)
+
+
+def edit(inversion: Inversion, confinements: list[Confinement | None], on_step: Any = lambda *_: None) -> Any:
+    nothing = PromptToPrompt(0, [], [], [], 0, [], 0)
+    return sample_edits(
+        denoise, SCHEDULE, inversion, EMBEDS, TARGETS, NULL, SCALE, 0.0, nothing, MapRecorder(99), confinements, on_step
+    )
+
+
+def inverted(method: str, **extra: Any) -> Inversion:
+    path = ddim_trajectory(denoise, normal(1, 2, 4, 4, seed=3), SCHEDULE, EMBEDS, lambda _: None)
+    return Inversion(method, "", path, **extra)
+
+
+@pytest.mark.parametrize("method", ["direct", "ddim"])
+def test_free_targets_are_each_their_own_run(method: str) -> None:
+    inversion = inverted(method)
+    found = edit(inversion, [None, None])
+    for i in range(2):
+        wanted = alone(inversion.trajectory[-1:], TARGETS[i : i + 1], [NULL] * N)[-1]
+        torch.testing.assert_close(found.targets[i : i + 1], wanted)
+    own = inversion.trajectory[:1] if method == "direct" else alone(inversion.trajectory[-1:], EMBEDS, [NULL] * N)[-1]
+    torch.testing.assert_close(found.source, own)
+    assert found.regions == (None, None)
+
+
+def test_the_steps_own_unconditional_embedding_is_used() -> None:
+    nulls = normal(N, 4, 5, seed=4)
+    inversion = inverted("null_text", unconditional_embeds=nulls)
+    found, each = edit(inversion, [None, None]), [nulls[k : k + 1] for k in range(N)]
+    torch.testing.assert_close(found.source, alone(inversion.trajectory[-1:], EMBEDS, each)[-1])
+    torch.testing.assert_close(found.targets[:1], alone(inversion.trajectory[-1:], TARGETS[:1], each)[-1])
+
+
+def test_outside_its_region_a_target_is_the_source_to_the_bit() -> None:
+    region = torch.zeros(4, 4)
+    region[1:3, 1:3] = 1
+    inversion = inverted("direct")
+    confined = Confinement((), (), region, 0.4, start=0.5)
+    found = edit(inversion, [confined, None])
+    outside = region == 0
+    assert torch.equal(found.targets[0][:, outside], inversion.trajectory[0][:, outside])
+    assert float((found.targets[0] - inversion.trajectory[0])[:, ~outside].abs().min()) > 1e-6
+    # naive: the same run, the source laid over it after each of the last steps
+    x = inversion.trajectory[-1:]
+    for step, k in enumerate(range(N, 0, -1)):
+        u, c = denoise(x, k, NULL), denoise(x, k, TARGETS[:1])
+        x = move(x, u + SCALE * (c - u), k)
+        if step + 1 >= 0.5 * N:
+            x = x * region + inversion.trajectory[k - 1] * (1 - region)
+    torch.testing.assert_close(found.targets[:1], x)
+    torch.testing.assert_close(found.targets[1:], alone(inversion.trajectory[-1:], TARGETS[1:], [NULL] * N)[-1])
+
+
+def test_a_callback_may_change_the_latents_and_stop() -> None:
+    inversion = inverted("direct")
+
+    def zero_at_last(step: int, level: int, x: torch.Tensor) -> torch.Tensor | None:
+        assert level == N - step
+        return torch.zeros_like(x) if step == N - 1 else None
+
+    assert float(edit(inversion, [None, None], zero_at_last).targets.abs().max()) == 0
+
+    def stop(step: int, level: int, x: torch.Tensor) -> None:
+        if step == 2:
+            raise StopIteration
+
+    stopped = edit(inversion, [None, None], stop)
+    for i in range(2):
+        wanted = alone(inversion.trajectory[-1:], TARGETS[i : i + 1], [NULL] * N)[3]
+        torch.testing.assert_close(stopped.targets[i : i + 1], wanted)
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_rows_are_all_there_and_apart(free: bool) -> None:
+    rows = BranchRows(3, free)
+    every = [0, *([1] if free else []), *range(99)[rows.unconditional], *range(99)[rows.conditional]]
+    assert every == list(range(7 + free)) and list(rows.conditional_rows) == every[-3:]
+
+
+def test_drawing_from_noise_is_guided_ddim() -> None:
+    x = normal(2, 2, 4, 4, seed=7)
+    found = sample_from_noise(
+        denoise, SCHEDULE, x, TARGETS, NULL.expand(2, -1, -1), SCALE, 0.0, lambda *_: None
+    )
+    for i in range(2):
+        torch.testing.assert_close(found[i : i + 1], alone(x[i : i + 1], TARGETS[i : i + 1], [NULL] * N)[-1])

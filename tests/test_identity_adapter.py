@@ -1,0 +1,275 @@
+"""Identities on disk and on a model: whole or not at all, and off again without a trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from s2edit_pipeline.identity_adapter import (
+    CONFIG_FILE,
+    FULL_FILE,
+    LORA_FILE,
+    TOKEN_FILE,
+    IdentityAdapter,
+    LoadedIdentities,
+    fingerprint,
+)
+from s2edit_pipeline.pipeline import S2EditPipeline
+
+METHODS = ("lora", "full", "token")
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def make_identity(pipe: S2EditPipeline, picture: Any, half_mask: Any) -> Any:
+    """Fitted for two steps, then perturbed, so that nothing in it is a zero or a default."""
+
+    def make(method: str = "lora", **changes: Any) -> IdentityAdapter:
+        fitted = pipe.fit_identity(
+            picture, "a photo of a sad lady", "lady", method=method, mask=half_mask, num_steps=2,
+            generator=torch.Generator().manual_seed(0), **changes,
+        )  # fmt: skip
+        for i, tensor in enumerate(fitted.weights.values()):
+            tensor.add_(0.02 * noise(*tensor.shape, seed=i))
+        return fitted
+
+    return make
+
+
+def state(pipe: S2EditPipeline) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part in ("unet", "text_encoder", "vae")
+        for name, tensor in getattr(pipe, part).state_dict().items()
+    }
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saving_and_loading_is_a_round_trip(make_identity: Any, tmp_path: Path, method: str) -> None:
+    identity = make_identity(method)
+    identity.save_pretrained(tmp_path / "ada")
+    found = IdentityAdapter.from_pretrained(tmp_path / "ada")
+    assert_same(dict(found.weights), dict(identity.weights))
+    assert torch.equal(found.row, identity.row) and torch.equal(found.mask, identity.mask)
+    for name in ("token", "subject", "source_prompt", "method", "base_model"):
+        assert getattr(found, name) == getattr(identity, name) != ""or name == "base_model"
+    for name in ("lora_metadata", "base_fingerprint", "settings", "measures"):
+        assert dict(getattr(found, name)) == dict(getattr(identity, name))
+    assert not [p for p in tmp_path.iterdir() if p.name != "ada"]
+    files = {p.name for p in (tmp_path / "ada").iterdir()}
+    assert not any(name.endswith((".bin", ".pt", ".pkl", ".ckpt")) for name in files)
+
+
+def test_a_lora_identity_is_what_diffusers_own_loader_reads(
+    pipe: S2EditPipeline, make_identity: Any, tmp_path: Path
+) -> None:
+    """The weights of the file through diffusers' load_lora_weights, against our own laying on."""
+    identity = make_identity()
+    identity.save_pretrained(tmp_path / "ada")
+    x, context = noise(1, 4, 16, 16), noise(1, 9, 32)
+    pipe.load_identity(identity)
+    with torch.no_grad():
+        ours = pipe.unet(x, 500, context).sample
+    pipe.unload_identity()
+    with torch.no_grad():
+        plain = pipe.unet(x, 500, context).sample
+    pipe.load_lora_weights(str(tmp_path / "ada"), weight_name=LORA_FILE)
+    with torch.no_grad():
+        theirs = pipe.unet(x, 500, context).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert float((ours - plain).abs().max()) > 1e-2
+
+
+def test_the_weight_differences_are_the_formula(make_identity: Any) -> None:
+    """LoRA: W' = W + (alpha / r) B A, element by element in float64."""
+    identity = make_identity(lora_rank=3)
+    metadata = {**identity.lora_metadata, "unet.lora_alpha": 6}
+    changed = IdentityAdapter(**{**identity.__dict__, "lora_metadata": metadata})
+    differences = changed.weight_differences("unet")
+    assert len(differences) == sum(n.startswith("unet.") and "lora_A" in n for n in identity.weights)
+    for name, found in list(differences.items())[:3]:
+        layer = "unet." + name.removesuffix(".weight")
+        down = identity.weights[f"{layer}.lora_A.weight"].double()
+        up = identity.weights[f"{layer}.lora_B.weight"].double()
+        wanted = torch.zeros(found.shape, dtype=torch.float64)
+        for r in range(3):
+            wanted += 6 / 3 * up[:, r, None] * down[None, r]
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unloading_puts_every_bit_back(pipe: S2EditPipeline, make_identity: Any, method: str) -> None:
+    identity = make_identity(method)
+    before, tokenizer, length = state(pipe), pipe.tokenizer, len(pipe.tokenizer)
+    assert pipe.load_identity(identity) == "[I]"
+    assert pipe.identities == ("[I]",) and len(pipe.tokenizer) == length + 1
+    assert pipe.load_identity(identity, token="[J]", scale=0.5) == "[J]"
+    changed = sum(not torch.equal(tensor, before[name]) for name, tensor in state(pipe).items())
+    assert (changed == 0) is (method == "token")
+    pipe.unload_identity("[I]")
+    assert pipe.identities == ("[J]",)
+    alone = state(pipe)
+    pipe.unload_identity()
+    assert_same(state(pipe), before)
+    assert pipe.tokenizer is tokenizer and pipe.identities == ()
+    pipe.load_identity(identity, token="[J]", scale=0.5)  # taking one out left the other as if it had come alone
+    assert_same(state(pipe), alone)
+
+
+def test_names_that_are_taken_and_identities_that_are_not_there(pipe: S2EditPipeline, make_identity: Any) -> None:
+    identity = make_identity("token")
+    pipe.load_identity(identity)
+    with pytest.raises(ValueError, match=r"'\[I\]' is loaded already.*token='\[I2\]'"):
+        pipe.load_identity(identity)
+    with pytest.raises(ValueError, match=r"No identity '\[X\]' is loaded; loaded are: \[I\]"):
+        pipe.unload_identity("[X]")
+    with pytest.raises(ValueError, match="brackets"):
+        pipe.load_identity(identity, token="lady")
+    assert pipe.identities == ("[I]",)
+
+
+def test_an_identity_of_another_model_is_refused(
+    make_pipe: Any, pipe: S2EditPipeline, make_identity: Any
+) -> None:
+    identity = make_identity()
+    other = make_pipe()
+    with torch.no_grad():
+        for parameter in other.unet.parameters():
+            parameter.add_(0.05)
+    before = state(other)
+    with pytest.raises(ValueError, match="unet has other weights than this pipeline's"):
+        other.load_identity(identity)
+    assert_same(state(other), before)
+    assert other.identities == ()
+    # the same model in half precision is the same model
+    half = make_pipe().to(torch.bfloat16)
+    assert half.load_identity(identity) == "[I]"
+    half.unload_identity()
+
+
+def test_the_fingerprint_tells_models_apart() -> None:
+    models = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models.append(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(5))))
+    prints = [fingerprint(m) for m in models]
+    assert len({tuple(p) for p in prints}) == 3
+    assert prints[0][0] == 5 * 20
+
+
+def test_weights_that_do_not_fit_change_nothing(pipe: S2EditPipeline, make_identity: Any) -> None:
+    identity, before = make_identity("full"), state(pipe)
+    name = next(iter(identity.weights))
+    components = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    for weights, said in (
+        ({**identity.weights, name: torch.zeros(3)}, r"is \(3,\); the model's is"),
+        ({**identity.weights, "unet.nowhere.weight": torch.zeros(3)}, "unet.nowhere.weight, which this model doesn't"),
+    ):
+        broken = IdentityAdapter(**{**identity.__dict__, "weights": weights})
+        loaded = LoadedIdentities()
+        with pytest.raises(ValueError, match=said):
+            loaded.add(broken, 1.0, components)
+        assert not loaded.adapters
+        assert_same(state(pipe), before)
+
+
+def test_saving_never_leaves_half_an_identity(
+    make_identity: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make_identity("token"), make_identity("lora")
+    place = tmp_path / "ada"
+    first.save_pretrained(place)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", fail)
+        with pytest.raises(OSError, match="disk full"):
+            second.save_pretrained(place)
+    assert IdentityAdapter.from_pretrained(place).method == "token"
+    assert [p.name for p in tmp_path.iterdir()] == ["ada"]
+    second.save_pretrained(place)  # and now over it
+    assert IdentityAdapter.from_pretrained(place).method == "lora"
+    assert [p.name for p in tmp_path.iterdir()] == ["ada"]
+    assert (place / LORA_FILE).exists() and not (place / FULL_FILE).exists()
+
+
+def test_other_peoples_folders_are_never_replaced(make_identity: Any, tmp_path: Path) -> None:
+    identity = make_identity("token")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds other files"):
+        identity.save_pretrained(tmp_path / "photos")
+    with pytest.raises(ValueError, match="is a file"):
+        identity.save_pretrained(tmp_path / "photos" / "mine.txt")
+    assert (tmp_path / "photos" / "mine.txt").read_text() == "precious"
+
+
+def spoil_json(folder: Path) -> None:
+    (folder / CONFIG_FILE).write_text("{")
+
+
+def newer_format(folder: Path) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, "format_version": 99}))
+
+
+def no_method(folder: Path) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, "method": "magic"}))
+
+
+def cut_weights(folder: Path) -> None:
+    (folder / LORA_FILE).write_bytes((folder / LORA_FILE).read_bytes()[:-100])
+
+
+def no_row(folder: Path) -> None:
+    row = load_file(str(folder / TOKEN_FILE))["[I]"]
+    save_file({"[X]": row}, str(folder / TOKEN_FILE))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_json, "is damaged"),
+        (newer_format, "format version 99 and this release reads 1.*upgrade"),
+        (no_method, "unknown method"),
+        (cut_weights, "is damaged"),
+        (no_row, "is damaged"),
+        (lambda folder: (folder / CONFIG_FILE).unlink(), "holds no identity.json"),
+        (lambda folder: (folder / LORA_FILE).unlink(), "is damaged"),
+    ],
+)
+def test_damaged_identities_are_named(make_identity: Any, tmp_path: Path, spoil: Any, said: str) -> None:
+    make_identity().save_pretrained(tmp_path / "ada")
+    spoil(tmp_path / "ada")
+    with pytest.raises(ValueError, match=said):
+        IdentityAdapter.from_pretrained(tmp_path / "ada")
+
+
+def test_a_place_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a folder"):
+        IdentityAdapter.from_pretrained(tmp_path / "nobody")
+    with pytest.raises(ValueError, match="is not a folder"):
+        IdentityAdapter.from_pretrained("./nobody")
+
+
+def test_its_card_names_what_it_is(make_identity: Any, tmp_path: Path) -> None:
+    make_identity("token").save_pretrained(tmp_path / "ada")
+    card = (tmp_path / "ada" / "README.md").read_text()
+    assert "instance_prompt: \"a photo of a sad lady\"" in card and "`[I]`" in card and "consent" in card
+    assert str(tmp_path) not in card
