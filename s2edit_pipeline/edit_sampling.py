@@ -89,6 +89,7 @@ def sample_edits(
     negative_embeds: torch.Tensor,
     guidance_scale: float,
     guidance_rescale: float,
+    guidance_stop: float,
     prompt_to_prompt: PromptToPrompt,
     recorder: MapRecorder,
     confinements: Sequence[Confinement | None],
@@ -98,7 +99,9 @@ def sample_edits(
 
     Args:
         source_embeds: (1, L, D); target_embeds: (n, L, D); negative_embeds: (1, L, D).
-        guidance_rescale: of the targets' branches; the source's comes back by plain guidance.
+        guidance_rescale, guidance_stop: of the targets' branches; the source's comes back by plain guidance.
+            From the share ``guidance_stop`` of the steps on, the targets go unguided (Kynkäänniemi et al. 2024:
+            at low noise guidance only burns colours).
         confinements: one for each target; None lets it change everywhere.
         on_step: called with (step, noise level, target latents) after each; may return other latents, and
             stops the edit by raising ``StopIteration``.
@@ -119,7 +122,9 @@ def sample_edits(
         output = denoise(latents, k, embeds)
 
         a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
-        target_output = guided(output[rows.unconditional], output[rows.conditional], guidance_scale, guidance_rescale)
+        target_output = output[rows.conditional]
+        if step < guidance_stop * schedule.num_steps:
+            target_output = guided(output[rows.unconditional], target_output, guidance_scale, guidance_rescale)
         x = ddim_move(x, target_output, a, a_next, schedule.prediction_type)
         if inversion.pinned:
             source = inversion.trajectory[k - 1 : k].to(x)

@@ -160,6 +160,13 @@ class S2EditPipeline(
         if not isinstance(guidance_scale, (int, float)) or not np.isfinite(guidance_scale) or guidance_scale < 0:
             raise ValueError(f"guidance_scale must be a number of at least 0, not {guidance_scale!r}.")
 
+    @staticmethod
+    def _check_share(name: str, value: Any, *, open_ended: bool = False) -> None:
+        """``value`` lies in [0, 1], or in (0, 1)."""
+        if not isinstance(value, (int, float)) or not (0 < value < 1 if open_ended else 0 <= value <= 1):
+            wanted = "above 0 and below 1" if open_ended else "from 0 to 1"
+            raise ValueError(f"{name} must be {wanted}, not {value!r}.")
+
     @torch.no_grad()
     def _encode_picture(self, picture: PIL.Image.Image, height: int, width: int) -> torch.Tensor:
         """(1, C, h, w) latents at noise level 0, in the U-Net's dtype."""
@@ -344,6 +351,7 @@ class S2EditPipeline(
             TypeError, ValueError: as :meth:`fit_identity`.
         """
         self._check_ready()
+        self._check_share("threshold", threshold, open_ended=True)
         picture = load_picture(image)
         self._check_prompt(prompt, "prompt")
         tokens = self._tokenize(prompt)
@@ -425,6 +433,7 @@ class S2EditPipeline(
         )
         self._check_prompt(prompt, "prompt")
         self._check_prompt(subject, "subject")
+        self._check_share("mask_threshold", mask_threshold, open_ended=True)
         picture = load_picture(image)
         tokenizer = with_tokens(self.tokenizer, [token])
         if token in split_words(prompt, [token]):
@@ -584,9 +593,9 @@ class S2EditPipeline(
                 if f" {' '.join(split_words(adapter.subject))} " in words
             ]
             prompt = self._source_prompt(prompt, fitting)
-            tokens = self._tokenize(prompt)
+            tokens, negative = self._tokenize(prompt), self._tokenize(negative_prompt)
             latents = self._encode_picture(picture, *size)
-            return self._invert(latents, tokens, method, schedule, guidance_scale, negative_prompt, clip_skip)
+            return self._invert(latents, tokens, method, schedule, guidance_scale, negative, clip_skip)
 
     def _invert(
         self,
@@ -595,11 +604,11 @@ class S2EditPipeline(
         method: str,
         schedule: NoiseSchedule,
         guidance_scale: float,
-        negative_prompt: str,
+        negative_prompt: TokenizedPrompt,
         clip_skip: int | None,
     ) -> Inversion:
         embeds = self._encode_prompt(prompt, clip_skip)
-        negative = self._encode_prompt(self._tokenize(negative_prompt), clip_skip)
+        negative = self._encode_prompt(negative_prompt, clip_skip)
         denoise = self._denoiser(schedule)
         controls = {True: self._spatial_control([prompt]), False: self._spatial_control([None])}
         # null-text also asks for the unconditional branch, which holds no token: nothing to mask there
@@ -690,6 +699,7 @@ class S2EditPipeline(
         edit: str = "auto",
         blend_threshold: float = EDIT_THRESHOLD,
         guidance_rescale: float = 0.0,
+        guidance_stop: float = 1.0,
         negative_prompt: str | None = None,
         num_images_per_prompt: int = 1,
         prompt_embeds: torch.Tensor | None = None,
@@ -712,6 +722,7 @@ class S2EditPipeline(
             num_inference_steps: 50, or the inversion's own.
             guidance_scale: 3.5 to 5.5 are S2Edit's.
             guidance_rescale: from 0 to 1, against colours burnt by guidance (Lin et al. 2024).
+            guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024).
             cross_replace_steps: share of the steps in which words common to both prompts keep the source's
                 cross-attention; or ``{"word": share, "default_": share}``.
             self_replace_steps: share of the steps in which the self-attention at 1/16 of the picture's side and
@@ -745,13 +756,10 @@ class S2EditPipeline(
                 raise ValueError(f"{name!r} can't be handed to callbacks; choose from {self._callback_tensor_inputs}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'.")
-        for name, value in (
-            ("self_replace_steps", self_replace_steps),
-            ("blend_threshold", blend_threshold),
-            ("guidance_rescale", guidance_rescale),
-        ):
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, not {value!r}.")
+        self._check_share("self_replace_steps", self_replace_steps)
+        self._check_share("guidance_rescale", guidance_rescale)
+        self._check_share("guidance_stop", guidance_stop)
+        self._check_share("blend_threshold", blend_threshold, open_ended=True)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
@@ -779,7 +787,7 @@ class S2EditPipeline(
                     raise ValueError("num_images_per_prompt: an edit is deterministic, a second one would be the same.")
                 output = self._edit(
                     prompt, image, source_prompt, inversion, num_inference_steps, guidance_scale, guidance_rescale,
-                    cross_replace_steps, self_replace_steps, reweight, blend_words, edit_mask, call_back, edit,
+                    guidance_stop, cross_replace_steps, self_replace_steps, reweight, blend_words, edit_mask, call_back, edit,
                     blend_threshold, negative_prompt or "", height, width, clip_skip, return_attention_maps,
                     output_type,
                 )  # fmt: skip
@@ -817,6 +825,7 @@ class S2EditPipeline(
     ) -> S2EditPipelineOutput:
         """Draw from noise; a loaded identity's mask applies here too: it stays where it was in its picture."""
         schedule = noise_schedule(self.scheduler, 50 if num_inference_steps is None else num_inference_steps)
+        negative_tokens = self._tokenize(negative_prompt or "")
         prompts: list[TokenizedPrompt | None]
         if prompt_embeds is None:
             texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
@@ -830,7 +839,7 @@ class S2EditPipeline(
             prompts = [None] * (len(conditional) * num_images_per_prompt)
         conditional = conditional.repeat_interleave(num_images_per_prompt, 0)
         if negative_prompt_embeds is None:
-            negative = self._encode_prompt(self._tokenize(negative_prompt or ""), clip_skip)
+            negative = self._encode_prompt(negative_tokens, clip_skip)
             negative = negative.expand(len(conditional), -1, -1)
         else:
             negative = negative_prompt_embeds.to(conditional).repeat_interleave(
@@ -877,6 +886,7 @@ class S2EditPipeline(
         num_inference_steps: int | None,
         guidance_scale: float,
         guidance_rescale: float,
+        guidance_stop: float,
         cross_replace_steps: float | Mapping[str, float],
         self_replace_steps: float,
         reweight: Mapping[str, float] | None,
@@ -910,6 +920,7 @@ class S2EditPipeline(
         self._check_prompt(source_prompt, "source_prompt")
         source_prompt = self._source_prompt(source_prompt, present)
         source, targets = self._tokenize(source_prompt), [self._tokenize(text) for text in prompts]
+        negative_tokens = self._tokenize(negative_prompt)
         picture = None if image is None else load_picture(image)
         latent_size: tuple[int, int]
         if inversion is None or isinstance(inversion, str):
@@ -946,8 +957,8 @@ class S2EditPipeline(
         if inversion is None or isinstance(inversion, str):
             assert picture is not None
             found = self._encode_picture(picture, *size)
-            inversion = self._invert(found, source, method, schedule, guidance_scale, negative_prompt, clip_skip)
-        negative = self._encode_prompt(self._tokenize(negative_prompt), clip_skip)
+            inversion = self._invert(found, source, method, schedule, guidance_scale, negative_tokens, clip_skip)
+        negative = self._encode_prompt(negative_tokens, clip_skip)
         source_embeds = self._encode_prompt(source, clip_skip)
         target_embeds = torch.cat([self._encode_prompt(t, clip_skip) for t in targets])
         rows = BranchRows(len(targets), source_unconditional=not inversion.pinned)
@@ -979,7 +990,7 @@ class S2EditPipeline(
 
             edited = sample_edits(
                 self._denoiser(schedule), schedule, inversion, source_embeds, target_embeds, negative, guidance_scale,
-                guidance_rescale, prompt_to_prompt, recorder, [plan.confinement for plan in plans], on_step,
+                guidance_rescale, guidance_stop, prompt_to_prompt, recorder, [plan.confinement for plan in plans], on_step,
             )  # fmt: skip
         images, flagged = self._finish(edited.targets, output_type)
         decoded, _ = self._finish(edited.source, output_type)

@@ -238,9 +238,7 @@ def test_cross_attention_is_taken_over_word_by_word(step: int) -> None:
                 for key in range(5):
                     value = probs[row, head, query, key].item()
                     if tied.share[key] == 1 and step < until[key]:
-                        value = sum(
-                            probs[1, head, query, s].item() * tied.mapping[s, key].item() for s in range(5)
-                        )
+                        value = sum(probs[1, head, query, s].item() * tied.mapping[s, key].item() for s in range(5))
                     assert found[row, head, query, key].item() == pytest.approx(value * factors[key].item())
     torch.testing.assert_close(found[:2], probs[:2], rtol=0, atol=0)  # source and unconditional rows
 

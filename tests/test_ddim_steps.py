@@ -34,7 +34,9 @@ def tensors(n: int = 2) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, {"set_alpha_to_one": True}, {"timestep_spacing": "trailing", "steps_offset": 0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"set_alpha_to_one": True}, {"timestep_spacing": "trailing", "steps_offset": 0}]
+)
 def test_a_step_down_is_diffusers_own(kind: str, changes: dict[str, object]) -> None:
     theirs = scheduler(kind, **changes)
     theirs.alphas_cumprod = theirs.alphas_cumprod.double()

@@ -125,8 +125,6 @@ def test_rows_are_all_there_and_apart(free: bool) -> None:
 
 def test_drawing_from_noise_is_guided_ddim() -> None:
     x = normal(2, 2, 4, 4, seed=7)
-    found = sample_from_noise(
-        denoise, SCHEDULE, x, TARGETS, NULL.expand(2, -1, -1), SCALE, 0.0, lambda *_: None
-    )
+    found = sample_from_noise(denoise, SCHEDULE, x, TARGETS, NULL.expand(2, -1, -1), SCALE, 0.0, lambda *_: None)
     for i in range(2):
         torch.testing.assert_close(found[i : i + 1], alone(x[i : i + 1], TARGETS[i : i + 1], [NULL] * N)[-1])

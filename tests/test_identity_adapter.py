@@ -65,7 +65,7 @@ def test_saving_and_loading_is_a_round_trip(make_identity: Any, tmp_path: Path, 
     assert_same(dict(found.weights), dict(identity.weights))
     assert torch.equal(found.row, identity.row) and torch.equal(found.mask, identity.mask)
     for name in ("token", "subject", "source_prompt", "method", "base_model"):
-        assert getattr(found, name) == getattr(identity, name) != ""or name == "base_model"
+        assert getattr(found, name) == getattr(identity, name) != "" or name == "base_model"
     for name in ("lora_metadata", "base_fingerprint", "settings", "measures"):
         assert dict(getattr(found, name)) == dict(getattr(identity, name))
     assert not [p for p in tmp_path.iterdir() if p.name != "ada"]
@@ -141,9 +141,7 @@ def test_names_that_are_taken_and_identities_that_are_not_there(pipe: S2EditPipe
     assert pipe.identities == ("[I]",)
 
 
-def test_an_identity_of_another_model_is_refused(
-    make_pipe: Any, pipe: S2EditPipeline, make_identity: Any
-) -> None:
+def test_an_identity_of_another_model_is_refused(make_pipe: Any, pipe: S2EditPipeline, make_identity: Any) -> None:
     identity = make_identity()
     other = make_pipe()
     with torch.no_grad():
@@ -271,5 +269,5 @@ def test_a_place_that_is_not_there(tmp_path: Path) -> None:
 def test_its_card_names_what_it_is(make_identity: Any, tmp_path: Path) -> None:
     make_identity("token").save_pretrained(tmp_path / "ada")
     card = (tmp_path / "ada" / "README.md").read_text()
-    assert "instance_prompt: \"a photo of a sad lady\"" in card and "`[I]`" in card and "consent" in card
+    assert 'instance_prompt: "a photo of a sad lady"' in card and "`[I]`" in card and "consent" in card
     assert str(tmp_path) not in card

@@ -104,4 +104,6 @@ def test_the_row_starts_at_the_nouns_mean(pipe: S2EditPipeline) -> None:
     table = pipe.text_encoder.get_input_embeddings().weight
     for noun in ("man", "xylophonist"):
         ids = pipe.tokenizer(noun, add_special_tokens=False).input_ids
-        torch.testing.assert_close(initial_row(pipe.tokenizer, pipe.text_encoder, noun), sum(table[k] for k in ids) / len(ids))
+        torch.testing.assert_close(
+            initial_row(pipe.tokenizer, pipe.text_encoder, noun), sum(table[k] for k in ids) / len(ids)
+        )

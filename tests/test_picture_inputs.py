@@ -1,0 +1,213 @@
+"""Pictures and masks as people have them, against Pillow's own conversions and written-out pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from s2edit_pipeline.picture_inputs import load_mask, load_picture, picture_to_tensor, working_size
+
+
+def pixels(height: int = 5, width: int = 7, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+RGB = pixels()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(RGB),
+        RGB,
+        RGB[None],
+        RGB.astype(np.uint16) * 257,
+        RGB / 255.0,
+        (RGB / 255.0).astype(np.float32),
+        torch.from_numpy(RGB).permute(2, 0, 1),
+        torch.from_numpy(RGB).permute(2, 0, 1)[None].float() / 255,
+        np.concatenate([RGB, np.full_like(RGB[..., :1], 255)], -1),
+    ],
+    ids=lambda x: f"{type(x).__name__}-{getattr(x, 'dtype', '')}",
+)
+def test_the_same_picture_in_every_form(image: Any) -> None:
+    found = load_picture(image)
+    assert found.mode == "RGB" and np.array_equal(np.asarray(found), RGB)
+
+
+def test_files_are_read_and_their_names_told_when_they_cannot_be(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert np.array_equal(np.asarray(load_picture(path)), RGB)
+    (tmp_path / "b.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"b\.png.* can't be read as a picture"):
+        load_picture(tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])  # cut off
+    with pytest.raises(ValueError, match=r"c\.png.* can't be read"):
+        load_picture(tmp_path / "c.png")
+    with pytest.raises(ValueError, match="is not a file"):
+        load_picture(tmp_path / "d.png")
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    grey = np.array([[0, 257, 32896, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    found = np.asarray(load_picture(tmp_path / "deep.png"))
+    assert found[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert np.array_equal(found[..., 0], found[..., 2])
+
+
+def test_cmyk_is_what_pillow_makes_of_it() -> None:
+    cmyk = Image.fromarray(RGB).convert("CMYK")
+    assert cmyk.mode == "CMYK"
+    assert np.array_equal(np.asarray(load_picture(cmyk)), np.asarray(cmyk.convert("RGB")))
+    # and by the formula: (255 - C)(255 - K) / 255
+    assert np.array_equal(np.asarray(load_picture(cmyk)), RGB)
+
+
+def test_transparency_lies_on_white() -> None:
+    alpha = np.random.default_rng(1).integers(0, 256, (5, 7, 1), dtype=np.uint8)
+    found = np.asarray(load_picture(Image.fromarray(np.concatenate([RGB, alpha], -1)))).astype(float)
+    share = alpha / 255.0
+    assert np.abs(found - (RGB * share + 255 * (1 - share))).max() <= 1
+    grey = Image.fromarray(np.concatenate([RGB[..., :1], alpha], -1)[..., :2], "LA")
+    wanted = RGB[..., :1] * share + 255 * (1 - share)
+    assert np.abs(np.asarray(load_picture(grey)).astype(float)[..., :1] - wanted).max() <= 1
+
+
+def test_palettes_with_a_transparent_colour() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    palette.info["transparency"] = 1
+    assert np.asarray(load_picture(palette)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [
+        (3, lambda a: a[::-1, ::-1]),
+        (6, lambda a: np.rot90(a, -1)),
+        (8, lambda a: np.rot90(a)),
+        (2, lambda a: a[:, ::-1]),
+    ],
+)
+def test_the_cameras_rotation_is_applied(tmp_path: Path, orientation: int, turn: Any) -> None:
+    image = Image.fromarray(RGB)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "photo.png", exif=exif)
+    assert np.array_equal(np.asarray(load_picture(tmp_path / "photo.png")), turn(RGB))
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "said"),
+    [
+        (np.zeros((0, 5, 3), np.uint8), ValueError, "no pixels"),
+        (Image.new("RGB", (0, 4)), ValueError, "no pixels: it is 0 x 4"),
+        (np.zeros((5, 7, 2), np.uint8), ValueError, r"\(H, W\), \(H, W, 3\) or \(H, W, 4\), not \(5, 7, 2\)"),
+        (np.full((5, 7, 3), 200.0), ValueError, "Divide by 255"),
+        (np.full((5, 7, 3), -0.5), ValueError, r"\(image \+ 1\) / 2"),
+        (np.full((5, 7, 3), np.nan), ValueError, "must lie in"),
+        (np.zeros((5, 7, 3), np.int64), ValueError, "dtype int64"),
+        (torch.zeros(5, 7), ValueError, r"\(3, H, W\)"),
+        (torch.zeros(2, 3, 5, 7), ValueError, r"\(3, H, W\)"),
+        ([Image.fromarray(RGB)], TypeError, "one picture, not 1"),
+        (7, TypeError, "not int"),
+        (None, TypeError, "not NoneType"),
+    ],
+    ids=range(12),
+)
+def test_what_is_no_picture(image: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        load_picture(image)
+
+
+def test_the_callers_picture_is_left_alone() -> None:
+    image = Image.fromarray(RGB).convert("RGBA")
+    before, mode = image.tobytes(), image.mode
+    load_picture(image)
+    assert (image.tobytes(), image.mode) == (before, mode)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(512, 64), (768, 64), (128, 16), (32, 4)]))
+def test_a_working_size_keeps_shape_and_area(width: int, height: int, model: tuple[int, int]) -> None:
+    native, multiple = model
+    if max(width / height, height / width) > 4:
+        with pytest.raises(ValueError, match=f"{width} x {height}.*[Cc]rop"):
+            working_size((width, height), native, multiple)
+        return
+    tall, wide = working_size((width, height), native, multiple)
+    assert tall % multiple == 0 and wide % multiple == 0
+    ratio = width / height
+    # each side within half a multiple of the exact one
+    assert (
+        abs(tall - native / ratio**0.5) <= multiple / 2 + 1e-6
+        and abs(wide - native * ratio**0.5) <= multiple / 2 + 1e-6
+    )
+
+
+def test_sides_asked_for() -> None:
+    assert working_size((400, 200), 512, 64, height=256) == (256, 512)
+    assert working_size((400, 200), 512, 64, width=256) == (128, 256)
+    assert working_size((3, 4000), 512, 64, 512, 512) == (512, 512)
+    for bad in (500, 0, -64, 64.0):
+        with pytest.raises(ValueError, match="height must be a positive multiple of 64"):
+            working_size((400, 200), 512, 64, height=bad)  # type: ignore[arg-type]
+
+
+def test_pixels_run_from_minus_one_to_one() -> None:
+    found = picture_to_tensor(Image.fromarray(RGB), 5, 7)
+    wanted = torch.from_numpy(RGB.astype(np.float64) / 127.5 - 1).permute(2, 0, 1)[None]
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6)
+    assert picture_to_tensor(Image.fromarray(RGB), 8, 16).shape == (1, 3, 8, 16)
+
+
+HALF = np.zeros((6, 8), bool)
+HALF[:, :4] = True
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        HALF,
+        HALF.astype(np.uint8),
+        HALF.astype(np.uint8) * 255,
+        HALF.astype(np.float32),
+        HALF.astype(np.int64),
+        torch.from_numpy(HALF),
+        torch.from_numpy(HALF).float()[None, None],
+        Image.fromarray(HALF.astype(np.uint8) * 255),
+        Image.fromarray(HALF),
+        Image.fromarray(HALF.astype(np.uint8) * 255).convert("RGB"),
+        np.kron(HALF, np.ones((3, 3), bool)),  # another size, the same shape
+    ],
+    ids=lambda x: f"{type(x).__name__}-{getattr(x, 'dtype', getattr(x, 'mode', ''))}-{getattr(x, 'size', '')}",
+)
+def test_the_same_mask_in_every_form(mask: Any) -> None:
+    found = load_mask(mask, (8, 6))
+    assert found.dtype == torch.float32 and torch.equal(found, torch.from_numpy(HALF).float())
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "said"),
+    [
+        (np.ones((8, 6), bool), ValueError, "mask is 6 x 8 and the picture 8 x 6.*resize"),
+        (np.zeros((6, 8), bool), ValueError, "nothing inside"),
+        (np.full((6, 8), 0.3), ValueError, "no value reaches half"),
+        (np.full((6, 8), 3.0), ValueError, "mask is floating point"),
+        ("nowhere.png", ValueError, "mask='nowhere.png' is not a file"),
+        (7, TypeError, "mask must be"),
+    ],
+)
+def test_what_is_no_mask(mask: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        load_mask(mask, (8, 6))
