@@ -56,6 +56,8 @@ MASK_THRESHOLD = 0.4
 EDIT_THRESHOLD = 0.4
 CONFINE_FROM = 0.2
 """The share of the steps after which the source is kept outside the edit."""
+GUIDANCE_STOP = 0.5
+"""The share of the steps that are guided: at low noise guidance adds no meaning and burns colours."""
 
 
 class S2EditPipeline(
@@ -699,7 +701,7 @@ class S2EditPipeline(
         edit: str = "auto",
         blend_threshold: float = EDIT_THRESHOLD,
         guidance_rescale: float = 0.0,
-        guidance_stop: float = 1.0,
+        guidance_stop: float = GUIDANCE_STOP,
         negative_prompt: str | None = None,
         num_images_per_prompt: int = 1,
         prompt_embeds: torch.Tensor | None = None,
@@ -722,7 +724,8 @@ class S2EditPipeline(
             num_inference_steps: 50, or the inversion's own.
             guidance_scale: 3.5 to 5.5 are S2Edit's.
             guidance_rescale: from 0 to 1, against colours burnt by guidance (Lin et al. 2024).
-            guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024).
+            guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024);
+                1 is prompt-to-prompt's own, guided to the end.
             cross_replace_steps: share of the steps in which words common to both prompts keep the source's
                 cross-attention; or ``{"word": share, "default_": share}``.
             self_replace_steps: share of the steps in which the self-attention at 1/16 of the picture's side and
@@ -776,8 +779,8 @@ class S2EditPipeline(
             if image is None and not hasattr(inversion, "trajectory"):
                 output = self._draw(
                     prompt, num_inference_steps, guidance_scale, guidance_rescale, generator, call_back,
-                    negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds, latents, height, width,
-                    clip_skip, output_type,
+                    negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds, latents, height,
+                    width, clip_skip, output_type,
                 )  # fmt: skip
             else:
                 for name, given in (("prompt_embeds", prompt_embeds), ("latents", latents)):
@@ -787,8 +790,8 @@ class S2EditPipeline(
                     raise ValueError("num_images_per_prompt: an edit is deterministic, a second one would be the same.")
                 output = self._edit(
                     prompt, image, source_prompt, inversion, num_inference_steps, guidance_scale, guidance_rescale,
-                    guidance_stop, cross_replace_steps, self_replace_steps, reweight, blend_words, edit_mask, call_back, edit,
-                    blend_threshold, negative_prompt or "", height, width, clip_skip, return_attention_maps,
+                    guidance_stop, cross_replace_steps, self_replace_steps, reweight, blend_words, edit_mask, call_back,
+                    edit, blend_threshold, negative_prompt or "", height, width, clip_skip, return_attention_maps,
                     output_type,
                 )  # fmt: skip
         self.maybe_free_model_hooks()
@@ -990,7 +993,8 @@ class S2EditPipeline(
 
             edited = sample_edits(
                 self._denoiser(schedule), schedule, inversion, source_embeds, target_embeds, negative, guidance_scale,
-                guidance_rescale, guidance_stop, prompt_to_prompt, recorder, [plan.confinement for plan in plans], on_step,
+                guidance_rescale, guidance_stop, prompt_to_prompt, recorder, [plan.confinement for plan in plans],
+                on_step,
             )  # fmt: skip
         images, flagged = self._finish(edited.targets, output_type)
         decoded, _ = self._finish(edited.source, output_type)

@@ -129,7 +129,7 @@ def test_attention_that_cannot_be_taken_over_is_refused(pipe: S2EditPipeline) ->
     processors = {name: IPAdapterAttnProcessor() for name in pipe.unet.attn_processors}
     pipe.unet.set_attn_processor(dict(processors))
     with (
-        pytest.raises(ValueError, match="holds IPAdapterAttnProcessor.*unload_ip_adapter"),
+        pytest.raises(ValueError, match=r"holds IPAdapterAttnProcessor.*unload_ip_adapter"),
         attention_control(pipe.unet, Everything(), 16, 16),
     ):
         pass

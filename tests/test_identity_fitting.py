@@ -219,7 +219,6 @@ def test_fitting_fits(pipe: S2EditPipeline, picture: Image.Image, method: str) -
         picture, PROMPT, "lady", method=method, spatial_control=False, num_steps=40,
         learning_rate={"lora": 1e-2, "full": 1e-3, "token": 5e-2}[method], generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    example, _ = example_of(pipe, picture)
 
     def loss() -> float:
         prompt = tokenize(pipe.tokenizer, "a photo of a sad [I] lady with glasses")

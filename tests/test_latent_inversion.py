@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def test_the_trajectory_converges_to_the_probability_flow(kind: str) -> None:
         z = (x0 - math.sqrt(a0) * mean) / math.sqrt(a0 * deviation**2 + 1 - a0)
         wanted = math.sqrt(a) * mean + math.sqrt(a * deviation**2 + 1 - a) * z
         errors.append(float((path[-1:] - wanted).abs().max()))
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 1.85 < coarse / fine < 2.15, errors  # half the step, half the error
 
 

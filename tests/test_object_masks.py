@@ -59,7 +59,7 @@ def test_a_map_becomes_the_blob_above_the_threshold() -> None:
 
 
 def test_a_word_that_looks_nowhere_is_refused() -> None:
-    with pytest.raises(ValueError, match="same everywhere.*mask="):
+    with pytest.raises(ValueError, match=r"same everywhere.*mask="):
         threshold_map(torch.full((8, 8), 0.3), 0.5)
 
 

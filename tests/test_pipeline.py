@@ -177,7 +177,7 @@ def test_pictures_as_people_have_them_are_taken(pipe: S2EditPipeline, picture: I
 def test_models_that_cannot_serve(make_pipe: Callable[[], S2EditPipeline], picture: Image.Image) -> None:
     pipe = make_pipe()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match="alphas_cumprod.*DDIMScheduler.from_pretrained"):
+    with pytest.raises(ValueError, match=r"alphas_cumprod.*DDIMScheduler.from_pretrained"):
         pipe(TARGET, picture, SOURCE)
     pipe = make_pipe()
     pipe.unet.half()
@@ -191,12 +191,12 @@ def test_models_that_cannot_serve(make_pipe: Callable[[], S2EditPipeline], pictu
 
 def test_an_inversion_that_does_not_belong(pipe: S2EditPipeline, picture: Image.Image) -> None:
     inversion = pipe.invert(picture, SOURCE, num_inference_steps=3)
-    with pytest.raises(ValueError, match="num_inference_steps=5, but the inversion was made in 3"):
+    with pytest.raises(ValueError, match=r"num_inference_steps=5, but the inversion was made in 3"):
         pipe(TARGET, picture, SOURCE, inversion=inversion, num_inference_steps=5)
-    with pytest.raises(ValueError, match="inversion was made under .* invert under the same words"):
+    with pytest.raises(ValueError, match=r"inversion was made under .* invert under the same words"):
         pipe(TARGET, picture, "a photo of a lady", inversion=inversion)
     null_text = pipe.invert(picture, SOURCE, "null_text", 2, guidance_scale=3.0)
-    with pytest.raises(ValueError, match="optimised for guidance_scale=3, not 4.5"):
+    with pytest.raises(ValueError, match=r"optimised for guidance_scale=3, not 4.5"):
         pipe(TARGET, picture, SOURCE, inversion=null_text)
 
 
