@@ -45,11 +45,17 @@ def alone(x: torch.Tensor, embeds: torch.Tensor, nulls: list[torch.Tensor]) -> l
 EMBEDS, TARGETS, NULL = normal(1, 4, 5), normal(2, 4, 5, seed=1) + 0.5, normal(1, 4, 5, seed=2)
 
 
-def edit(inversion: Inversion, confinements: list[Confinement | None], on_step: Any = lambda *_: None) -> Any:
+def edit(
+    inversion: Inversion,
+    confinements: list[Confinement | None],
+    on_step: Any = lambda *_: None,
+    guidance_stop: float = 1.0,
+) -> Any:
     nothing = PromptToPrompt(0, [], [], [], 0, [], 0)
     return sample_edits(
-        denoise, SCHEDULE, inversion, EMBEDS, TARGETS, NULL, SCALE, 0.0, nothing, MapRecorder(99), confinements, on_step
-    )
+        denoise, SCHEDULE, inversion, EMBEDS, TARGETS, NULL, SCALE, 0.0, guidance_stop, nothing, MapRecorder(99),
+        confinements, on_step,
+    )  # fmt: skip
 
 
 def inverted(method: str, **extra: Any) -> Inversion:
@@ -75,6 +81,18 @@ def test_the_steps_own_unconditional_embedding_is_used() -> None:
     found, each = edit(inversion, [None, None]), [nulls[k : k + 1] for k in range(N)]
     torch.testing.assert_close(found.source, alone(inversion.trajectory[-1:], EMBEDS, each)[-1])
     torch.testing.assert_close(found.targets[:1], alone(inversion.trajectory[-1:], TARGETS[:1], each)[-1])
+
+
+@pytest.mark.parametrize("stop", [0.0, 0.5, 0.6])
+def test_guidance_stops_for_the_targets_alone(stop: float) -> None:
+    inversion = inverted("ddim")
+    found = edit(inversion, [None, None], guidance_stop=stop)
+    torch.testing.assert_close(found.source, alone(inversion.trajectory[-1:], EMBEDS, [NULL] * N)[-1])
+    x = inversion.trajectory[-1:]
+    for step, k in enumerate(range(N, 0, -1)):
+        u, c = denoise(x, k, NULL), denoise(x, k, TARGETS[:1])
+        x = move(x, u + SCALE * (c - u) if step / N < stop else c, k)
+    torch.testing.assert_close(found.targets[:1], x)
 
 
 def test_outside_its_region_a_target_is_the_source_to_the_bit() -> None:

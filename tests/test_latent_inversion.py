@@ -195,7 +195,7 @@ def test_null_text_comes_nearer_than_ddim_in_the_pipeline(
         inversion = pipe.invert(picture, prompt, method, 8, guidance_scale=7.5)
         result: Any = pipe(
             prompt, picture, prompt, inversion=inversion, guidance_scale=7.5, output_type="latent", blend_words=False,
-            self_replace_steps=0.0, cross_replace_steps=0.0,
+            self_replace_steps=0.0, cross_replace_steps=0.0, guidance_stop=1.0,
         )  # fmt: skip
         away[method] = float((result.source - inversion.trajectory[:1]).abs().mean())
         # with nothing taken over, source and target are two runs of the same words
