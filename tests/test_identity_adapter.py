@@ -129,6 +129,19 @@ def test_unloading_puts_every_bit_back(pipe: S2EditPipeline, make_identity: Any,
     assert_same(state(pipe), alone)
 
 
+def test_scale_is_the_strength_of_the_weights(pipe: S2EditPipeline, make_identity: Any) -> None:
+    identity, before = make_identity(), state(pipe)
+    differences = {
+        f"{part}.{n}": d for part in ("unet", "text_encoder") for n, d in identity.weight_differences(part).items()
+    }
+    for scale in (0.25, -1.0, 0.0):
+        pipe.load_identity(identity, scale=scale)
+        found = state(pipe)
+        for name, difference in differences.items():
+            torch.testing.assert_close(found[name], before[name] + scale * difference)
+        pipe.unload_identity()
+
+
 def test_names_that_are_taken_and_identities_that_are_not_there(pipe: S2EditPipeline, make_identity: Any) -> None:
     identity = make_identity("token")
     pipe.load_identity(identity)

@@ -57,10 +57,10 @@ def test_files_are_read_and_their_names_told_when_they_cannot_be(tmp_path: Path)
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    grey = np.array([[0, 257, 32896, 65535]], np.uint16)
+    grey = np.array([[0, 257, 32896, 254 * 257, 65535]], np.uint16)
     Image.fromarray(grey).save(tmp_path / "deep.png")
     found = np.asarray(load_picture(tmp_path / "deep.png"))
-    assert found[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert found[0, :, 0].tolist() == [0, 1, 128, 254, 255]
     assert np.array_equal(found[..., 0], found[..., 2])
 
 
