@@ -25,8 +25,28 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKEN_FILE = "learned_embeds.safetensors"
 FULL_FILE = "weight_differences.safetensors"
 MASK_FILE = "mask.png"
+REFERENCE_MASK_FILE = "reference_mask.png"
 CARD_FILE = "README.md"
 METHODS = ("full", "lora", "token")
+
+
+@dataclass(frozen=True)
+class LearnedAttribute:
+    """The second token of a composition, ``[A]``: what a reference picture has and no word says.
+
+    Attributes:
+        token: the learned token as prompts spell it, such as "[A]".
+        subject: the noun that it stands before.
+        source_prompt: the words that the reference picture was described by, without the token.
+        row: (D,) float32, the token's row of the text encoder's embedding table.
+        mask: (h, w) float32 in [0, 1], where it is in the reference picture, or None.
+    """
+
+    token: str
+    subject: str
+    source_prompt: str
+    row: torch.Tensor
+    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,7 @@ class IdentityAdapter:
         base_fingerprint: a few numbers of each of its components, see :func:`fingerprint`.
         settings: what it was fitted with.
         measures: what was measured while fitting: losses and cosine at both ends, seconds.
+        reference: the attribute of a reference picture that was fitted with it, or None.
     """
 
     token: str
@@ -61,12 +82,21 @@ class IdentityAdapter:
     base_fingerprint: Mapping[str, list[float]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     measures: Mapping[str, float] = field(default_factory=dict)
+    reference: LearnedAttribute | None = None
 
     def __repr__(self) -> str:
         return (
             f"IdentityAdapter(token={self.token!r}, subject={self.subject!r}, source_prompt={self.source_prompt!r}, "
             f"method={self.method!r}, base_model={self.base_model!r})"
         )
+
+    @property
+    def learned(self) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+        """Token -> (row, mask): the identity's own, and the reference attribute's where there is one."""
+        tokens = {self.token: (self.row, self.mask)}
+        if self.reference is not None:
+            tokens[self.reference.token] = (self.reference.row, self.reference.mask)
+        return tokens
 
     def renamed(self, token: str) -> IdentityAdapter:
         """The same identity under another token."""
@@ -120,20 +150,26 @@ class IdentityAdapter:
             shutil.rmtree(made, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
-        save_file({self.token: self.row.contiguous()}, str(folder / TOKEN_FILE))
+        rows = {token: row.contiguous() for token, (row, _) in self.learned.items()}
+        save_file(rows, str(folder / TOKEN_FILE))
         held = {name: t.contiguous() for name, t in self.weights.items()}
         if self.method == "lora":
             save_file(held, str(folder / LORA_FILE), {"lora_adapter_metadata": json.dumps(dict(self.lora_metadata))})
         elif self.method == "full":
             save_file(held, str(folder / FULL_FILE))
-        if self.mask is not None:
-            Image.fromarray((self.mask.numpy() * 255).round().astype(np.uint8)).save(folder / MASK_FILE)
+        for file, mask in zip((MASK_FILE, REFERENCE_MASK_FILE), (m for _, m in self.learned.values()), strict=False):
+            if mask is not None:
+                Image.fromarray((mask.numpy() * 255).round().astype(np.uint8)).save(folder / file)
+        reference = None
+        if self.reference is not None:
+            reference = {name: getattr(self.reference, name) for name in ("token", "subject", "source_prompt")}
         config = {
             "format_version": FORMAT_VERSION,
             "token": self.token,
             "subject": self.subject,
             "source_prompt": self.source_prompt,
             "method": self.method,
+            "reference": reference,
             "base_model": self.base_model,
             "base_fingerprint": dict(self.base_fingerprint),
             "settings": dict(self.settings),
@@ -182,7 +218,7 @@ class IdentityAdapter:
                     token=token,
                     cache_dir=None if cache_dir is None else str(cache_dir),
                     local_files_only=local_files_only,
-                    allow_patterns=[CONFIG_FILE, LORA_FILE, TOKEN_FILE, FULL_FILE, MASK_FILE],
+                    allow_patterns=[CONFIG_FILE, LORA_FILE, TOKEN_FILE, FULL_FILE, MASK_FILE, REFERENCE_MASK_FILE],
                 )
             )
         return cls._read(folder)
@@ -215,9 +251,13 @@ class IdentityAdapter:
                     weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             elif config["method"] == "full":
                 weights = load_file(str(folder / FULL_FILE))
-            mask = None
-            if (folder / MASK_FILE).exists():
-                mask = torch.from_numpy(np.asarray(Image.open(folder / MASK_FILE).convert("L")) / np.float32(255))
+            reference = None
+            if config.get("reference") is not None:
+                said = {name: config["reference"][name] for name in ("token", "subject", "source_prompt")}
+                reference = LearnedAttribute(
+                    **said, row=rows[said["token"]].float().reshape(-1), mask=_read_mask(folder / REFERENCE_MASK_FILE)
+                )
+            mask = _read_mask(folder / MASK_FILE)
         except Exception as error:
             raise ValueError(f"The identity in {folder} is damaged: {error!r}. Fetch or save it again.") from error
         return cls(
@@ -233,6 +273,7 @@ class IdentityAdapter:
             base_fingerprint=config.get("base_fingerprint", {}),
             settings=config.get("settings", {}),
             measures=config.get("measures", {}),
+            reference=reference,
         )
 
     def push_to_hub(
@@ -253,6 +294,14 @@ class IdentityAdapter:
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
             )
         return str(commit.commit_url)
+
+
+def _read_mask(file: Path) -> torch.Tensor | None:
+    """(h, w) float32 in [0, 1], or None where there is no file."""
+    if not file.exists():
+        return None
+    with Image.open(file) as picture:
+        return torch.from_numpy(np.asarray(picture.convert("L")) / np.float32(255))
 
 
 def fingerprint(module: nn.Module) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +73,7 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class FitExample:
-    """One picture to fit.
+    """One picture and the token to fit to it.
 
     Attributes:
         latents: (1, C, h, w).
@@ -103,29 +103,38 @@ class ReferenceAttribute:
         prompt: what that picture shows, without the token.
         subject: the noun that the token stands before.
         token: the token.
+        mask: where it is, white inside; None finds it by itself.
     """
 
     image: Any
     prompt: str
     subject: str
     token: str = "[A]"
+    mask: Any = None
 
 
 @dataclass(frozen=True)
 class FitProgress:
-    """What a step measured: the loss's two terms, and cos(e_P, e_[I]) with its sign."""
+    """What a step measured: the loss's two terms, means over the examples, and for each example the cosine
+    of its sentence and its token, with its sign."""
 
     step: int
     reconstruction_loss: float
     semantic_loss: float
-    cosine: float
+    cosines: tuple[float, ...]
+
+    @property
+    def cosine(self) -> float:
+        """cos(e_P, e_[I]), of the first example."""
+        return self.cosines[0]
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """``row`` (D,), ``weights`` and ``lora_metadata`` as in ``IdentityAdapter``, and the steps' ``progress``."""
+    """``rows`` (D,), one for each example, ``weights`` and ``lora_metadata`` as in ``IdentityAdapter``, and the
+    steps' ``progress``."""
 
-    row: torch.Tensor
+    rows: tuple[torch.Tensor, ...]
     weights: Mapping[str, torch.Tensor]
     lora_metadata: Mapping[str, Any]
     progress: tuple[FitProgress, ...]
@@ -230,27 +239,28 @@ def fit_identity_weights(
     text_encoder: CLIPTextModel,
     alphas_cumprod: torch.Tensor,
     prediction_type: str,
-    example: FitExample,
-    row: torch.Tensor,
+    examples: Sequence[FitExample],
+    rows: Sequence[torch.Tensor],
     settings: FitSettings,
     generator: torch.Generator | None,
     on_step: Callable[[FitProgress], bool],
 ) -> FitResult:
-    """Minimise ``L = L_recons + lambda L_semantic`` over the token's row and what ``settings.method`` tunes.
+    """Minimise ``L = L_recons + lambda L_semantic`` over the tokens' rows and what ``settings.method`` tunes.
 
-    Whatever happens, ``unet`` and ``text_encoder`` are afterwards as they were, to the bit.
+    Several examples, each with a token and a mask of its own, are tuned jointly: their losses are added
+    (S2Edit, composition). Whatever happens, ``unet`` and ``text_encoder`` are afterwards as they were, to the bit.
 
     Args:
         alphas_cumprod: (T,), the scheduler's.
-        row: (D,), where the token starts.
+        rows: (D,) for each example, where its token starts.
         on_step: called after each step; returning False ends the fit there.
 
     Raises:
         FloatingPointError: the loss is no number any more; the message names the step.
     """
     components: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
-    device = example.latents.device
-    num_train, (height, width) = len(alphas_cumprod), example.latents.shape[-2:]
+    device = examples[0].latents.device
+    num_train, batch = len(alphas_cumprod), settings.batch_size
     seed = int(torch.randint(2**31, (1,), generator=generator))
     settings_steps, rate = settings.num_steps, settings.learning_rate
     assert settings_steps is not None and rate is not None
@@ -261,59 +271,71 @@ def fit_identity_weights(
     else:
         tuned = _no_weights()
 
-    learned = nn.Parameter(row.detach().clone().float().to(device))
-    positions = example.token_positions
-    ids = torch.cat([example.prompt.input_ids, example.prompt_with_token.input_ids]).to(device)
-    batch = settings.batch_size
-    control = SpatialControl(
-        {"identity": example.mask} if example.mask is not None else {},
-        [{"identity": positions} if example.mask is not None else {}] * batch,
-        renormalize=settings.renormalize,
-        mask_after=settings.mask_after,
-    )
+    learned = [nn.Parameter(row.detach().clone().float().to(device)) for row in rows]
     progress: list[FitProgress] = []
     with (
         torch.enable_grad(),
         _frozen(components),
         tuned as (weights, harvest),
-        token_rows(text_encoder, {example.token_id: learned}),
-        attention_control(unet, control, height, width),
+        token_rows(text_encoder, {e.token_id: row for e, row in zip(examples, learned, strict=True)}),
     ):
-        groups = [{"params": [learned], "lr": rate if settings.method == "token" else TOKEN_LEARNING_RATE}]
+        groups = [{"params": learned, "lr": rate if settings.method == "token" else TOKEN_LEARNING_RATE}]
         if weights:
             groups.append({"params": weights, "lr": rate})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        x0 = example.latents.float().expand(batch, -1, -1, -1)
-        for step in range(settings_steps):
+
+        def losses(example: FitExample) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            """(L_recons, L_semantic, cosine) at ``batch`` noise levels."""
             # one draw in each of `batch` equal stretches of the noise levels
             u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
             t = (u * num_train).long().clamp(max=num_train - 1)
+            x0 = example.latents.float().expand(batch, -1, -1, -1)
             epsilon = torch.randn(x0.shape, generator=generator).to(device)
 
+            ids = torch.cat([example.prompt.input_ids, example.prompt_with_token.input_ids]).to(device)
             embedded = text_encoder(ids).last_hidden_state
             sentence = embedded[0, example.prompt.eos]  # e_P: P's end token
             if settings.detach_sentence:
                 sentence = sentence.detach()
-            token = embedded[1, list(positions)]  # e_[I]
+            token = embedded[1, list(example.token_positions)]  # e_[I]
             alpha_bar = alphas_cumprod[t]
             noised = add_noise(x0, epsilon, alpha_bar).to(unet.dtype)
             context = embedded[1:].to(unet.dtype).expand(batch, -1, -1)
             output = unet(noised, t.to(device), encoder_hidden_states=context).sample
             reconstruction = reconstruction_loss(output, training_target(x0, epsilon, alpha_bar, prediction_type))
-            semantic = semantic_loss(sentence, token)
-            loss = reconstruction + settings.semantic_weight * semantic
-            if not bool(torch.isfinite(loss)):
-                raise FloatingPointError(
-                    f"The loss is {loss.item()} at step {step}; lower learning_rate (it is {rate:g}) or load the model "
-                    "in float32."
-                )
+            return reconstruction, semantic_loss(sentence, token), cosine(sentence, token).mean()
+
+        for step in range(settings_steps):
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            measured = []
+            for example in examples:
+                with attention_control(unet, _example_control(example, settings), *example.latents.shape[-2:]):
+                    reconstruction, semantic, angle = losses(example)
+                    loss = reconstruction + settings.semantic_weight * semantic
+                    if not bool(torch.isfinite(loss)):
+                        raise FloatingPointError(
+                            f"The loss is {loss.item()} at step {step}; lower learning_rate (it is {rate:g}) or load "
+                            "the model in float32."
+                        )
+                    loss.backward()
+                measured.append((reconstruction.item(), semantic.item(), angle.item()))
             optimizer.step()
-            progress.append(
-                FitProgress(step, reconstruction.item(), semantic.item(), cosine(sentence, token).mean().item())
-            )
+            reconstructions, semantics, angles = zip(*measured, strict=True)
+            n = len(examples)
+            progress.append(FitProgress(step, sum(reconstructions) / n, sum(semantics) / n, angles))
             if on_step(progress[-1]) is False:
                 break
         held_weights, metadata = harvest()
-    return FitResult(learned.detach().cpu(), held_weights, metadata, tuple(progress))
+    return FitResult(tuple(row.detach().cpu() for row in learned), held_weights, metadata, tuple(progress))
+
+
+def _example_control(example: FitExample, settings: FitSettings) -> SpatialControl:
+    """The token's mask in every row of the example's batch, or nothing where it has none."""
+    if example.mask is None:
+        return SpatialControl({}, [{}] * settings.batch_size)
+    return SpatialControl(
+        {"token": example.mask},
+        [{"token": example.token_positions}] * settings.batch_size,
+        renormalize=settings.renormalize,
+        mask_after=settings.mask_after,
+    )

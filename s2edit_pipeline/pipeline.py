@@ -8,6 +8,7 @@ beside this one; here they are put in order.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from .attention_control import (
 from .ddim_steps import NoiseSchedule, check_scheduler, noise_schedule
 from .edit_plan import plan_edits
 from .edit_sampling import BranchRows, sample_edits, sample_from_noise
-from .identity_adapter import IdentityAdapter, LoadedIdentities, check_base, fingerprint
+from .identity_adapter import IdentityAdapter, LearnedAttribute, LoadedIdentities, check_base, fingerprint
 from .identity_fitting import FitExample, FitProgress, FitSettings, fit_identity_weights
 from .identity_losses import cosine  # noqa: F401  diffusers copies only the files that this one names
 from .identity_token import initial_row, token_rows, with_tokens
@@ -203,8 +204,9 @@ class S2EditPipeline(
     @contextmanager
     def _identity_rows(self) -> Iterator[None]:
         rows = {
-            self.tokenizer.convert_tokens_to_ids(token): adapter.row.to(self._execution_device)
-            for token, (adapter, _) in self._loaded.adapters.items()
+            self.tokenizer.convert_tokens_to_ids(token): row.to(self._execution_device)
+            for adapter, _ in self._loaded.adapters.values()
+            for token, (row, _) in adapter.learned.items()
         }
         with token_rows(self.text_encoder, rows):
             yield
@@ -242,10 +244,11 @@ class S2EditPipeline(
             )
         if not self._loaded.adapters:
             check_base(adapter, self._components_with_weights())
-        tokenizer = with_tokens(self.tokenizer, [adapter.token])
-        rows = self.text_encoder.get_input_embeddings().weight.shape[1]
-        if adapter.row.shape != (rows,):
-            raise ValueError(f"The identity's token has {tuple(adapter.row.shape)} numbers; this model's have {rows}.")
+        tokenizer = with_tokens(self.tokenizer, list(adapter.learned))
+        width = self.text_encoder.get_input_embeddings().weight.shape[1]
+        for name, (row, _) in adapter.learned.items():
+            if row.shape != (width,):
+                raise ValueError(f"The token {name!r} has {tuple(row.shape)} numbers; this model's have {width}.")
         self._loaded.add(adapter, scale, self._components_with_weights())
         if len(self._loaded.adapters) == 1:
             self._plain_tokenizer = self.tokenizer
@@ -264,7 +267,7 @@ class S2EditPipeline(
                 raise ValueError(f"No identity {name!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}.")
             self._loaded.remove(name, self._components_with_weights())
         if tokens:
-            left = list(self._loaded.adapters)
+            left = [name for adapter, _ in self._loaded.adapters.values() for name in adapter.learned]
             self.tokenizer = with_tokens(self._plain_tokenizer, left) if left else self._plain_tokenizer
 
     @contextmanager
@@ -280,14 +283,15 @@ class S2EditPipeline(
             self.unload_identity(token)
 
     def _spatial_control(self, rows: Sequence[TokenizedPrompt | None]) -> SpatialControl:
-        """``[I]``'s mask for each row of a batch; rows without a prompt (unconditional) have none."""
+        """Each learned token's mask for each row of a batch; rows without a prompt (unconditional) have none."""
         masks, columns = {}, []
-        names = {token: self.tokenizer.convert_tokens_to_ids(token) for token in self._loaded.adapters}
         settings: Mapping[str, Any] = {}
-        for token, (adapter, _) in self._loaded.adapters.items():
-            if adapter.mask is not None:
-                masks[token] = adapter.mask
-                settings = adapter.settings
+        for adapter, _ in self._loaded.adapters.values():
+            for token, (_, mask) in adapter.learned.items():
+                if mask is not None:
+                    masks[token] = mask
+                    settings = adapter.settings
+        names = {token: self.tokenizer.convert_tokens_to_ids(token) for token in masks}
         for prompt in rows:
             found: dict[str, tuple[int, ...]] = {}
             for token in masks:
@@ -402,9 +406,13 @@ class S2EditPipeline(
             num_steps, learning_rate: None takes the method's own.
             semantic_weight: lambda; 0 leaves the semantic loss out.
             spatial_control: mask the token's cross-attention.
+            reference: a ``ReferenceAttribute``: a second picture, whose attribute gets a token of its own. Both are
+                tuned jointly, each with its own semantic and spatial control (S2Edit, composition); the edit's
+                prompt then holds both, "a [I] lady with [A] makeup".
             generator: makes the fit repeatable.
             callback_on_step_end: ``f(pipe, step, num_steps, measures)``, ``measures`` a dict with
-                ``reconstruction_loss``, ``semantic_loss`` and ``cosine``; set ``pipe._interrupt = True`` to stop early.
+                ``reconstruction_loss``, ``semantic_loss``, ``cosine`` (and ``reference_cosine``); set
+                ``pipe._interrupt = True`` to stop early.
             batch_size: noise levels a step.
             lora_rank: of the adapters.
             detach_sentence, renormalize, mask_after: see ``identity_fitting.FitSettings``.
@@ -419,8 +427,6 @@ class S2EditPipeline(
             FloatingPointError: the loss ran away; the message names the step.
         """
         self._check_ready()
-        if reference is not None:
-            raise ValueError("reference= can't be fitted by this release; fit the picture alone.")
         settings = FitSettings(
             method=method,
             num_steps=num_steps,
@@ -433,17 +439,20 @@ class S2EditPipeline(
             mask_after=mask_after,
             lora_rank=lora_rank,
         )
-        self._check_prompt(prompt, "prompt")
-        self._check_prompt(subject, "subject")
         self._check_share("mask_threshold", mask_threshold, open_ended=True)
-        picture = load_picture(image)
-        tokenizer = with_tokens(self.tokenizer, [token])
-        if token in split_words(prompt, [token]):
-            raise ValueError(f"prompt={prompt!r} holds the token {token!r} already; describe the picture without it.")
-        tokens = self._tokenize(prompt)
-        tokens_with = self._tokenize(insert_token(prompt, subject, token), tokenizer)
-        size = self._working_size(picture, height, width)
-        given_mask = None if mask is None else load_mask(mask, picture.size)
+        if reference is not None and not all(hasattr(reference, name) for name in ("image", "prompt", "subject")):
+            raise TypeError(
+                "reference must be a ReferenceAttribute(image, prompt='a lady with makeup', subject='makeup'), "
+                f"not {type(reference).__name__}."
+            )
+        tokenizer = with_tokens(self.tokenizer, [token, *([reference.token] if reference is not None else [])])
+        size = (height, width)
+        asked = [self._fit_input("", image, prompt, subject, token, mask, tokenizer, size)]
+        if reference is not None:
+            r = reference
+            asked.append(
+                self._fit_input("reference.", r.image, r.prompt, r.subject, r.token, r.mask, tokenizer, (None, None))
+            )
         if self._loaded.adapters:
             raise ValueError(
                 f"Identities are loaded ({', '.join(self.identities)}); a new one is fitted to the bare model. "
@@ -458,16 +467,16 @@ class S2EditPipeline(
 
         started = time.perf_counter()
         self._interrupt = False
-        latents = self._encode_picture(picture, *size)
-        object_mask = None
-        if spatial_control:
-            if given_mask is None:
-                object_mask = self._object_mask(latents, tokens, subject, mask_threshold)
-            else:
-                object_mask = mask_at(given_mask, *latents.shape[-2:])
-        token_id = tokenizer.convert_tokens_to_ids(token)
-        example = FitExample(latents, tokens, tokens_with, token_id, object_mask)
-        row = initial_row(self.tokenizer, self.text_encoder, subject)
+        examples = []
+        for one in asked:
+            latents, object_mask = self._encode_picture(one.picture, *one.size), None
+            if spatial_control and one.mask is None:
+                object_mask = self._object_mask(latents, one.prompt, one.subject, mask_threshold)
+            elif spatial_control and one.mask is not None:
+                object_mask = mask_at(one.mask, *latents.shape[-2:])
+            token_id = tokenizer.convert_tokens_to_ids(one.token)
+            examples.append(FitExample(latents, one.prompt, one.prompt_with_token, token_id, object_mask))
+        rows = [initial_row(self.tokenizer, self.text_encoder, one.subject) for one in asked]
         assert settings.num_steps is not None
 
         with self.progress_bar(total=settings.num_steps) as bar:
@@ -483,6 +492,8 @@ class S2EditPipeline(
                         "semantic_loss": progress.semantic_loss,
                         "cosine": progress.cosine,
                     }
+                    if reference is not None:
+                        measures["reference_cosine"] = progress.cosines[1]
                     callback_on_step_end(self, progress.step, settings.num_steps, measures)
                 return not self._interrupt
 
@@ -491,8 +502,8 @@ class S2EditPipeline(
                 self.text_encoder,
                 self.scheduler.alphas_cumprod.cpu(),
                 self.scheduler.config.get("prediction_type", "epsilon"),
-                example,
-                row,
+                examples,
+                rows,
                 settings,
                 generator,
                 on_step,
@@ -500,15 +511,27 @@ class S2EditPipeline(
         self.maybe_free_model_hooks()
         first, last = result.progress[0], result.progress[-1]
         tail = result.progress[-max(1, len(result.progress) // 5) :]
+        masks = [None if example.mask is None else example.mask.cpu() for example in examples]
+        attribute = None
+        measures = {
+            "cosine_first": first.cosine,
+            "cosine_last": last.cosine,
+            "reconstruction_loss_first": first.reconstruction_loss,
+            "reconstruction_loss_last": float(np.mean([p.reconstruction_loss for p in tail])),
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        if reference is not None:
+            attribute = LearnedAttribute(r.token, r.subject, r.prompt, result.rows[1], masks[1])
+            measures |= {"reference_cosine_first": first.cosines[1], "reference_cosine_last": last.cosines[1]}
         return IdentityAdapter(
             token=token,
             subject=subject,
             source_prompt=prompt,
             method=method,
-            row=result.row,
+            row=result.rows[0],
             weights=result.weights,
             lora_metadata=result.lora_metadata,
-            mask=None if object_mask is None else object_mask.cpu(),
+            mask=masks[0],
             base_model=self._base_name(),
             base_fingerprint={name: fingerprint(m) for name, m in self._components_with_weights().items()},
             settings={
@@ -522,16 +545,40 @@ class S2EditPipeline(
                 "mask_after": mask_after,
                 "lora_rank": lora_rank,
                 "automatic_mask": mask is None,
-                "height": size[0],
-                "width": size[1],
+                "height": asked[0].size[0],
+                "width": asked[0].size[1],
             },
-            measures={
-                "cosine_first": first.cosine,
-                "cosine_last": last.cosine,
-                "reconstruction_loss_first": first.reconstruction_loss,
-                "reconstruction_loss_last": float(np.mean([p.reconstruction_loss for p in tail])),
-                "seconds": round(time.perf_counter() - started, 2),
-            },
+            measures=measures,
+            reference=attribute,
+        )
+
+    def _fit_input(
+        self,
+        name: str,
+        image: Any,
+        prompt: Any,
+        subject: Any,
+        token: str,
+        mask: Any,
+        tokenizer: Any,
+        size: tuple[int | None, int | None],
+    ) -> "_FitInput":
+        """One picture to fit, checked; ``name`` goes before the arguments' names in messages."""
+        self._check_prompt(prompt, f"{name}prompt")
+        self._check_prompt(subject, f"{name}subject")
+        picture = load_picture(image, f"{name}image")
+        if token in split_words(prompt, [token]):
+            raise ValueError(
+                f"{name}prompt={prompt!r} holds the token {token!r} already; describe the picture without it."
+            )
+        return _FitInput(
+            picture,
+            subject,
+            token,
+            self._tokenize(prompt),
+            self._tokenize(insert_token(prompt, subject, token), tokenizer),
+            self._working_size(picture, *size),
+            None if mask is None else load_mask(mask, picture.size, f"{name}mask"),
         )
 
     def _base_name(self) -> str:
@@ -1014,6 +1061,20 @@ class S2EditPipeline(
             source=decoded[0] if output_type == "pil" else decoded,
             nsfw_content_detected=flagged,
         )
+
+
+@dataclass(frozen=True)
+class _FitInput:
+    """A picture that ``fit_identity`` was given, and what is asked of it: prompts without and with the token, the
+    (height, width) to work at, and the caller's own mask (H, W) or None."""
+
+    picture: PIL.Image.Image
+    subject: str
+    token: str
+    prompt: TokenizedPrompt
+    prompt_with_token: TokenizedPrompt
+    size: tuple[int, int]
+    mask: torch.Tensor | None
 
 
 class _ByPrompt:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from s2edit_pipeline import ReferenceAttribute
+from s2edit_pipeline import IdentityAdapter, ReferenceAttribute
 from s2edit_pipeline.identity_fitting import FitExample, FitSettings, fit_identity_weights
 from s2edit_pipeline.identity_token import initial_row, with_tokens
 from s2edit_pipeline.pipeline import S2EditPipeline
-from s2edit_pipeline.prompt_alignment import tokenize
+from s2edit_pipeline.prompt_alignment import insert_token, tokenize
 
 METHODS = ("lora", "full", "token")
 PROMPT = "a photo of a sad lady with glasses"
@@ -112,8 +114,8 @@ def example_of(pipe: S2EditPipeline, picture: Image.Image, half_mask: Any = None
 
 def fit(pipe: S2EditPipeline, example: FitExample, row: torch.Tensor, seed: int = 0, **settings: Any) -> Any:
     return fit_identity_weights(
-        pipe.unet, pipe.text_encoder, pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, example,
-        row, FitSettings(**settings), torch.Generator().manual_seed(seed), lambda _: True,
+        pipe.unet, pipe.text_encoder, pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, [example],
+        [row], FitSettings(**settings), torch.Generator().manual_seed(seed), lambda _: True,
     )  # fmt: skip
 
 
@@ -177,7 +179,7 @@ def test_detaching_the_sentence_takes_it_out_of_the_gradient(pipe: S2EditPipelin
 def test_what_a_method_tunes(pipe: S2EditPipeline, picture: Image.Image, method: str) -> None:
     example, row = example_of(pipe, picture)
     result = fit(pipe, example, row, method=method, num_steps=3)
-    assert float((result.row - row).abs().max()) > 1e-4
+    assert float((result.rows[0] - row).abs().max()) > 1e-4
     tuned = {name for name, tensor in result.weights.items() if float(tensor.abs().max()) > 0}
     names = {f"unet.{n}" for n, _ in pipe.unet.named_parameters()}
     names |= {f"text_encoder.{n}" for n, _ in pipe.text_encoder.named_parameters()}
@@ -207,9 +209,9 @@ def test_a_seed_decides_everything(pipe: S2EditPipeline, picture: Image.Image, m
     torch.manual_seed(2)
     again = fit(pipe, example, row, seed=5, method=method, num_steps=2)
     other = fit(pipe, example, row, seed=6, method=method, num_steps=2)
-    assert torch.equal(one.row, again.row) and one.progress == again.progress
+    assert torch.equal(one.rows[0], again.rows[0]) and one.progress == again.progress
     assert all(torch.equal(one.weights[n], again.weights[n]) for n in one.weights)
-    assert not torch.equal(one.row, other.row)
+    assert not torch.equal(one.rows[0], other.rows[0])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -267,6 +269,113 @@ def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:
         FitSettings(**settings)
 
 
-def test_a_reference_is_refused_in_words(pipe: S2EditPipeline, picture: Image.Image) -> None:
-    with pytest.raises(ValueError, match="reference= can't be fitted by this release"):
-        pipe.fit_identity(picture, PROMPT, "lady", reference=ReferenceAttribute(picture, "a lady", "lady"))
+# ------------------------------------------------------------------------------ composition
+
+
+REFERENCE_PROMPT = "a photo of a man with a hat"
+
+
+@pytest.fixture
+def reference() -> ReferenceAttribute:
+    array = np.random.default_rng(5).integers(0, 255, (24, 40, 3), dtype=np.uint8)  # of another shape
+    mask = np.zeros((24, 40), bool)
+    mask[:12] = True
+    return ReferenceAttribute(Image.fromarray(array), REFERENCE_PROMPT, "hat", mask=mask)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_tokens_are_tuned_jointly_each_with_its_own_controls(
+    pipe: S2EditPipeline,
+    picture: Image.Image,
+    half_mask: Any,
+    reference: ReferenceAttribute,
+    method: str,
+    tmp_path: Path,
+) -> None:
+    wanted, seen = snapshot(pipe), []
+    identity = pipe.fit_identity(
+        picture, PROMPT, "lady", mask=half_mask, method=method, reference=reference, num_steps=3,
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=lambda pipe, step, steps, measures: seen.append(measures),
+    )  # fmt: skip
+    assert_as_found(snapshot(pipe), wanted)
+    assert len(seen) == 3 and seen[0]["cosine"] != seen[0]["reference_cosine"]
+    found = identity.reference
+    assert found is not None and (found.token, found.subject, found.source_prompt) == ("[A]", "hat", REFERENCE_PROMPT)
+    assert found.mask is not None and identity.mask is not None
+    assert found.mask.shape == (12, 20) and identity.mask.shape == (16, 16)  # each at its own picture's size
+    assert float(found.mask[:6].min()) == 1 and float(found.mask[6:].max()) == 0
+    for row, noun in ((identity.row, "lady"), (found.row, "hat")):
+        start = initial_row(pipe.tokenizer, pipe.text_encoder, noun)
+        assert 1e-4 < float((row - start).abs().max()) < 0.2
+    # saved, loaded, said in one prompt, taken out again
+    identity.save_pretrained(tmp_path / "both")
+    again = IdentityAdapter.from_pretrained(tmp_path / "both")
+    assert again.reference is not None and torch.equal(again.reference.row, found.row)
+    assert torch.equal(again.reference.mask, found.mask)
+    before = snapshot(pipe)
+    pipe.load_identity(again)
+    assert pipe.tokenizer.tokenize("a [I] lady with [A] hat").count("[A]") == 1
+    result = pipe("a sad [I] lady with [A] hat", picture, "a sad lady", num_inference_steps=2, output_type="latent")
+    pipe.unload_identity()
+    assert_as_found(snapshot(pipe), before)
+    plain = pipe("a sad lady with hat", picture, "a sad lady", num_inference_steps=2, output_type="latent")
+    assert not torch.equal(result.images, plain.images)
+
+
+def test_the_joint_loss_is_the_sum_of_both(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    """A joint step moves what is shared along the sum of both gradients: SGD in place of AdamW makes it exact."""
+    examples, rows = [], []
+    tokenizer = with_tokens(pipe.tokenizer, ["[I]", "[A]"])
+    for i, (prompt, noun, token) in enumerate(((PROMPT, "lady", "[I]"), (REFERENCE_PROMPT, "hat", "[A]"))):
+        latents = torch.randn(1, 4, 16, 16 - 4 * i, generator=torch.Generator().manual_seed(i))
+        tokens = [tokenize(tokenizer, text) for text in (prompt, insert_token(prompt, noun, token))]
+        examples.append(FitExample(latents, *tokens, tokenizer.convert_tokens_to_ids(token), None))
+        rows.append(initial_row(pipe.tokenizer, pipe.text_encoder, noun))
+
+    class Descent(torch.optim.SGD):
+        def __init__(self, groups: Any, weight_decay: float) -> None:
+            super().__init__([{**g, "lr": 1.0} for g in groups])
+
+    def step(chosen: list[int], generator: torch.Generator) -> Any:
+        return fit_identity_weights(
+            pipe.unet, pipe.text_encoder, pipe.scheduler.alphas_cumprod, "epsilon", [examples[i] for i in chosen],
+            [rows[i] for i in chosen], FitSettings(method="full", num_steps=1), generator, lambda _: True,
+        )  # fmt: skip
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.optim, "AdamW", Descent)
+        both = step([0, 1], torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        first = step([0], generator)
+        # the second's noise follows the first's, as in the joint step: no draw for the adapters' seed between
+        patched.setattr(torch, "randint", lambda *args, **kwargs: torch.zeros(1, dtype=torch.int64))
+        second = step([1], generator)
+    for name in list(both.weights)[::7]:
+        torch.testing.assert_close(both.weights[name], first.weights[name] + second.weights[name], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(both.rows[0], first.rows[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(both.rows[1], second.rows[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"subject": "glasses"}, ValueError, r"subject='glasses' is not in the prompt 'a photo of a man with a hat'"),
+        ({"prompt": ""}, ValueError, r"reference\.prompt is empty"),
+        ({"image": 3}, TypeError, r"reference\.image must be a PIL picture"),
+        ({"token": "[I]"}, ValueError, r"token='\[I\]' is in the tokenizer already"),
+        ({"mask": np.zeros((24, 40), bool)}, ValueError, r"reference\.mask has nothing inside"),
+    ],
+)
+def test_a_reference_that_cannot_be_used(
+    pipe: S2EditPipeline,
+    picture: Image.Image,
+    reference: ReferenceAttribute,
+    changes: dict[str, Any],
+    error: type[Exception],
+    said: str,
+) -> None:
+    with pytest.raises(error, match=said):
+        pipe.fit_identity(picture, PROMPT, "lady", reference=replace(reference, **changes), num_steps=1)
+    with pytest.raises(TypeError, match="reference must be a ReferenceAttribute"):
+        pipe.fit_identity(picture, PROMPT, "lady", reference=picture, num_steps=1)
