@@ -40,12 +40,12 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("base-model", "inversions"))
+    parser.add_argument("what", choices=("base-model", "inversions", "compositions"))
     parser.add_argument("--model", help="a diffusers folder of the avatars family; the embedded model otherwise")
     parser.add_argument("--captions", type=int, default=256, help="base-model: pictures drawn (%(default)s)")
-    parser.add_argument("--people", type=int, default=4, help="inversions: held-out people (%(default)s)")
-    parser.add_argument("--steps", type=int, help="inference steps (base-model 30, inversions 50)")
-    parser.add_argument("--sheet", help="base-model: also save the first 32 pictures drawn, to this PNG")
+    parser.add_argument("--people", type=int, default=4, help="inversions, compositions: how many (%(default)s)")
+    parser.add_argument("--steps", type=int, help="inference steps (30, 50 and 25)")
+    parser.add_argument("--sheet", help="base-model, compositions: also save the first pictures, to this PNG")
 
     def run(args: argparse.Namespace) -> int:
         from .avatars import load_avatars
@@ -58,6 +58,16 @@ def _measure(parser: argparse.ArgumentParser) -> None:
 
             print(table(measure_inversions(pipe, people=range(args.people), num_inference_steps=args.steps or 50)))
             return 0
+        if args.what == "compositions":
+            from .evaluation import composition
+
+            rows = composition.measure_compositions(
+                pipe, composition.composition_pairs(args.people), num_inference_steps=args.steps or 25
+            )
+            print(composition.table(rows))
+            if args.sheet:
+                composition.sheet(rows).save(args.sheet)
+            return 0
         from .evaluation.base_model import measure_base_model
 
         report = measure_base_model(pipe, num_captions=args.captions, num_inference_steps=args.steps or 30)
@@ -66,8 +76,8 @@ def _measure(parser: argparse.ArgumentParser) -> None:
             import numpy as np
             from PIL import Image
 
-            rows = [report.generated[i : i + 8] for i in range(0, min(32, len(report.generated)) // 8 * 8, 8)]
-            Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in rows])).save(args.sheet)
+            lines = [report.generated[i : i + 8] for i in range(0, min(32, len(report.generated)) // 8 * 8, 8)]
+            Image.fromarray(np.concatenate([np.concatenate(list(line), 1) for line in lines])).save(args.sheet)
         return 0
 
     parser.set_defaults(run=run)
@@ -75,7 +85,7 @@ def _measure(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (_demo, "fit an identity to a drawn face and edit it"),
-    "measure": (_measure, "measure the base model or the inversions"),
+    "measure": (_measure, "measure the base model, the inversions or compositions"),
     "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),
 }
 
