@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -179,9 +180,10 @@ class IdentityAdapter:
         (folder / CARD_FILE).write_text(self._card(), "utf-8")
 
     def _card(self) -> str:
-        base = json.dumps(self.base_model)
+        # the Hub takes nothing but a repository's name here
+        base = f"base_model: {self.base_model}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model) else ""
         return (
-            f"---\nlibrary_name: diffusers\nbase_model: {base}\ntags:\n- s2edit\n- image-editing\n"
+            f"---\nlibrary_name: diffusers\n{base}tags:\n- s2edit\n- image-editing\n"
             f"instance_prompt: {json.dumps(self.source_prompt)}\n---\n\n"
             f'# An identity for S2EditPipeline\n\nToken `{self.token}` before the noun "{self.subject}", fitted to one '
             f'picture described as "{self.source_prompt}" (method `{self.method}`).\n\n'

@@ -1,0 +1,335 @@
+"""Sharing through the Hub: the real client in fresh processes, against a loopback server that speaks its protocol."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import s2edit_pipeline
+from s2edit_pipeline import IdentityAdapter, S2EditPipeline
+
+TOKEN = "hf_fetched_by_nobody"
+SOURCE, TARGET = "a photo of a sad lady", "a photo of a smiling [I] lady"
+
+
+@dataclass
+class Hub:
+    """What the server holds: repositories, each a list of commits (id, path -> bytes), and uploaded LFS objects."""
+
+    address: str = ""
+    commits: dict[str, list[tuple[str, dict[str, bytes]]]] = field(default_factory=dict)
+    branches: dict[tuple[str, str], int] = field(default_factory=dict)
+    private: dict[str, bool] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+
+    def add(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
+        history = self.commits.setdefault(repo, [])
+        name = hashlib.sha1(f"{repo} {len(history)}".encode()).hexdigest()
+        history.append((name, files))
+        self.branches[repo, branch] = len(history) - 1
+        return name
+
+    def at(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        history = self.commits.get(repo, [])
+        if (repo, revision) in self.branches:
+            return history[self.branches[repo, revision]]
+        return next((commit for commit in history if commit[0] == revision), None)
+
+
+def card_errors(card: str) -> list[dict[str, str]]:
+    """The Hub's own rule for base models, and that there is front matter at all."""
+    matter = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
+    if matter is None:
+        return [{"message": "no front matter"}]
+    bases = re.findall(r"^base_model: *(.*)$", matter[1], flags=re.MULTILINE)
+    wrong = [base for base in bases if not re.fullmatch(r"[\w.-]+/[\w.-]+", base)]
+    return [{"message": f'"base_model" with value {base!r} is not valid'} for base in wrong]
+
+
+def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+        def answer(self, status: int, body: Any = b"", **headers: str) -> None:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            if "Content_Length" not in headers:
+                self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        def read(self) -> bytes:
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+        def act(self) -> None:
+            url = urlsplit(self.path)
+            parts = [unquote(p) for p in url.path.strip("/").split("/")]
+            hub.requests.append(f"{self.command} {url.path}")
+            body = self.read()
+            allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            if parts[:2] == ["api", "repos"] and self.command == "POST":
+                if not allowed:
+                    return self.answer(401, {"error": "Invalid username or password."})
+                asked = json.loads(body)
+                repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
+                exists = repo in hub.commits
+                hub.private.setdefault(repo, asked.get("private", False) or asked.get("visibility") == "private")
+                if not exists:
+                    hub.add(repo, {})
+                return self.answer(409 if exists else 200, {"url": f"{hub.address}/{repo}"})
+            if parts[:2] == ["api", "models"] and len(parts) >= 5:
+                return self.api("/".join(parts[2:4]), parts[4], parts[5:], body, allowed, url.query)
+            if parts[:2] == ["api", "models"] and len(parts) == 4:
+                return self.api("/".join(parts[2:4]), "revision", ["main"], body, allowed, url.query)
+            if parts == ["api", "validate-yaml"]:
+                return self.answer(200, {"errors": card_errors(json.loads(body)["content"]), "warnings": []})
+            if url.path.endswith("/info/lfs/objects/batch"):
+                wanted = [{"oid": o["oid"], "size": o["size"]} for o in json.loads(body)["objects"]]
+                for entry in wanted:
+                    entry["actions"] = {"upload": {"href": f"{hub.address}/lfs/{entry['oid']}"}}
+                return self.answer(200, {"transfer": "basic", "objects": wanted}, Content_Type="application/json")
+            if parts[0] == "lfs" and self.command == "PUT":
+                assert hashlib.sha256(body).hexdigest() == parts[1]
+                hub.objects[parts[1]] = body
+                return self.answer(200)
+            if len(parts) > 4 and parts[2] == "resolve":
+                return self.resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]), allowed)
+            return self.answer(404, {"error": "no such address"})
+
+        def api(self, repo: str, verb: str, rest: list[str], body: bytes, allowed: bool, query: str) -> None:
+            if repo not in hub.commits or (hub.private.get(repo) and not allowed):
+                return self.answer(
+                    404 if allowed else 401, {"error": "Repository not found"}, X_Error_Code="RepoNotFound"
+                )
+            if verb == "preupload":
+                modes = [
+                    {
+                        "path": f["path"],
+                        "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                        "shouldIgnore": False,
+                    }
+                    for f in json.loads(body)["files"]
+                ]
+                return self.answer(200, {"files": modes})
+            if verb == "commit":
+                lines = [json.loads(line) for line in body.splitlines() if line]
+                files = dict(hub.commits[repo][hub.branches[repo, rest[0]]][1])
+                for line in lines:
+                    value = line["value"]
+                    if line["key"] == "header":
+                        hub.messages.append(value["summary"])
+                    elif line["key"] == "file":
+                        files[value["path"]] = base64.b64decode(value["content"])
+                    elif line["key"] == "lfsFile":
+                        files[value["path"]] = hub.objects[value["oid"]]
+                    elif line["key"] == "deletedFile":
+                        files.pop(value["path"], None)
+                request = "create_pr" in parse_qs(query)
+                name = hub.add(repo, files, "refs/pr/1" if request else rest[0])
+                answer = {"success": True, "commitUrl": f"{hub.address}/{repo}/commit/{name}", "commitOid": name}
+                if request:
+                    answer["pullRequestUrl"] = f"{hub.address}/{repo}/discussions/1"
+                return self.answer(200, answer)
+            found = hub.at(repo, "/".join(rest) if verb == "revision" else rest[0])
+            if found is None:
+                return self.answer(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
+            name, files = found
+            if verb == "revision":
+                return self.answer(
+                    200,
+                    {"id": repo, "modelId": repo, "sha": name, "private": hub.private.get(repo, False), "tags": [],
+                     "siblings": [{"rfilename": path} for path in files]},
+                )  # fmt: skip
+            if verb == "tree":
+                listed = [
+                    {"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                    for p, d in files.items()
+                ]
+                return self.answer(200, listed)
+            return self.answer(404, {"error": verb})
+
+        def resolve(self, repo: str, revision: str, path: str, allowed: bool) -> None:
+            if hub.private.get(repo) and not allowed:
+                return self.answer(401, {"error": "private"}, X_Error_Code="RepoNotFound")
+            found = hub.at(repo, revision)
+            if found is None or path not in found[1]:
+                code = "EntryNotFound" if found else "RevisionNotFound"
+                return self.answer(404, b"", X_Error_Code=code, **({"X_Repo_Commit": found[0]} if found else {}))
+            data = found[1][path]
+            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": found[0]}
+            return self.answer(200, data, Content_Length=str(len(data)), **headers)
+
+        do_GET = do_POST = do_PUT = do_HEAD = act
+
+    return Handler
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    held = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(held))
+    held.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield held
+    server.shutdown()
+    server.server_close()
+
+
+def fresh(hub: Hub, folder: Path, script: str, *arguments: str, token: str | None = TOKEN) -> str:
+    """What ``script`` prints in a process of its own that knows the Hub at ``hub``."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(folder / "hf"),
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": str(Path(s2edit_pipeline.__file__).parent.parent),
+        "NO_PROXY": "*",
+    }
+    if token:
+        environment["HF_TOKEN"] = token
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+PUSH = """
+import sys
+from s2edit_pipeline import IdentityAdapter
+folder, repo, options = sys.argv[1:]
+print(IdentityAdapter.from_pretrained(folder).push_to_hub(repo, **eval(options)))
+"""
+EDIT = """
+import sys, numpy, torch
+from PIL import Image
+from s2edit_pipeline import IdentityAdapter, S2EditPipeline
+model, repo, picture, out, options = sys.argv[1:]
+pipe = S2EditPipeline.from_pretrained(model)
+token = pipe.load_identity(repo, **eval(options))
+edited = pipe("a photo of a smiling [I] lady", Image.open(picture), num_inference_steps=3, output_type="latent")
+numpy.save(out, edited.images.numpy())
+print(token)
+"""
+
+
+@pytest.fixture
+def fitted(pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, tmp_path: Path) -> IdentityAdapter:
+    """An identity saved in "ada", the model in "model", the picture in "picture.png", its edit in "here.npy"."""
+    identity = pipe.fit_identity(
+        picture, SOURCE, "lady", mask=half_mask, num_steps=2, learning_rate=1e-2,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    identity.save_pretrained(tmp_path / "ada")
+    pipe.save_pretrained(tmp_path / "model")
+    picture.save(tmp_path / "picture.png")
+    edited = pipe(TARGET, picture, identity=identity, num_inference_steps=3, output_type="latent").images
+    np.save(tmp_path / "here.npy", edited.numpy())
+    return identity
+
+
+def test_a_pushed_identity_makes_the_same_edit_in_a_strangers_process(
+    hub: Hub, fitted: IdentityAdapter, tmp_path: Path
+) -> None:
+    address = fresh(hub, tmp_path, PUSH, "ada", "me/ada", "dict(commit_message='Ada, smiling')").strip()
+    assert address.startswith(f"{hub.address}/me/ada/commit/") and hub.messages == ["Ada, smiling"]
+    _, files = hub.commits["me/ada"][-1]
+    assert set(files) - {".gitattributes"} == {p.name for p in (tmp_path / "ada").iterdir()}
+    assert all(files[p.name] == p.read_bytes() for p in (tmp_path / "ada").iterdir())
+    assert any("lfs" in request for request in hub.requests)  # the weights went the large files' way
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    arguments = (str(tmp_path / "model"), "me/ada", str(tmp_path / "picture.png"), "there.npy")
+    assert fresh(hub, stranger, EDIT, *arguments, "{}", token=None).strip() == "[I]"
+    assert np.array_equal(np.load(stranger / "there.npy"), np.load(tmp_path / "here.npy"))
+    # once fetched, it loads without the network too
+    hub.requests.clear()
+    fresh(hub, stranger, EDIT, *arguments, "dict(local_files_only=True)")
+    assert not [request for request in hub.requests if "ada" in request]
+
+
+def test_revisions_private_repositories_and_pull_requests(hub: Hub, fitted: IdentityAdapter, tmp_path: Path) -> None:
+    fresh(hub, tmp_path, PUSH, "ada", "me/ada", "dict(private=True)")
+    assert hub.private["me/ada"] is True
+    first = hub.commits["me/ada"][-1][0]
+    fitted.renamed("[Ada]").save_pretrained(tmp_path / "renamed")
+    fresh(hub, tmp_path, PUSH, "renamed", "me/ada", "dict(create_pr=True)")
+    assert hub.branches["me/ada", "main"] == 1  # the pull request changed nothing yet
+    read = """
+import sys
+from s2edit_pipeline import IdentityAdapter
+try:
+    print(IdentityAdapter.from_pretrained("me/ada", **eval(sys.argv[1])).token)
+except Exception as error:
+    print(type(error).__name__)
+"""
+    assert fresh(hub, tmp_path, read, "{}").strip() == "[I]"
+    assert fresh(hub, tmp_path, read, "dict(revision='refs/pr/1')").strip() == "[Ada]"
+    assert fresh(hub, tmp_path, read, f"dict(revision='{first}')").strip() == "[I]"
+    assert fresh(hub, tmp_path, read, f"dict(token='{TOKEN}')", token=None).strip() == "[I]"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert fresh(hub, elsewhere, read, "{}", token=None).strip() == "RepositoryNotFoundError"
+
+
+def test_only_an_identitys_own_files_are_fetched(hub: Hub, fitted: IdentityAdapter, tmp_path: Path) -> None:
+    files = {p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()}
+    hub.add("me/odd", {**files, "evil.pkl": b"no", "pytorch_model.bin": b"no", "deep/evil.safetensors": b"no"})
+    fresh(hub, tmp_path, "from s2edit_pipeline import IdentityAdapter; IdentityAdapter.from_pretrained('me/odd')")
+    assert not [r for r in hub.requests if "/resolve/" in r and ("evil" in r or "pytorch_model" in r)]
+
+
+CUSTOM = """
+import sys, numpy
+sys.meta_path.insert(0, type("Absent", (), {"find_spec": staticmethod(  # as if it had never been installed
+    lambda name, path=None, target=None: (_ for _ in ()).throw(ModuleNotFoundError(name))
+    if name.split(".")[0] == "s2edit_pipeline" else None)})())
+from diffusers import DiffusionPipeline
+from PIL import Image
+model, code, identity, picture, out = sys.argv[1:]
+arguments = {"custom_pipeline": code} if code != model else {}
+pipe = DiffusionPipeline.from_pretrained(model, trust_remote_code=True, **arguments)
+assert type(pipe).__module__.startswith("diffusers_modules"), type(pipe)
+pipe.load_identity(identity)
+edited = pipe("a photo of a smiling [I] lady", Image.open(picture), num_inference_steps=3, output_type="latent")
+numpy.save(out, edited.images.numpy())
+"""
+
+
+def test_the_pipeline_loads_from_a_repository_without_the_package(
+    hub: Hub, fitted: IdentityAdapter, tmp_path: Path
+) -> None:
+    package = Path(s2edit_pipeline.__file__).parent
+    code = {p.name: p.read_bytes() for p in package.glob("*.py") if p.stem not in ("__init__", "cli", "demo")}
+    hub.add("me/s2edit", code)
+    hub.add("me/ada", {p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()})
+    arguments = (str(tmp_path / "model"), "me/s2edit", "me/ada", str(tmp_path / "picture.png"), "there.npy")
+    fresh(hub, tmp_path, CUSTOM, *arguments)
+    assert np.array_equal(np.load(tmp_path / "there.npy"), np.load(tmp_path / "here.npy"))
