@@ -103,6 +103,22 @@ def training_target(
     return root_a * epsilon - root_1a * x0
 
 
+def ddpm_mean(
+    x: torch.Tensor,
+    output: torch.Tensor,
+    alpha_bar: torch.Tensor | float,
+    alpha_bar_next: torch.Tensor | float,
+    prediction_type: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean (B, C, H, W) and the deviation sigma of the DDPM step down from ``alpha_bar`` (DDIM, equations 12
+    and 16 with eta 1): the next latents are ``mean + sigma z``, z normal."""
+    x0, epsilon = split_prediction(output, x, alpha_bar, prediction_type)
+    a, a_next = (torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in (alpha_bar, alpha_bar_next))
+    variance = (1 - a_next) / (1 - a) * (1 - a / a_next)
+    mean = a_next.sqrt().to(x) * x0 + (1 - a_next - variance).clamp(min=0).sqrt().to(x) * epsilon
+    return mean, variance.sqrt().to(x)
+
+
 def ddim_move(
     x: torch.Tensor,
     output: torch.Tensor,

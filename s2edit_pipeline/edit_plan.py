@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .edit_sampling import Confinement
+from .edit_sampling import Confinement, EditSettings
 from .prompt_alignment import PromptAlignment, TokenizedPrompt, align_prompts, content_words
 
 
@@ -34,27 +34,22 @@ class TargetPlan:
 def plan_edits(
     source: TokenizedPrompt,
     targets: Sequence[TokenizedPrompt],
+    settings: EditSettings,
     *,
     num_steps: int,
-    edit: str,
-    cross_replace_steps: float | Mapping[str, float],
-    reweight: Mapping[str, float] | None,
-    blend_words: Sequence[str] | bool | None,
     region: torch.Tensor | None,
-    blend_threshold: float,
-    confine_from: float,
 ) -> list[TargetPlan]:
     """One plan for each target.
 
     Args:
         num_steps: of the edit.
-        edit, cross_replace_steps, reweight, blend_words, blend_threshold: as in ``S2EditPipeline.__call__``.
         region: (h, w) of 0 and 1 where the caller says where the edit may reach.
-        confine_from: the share of the steps after which the source is kept outside.
 
     Raises:
         ValueError: a number out of its range, or a word that no prompt holds.
     """
+    reweight, blend_words = settings.reweight, settings.blend_words
+    cross_replace_steps, keep_words = settings.cross_replace_steps, settings.keep_words
     for name in reweight or {}:
         _find_in_any(targets, name, "reweight")
     if isinstance(cross_replace_steps, Mapping):
@@ -63,9 +58,14 @@ def plan_edits(
                 _find_in_any(targets, name, "cross_replace_steps")
     if isinstance(blend_words, str):
         blend_words = [blend_words]
+    keep_words = [keep_words] if isinstance(keep_words, str) else list(keep_words or [])
+    if keep_words and blend_words is False and region is None:
+        raise ValueError(f"keep_words={keep_words!r} takes words out of the edit's region; blend_words=False has none.")
+    for name in keep_words:
+        _find_in_any([source, *targets], name, "keep_words")
     plans = []
     for target in targets:
-        alignment = align_prompts(source, target, edit)
+        alignment = align_prompts(source, target, settings.edit)
         weights = _weights(target, reweight)
         confinement = None
         if region is not None or blend_words is not False:
@@ -81,7 +81,11 @@ def plan_edits(
                 if weights is not None:
                     changed |= set(torch.nonzero(weights != 1)[:, 0].tolist())
                 looks = [content_words(source, set(alignment.changed_source)), content_words(target, changed)]
-            confinement = Confinement(looks[0], looks[1], region, blend_threshold, confine_from)
+            kept = [tuple(_positions(prompt, word) for word in keep_words) for prompt in (source, target)]
+            kept_source, kept_target = (tuple(found for found in side if found) for side in kept)
+            confinement = Confinement(
+                looks[0], looks[1], region, settings.blend_threshold, settings.confine_from, kept_source, kept_target
+            )
         until = _cross_until(target, cross_replace_steps, num_steps)
         plans.append(TargetPlan(target, alignment, until, weights, confinement))
     return plans
@@ -97,9 +101,7 @@ def _positions(prompt: TokenizedPrompt, word: str) -> tuple[int, ...]:
 
 def _find_in_any(prompts: Sequence[TokenizedPrompt], word: str, argument: str) -> None:
     if not any(_positions(prompt, word) for prompt in prompts):
-        raise ValueError(
-            f"{argument} names {word!r}, which is in none of the target prompts: {[p.text for p in prompts]}."
-        )
+        raise ValueError(f"{argument} names {word!r}, which is in none of the prompts: {[p.text for p in prompts]}.")
 
 
 def _weights(prompt: TokenizedPrompt, reweight: Mapping[str, float] | None) -> torch.Tensor | None:

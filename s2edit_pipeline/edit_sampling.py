@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .attention_control import MapRecorder, PromptToPrompt
-from .ddim_steps import NoiseSchedule, ddim_move
+from .ddim_steps import NoiseSchedule, ddim_move, ddpm_mean
 from .latent_inversion import Inversion, guided
 from .object_masks import edit_region
 
@@ -42,11 +43,57 @@ class BranchRows:
 
 
 @dataclass(frozen=True)
+class EditSettings:
+    """What a caller asks of an edit; the fields are the arguments of ``S2EditPipeline.__call__``.
+
+    Raises:
+        ValueError: a number out of its range, or options that don't go together.
+    """
+
+    guidance_scale: float = 4.5
+    guidance_rescale: float = 0.0
+    guidance_stop: float = 0.5
+    strength: float = 1.0
+    edit: str = "auto"
+    cross_replace_steps: float | Mapping[str, float] = 0.4
+    self_replace_steps: float = 0.4
+    reweight: Mapping[str, float] | None = None
+    blend_words: Sequence[str] | str | bool | None = None
+    keep_words: Sequence[str] | str | None = None
+    blend_threshold: float = 0.4
+    confine_from: float = 0.2
+
+    def __post_init__(self) -> None:
+        scale = self.guidance_scale
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+            raise ValueError(f"guidance_scale must be a number of at least 0, not {scale!r}.")
+        for name in ("guidance_rescale", "guidance_stop", "self_replace_steps", "confine_from"):
+            check_share(name, getattr(self, name))
+        check_share("blend_threshold", self.blend_threshold, open_ended=True)
+        if not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, not {self.strength!r}.")
+
+    def num_steps(self, schedule: NoiseSchedule) -> int:
+        """The steps that an edit of this strength makes."""
+        return max(1, round(self.strength * schedule.num_steps))
+
+
+def check_share(name: str, value: object, *, open_ended: bool = False) -> None:
+    """Raises:
+    ValueError: ``value`` isn't a number in [0, 1], or with ``open_ended`` in (0, 1).
+    """
+    if not isinstance(value, (int, float)) or not (0 < value < 1 if open_ended else 0 <= value <= 1):
+        wanted = "above 0 and below 1" if open_ended else "from 0 to 1"
+        raise ValueError(f"{name} must be {wanted}, not {value!r}.")
+
+
+@dataclass(frozen=True)
 class Confinement:
     """Where one target may differ from the source.
 
     Attributes:
         source_tokens, target_tokens: positions of the words whose maps show it, a tuple for each word.
+        kept_source, kept_target: likewise, of words whose place is taken out of it.
         region: (h, w) of 0 and 1, given from outside; then no map is looked at.
         threshold: see ``object_masks.edit_region``.
         start: the share of the steps after which the source is kept outside.
@@ -57,6 +104,8 @@ class Confinement:
     region: torch.Tensor | None
     threshold: float
     start: float
+    kept_source: tuple[tuple[int, ...], ...] = ()
+    kept_target: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,11 +121,15 @@ class EditedLatents:
 def _region(confinement: Confinement, recorder: MapRecorder, row: int, height: int, width: int) -> torch.Tensor:
     if confinement.region is not None:
         return confinement.region
-    maps = [recorder.word_map(0, tokens, height, width) for tokens in confinement.source_tokens]
-    maps += [recorder.word_map(row, tokens, height, width) for tokens in confinement.target_tokens]
-    if not maps:  # no word changed, so nothing may
-        return torch.zeros(height, width)
-    return edit_region(maps, confinement.threshold)
+
+    def looks(source: tuple[tuple[int, ...], ...], target: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+        maps = [recorder.word_map(0, tokens, height, width) for tokens in source]
+        maps += [recorder.word_map(row, tokens, height, width) for tokens in target]
+        return edit_region(maps, confinement.threshold) if maps else torch.zeros(height, width)
+
+    # where no word changed, nothing may
+    region = looks(confinement.source_tokens, confinement.target_tokens)
+    return region * (1 - looks(confinement.kept_source, confinement.kept_target).to(region))
 
 
 @torch.no_grad()
@@ -87,9 +140,7 @@ def sample_edits(
     source_embeds: torch.Tensor,
     target_embeds: torch.Tensor,
     negative_embeds: torch.Tensor,
-    guidance_scale: float,
-    guidance_rescale: float,
-    guidance_stop: float,
+    settings: EditSettings,
     prompt_to_prompt: PromptToPrompt,
     recorder: MapRecorder,
     confinements: Sequence[Confinement | None],
@@ -99,20 +150,23 @@ def sample_edits(
 
     Args:
         source_embeds: (1, L, D); target_embeds: (n, L, D); negative_embeds: (1, L, D).
-        guidance_rescale, guidance_stop: of the targets' branches; the source's comes back by plain guidance.
-            From the share ``guidance_stop`` of the steps on, the targets go unguided (Kynkäänniemi et al. 2024:
-            at low noise guidance only burns colours).
+        settings: ``guidance_rescale`` and ``guidance_stop`` are of the targets' branches; the source's comes back
+            by plain guidance. From the share ``guidance_stop`` of the steps on, the targets go unguided
+            (Kynkäänniemi et al. 2024: at low noise guidance only burns colours). ``strength`` is the share of the
+            noise levels that the edit goes through; it starts from the trajectory's latents there.
         confinements: one for each target; None lets it change everywhere.
         on_step: called with (step, noise level, target latents) after each; may return other latents, and
             stops the edit by raising ``StopIteration``.
     """
     n, height, width = len(target_embeds), *inversion.trajectory.shape[-2:]
     rows = BranchRows(n, source_unconditional=not inversion.pinned)
-    source = inversion.trajectory[-1:].to(target_embeds)
+    guidance_scale = settings.guidance_scale
+    first = settings.num_steps(schedule)
+    source = inversion.trajectory[first : first + 1].to(target_embeds)
     x = source.expand(n, -1, -1, -1)
     regions: list[torch.Tensor | None] = [None] * n
-    for step, k in enumerate(range(schedule.num_steps, 0, -1)):
-        prompt_to_prompt.step = step
+    for k in range(first, 0, -1):
+        prompt_to_prompt.step = step = schedule.num_steps - k
         null = negative_embeds
         if inversion.unconditional_embeds is not None:
             null = inversion.unconditional_embeds[k - 1 : k].to(target_embeds)
@@ -123,9 +177,14 @@ def sample_edits(
 
         a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
         target_output = output[rows.conditional]
-        if step < guidance_stop * schedule.num_steps:
-            target_output = guided(output[rows.unconditional], target_output, guidance_scale, guidance_rescale)
-        x = ddim_move(x, target_output, a, a_next, schedule.prediction_type)
+        if step < settings.guidance_stop * schedule.num_steps:
+            unconditional = output[rows.unconditional]
+            target_output = guided(unconditional, target_output, guidance_scale, settings.guidance_rescale)
+        if inversion.residuals is not None:
+            mean, _ = ddpm_mean(x, target_output, a, a_next, schedule.prediction_type)
+            x = mean + inversion.residuals[k - 1 : k].to(mean)
+        else:
+            x = ddim_move(x, target_output, a, a_next, schedule.prediction_type)
         if inversion.pinned:
             source = inversion.trajectory[k - 1 : k].to(x)
         else:
@@ -139,7 +198,7 @@ def sample_edits(
             regions[i] = region
             x = torch.cat([x[:i], torch.where(region > 0.5, x[i : i + 1], source), x[i + 1 :]])
         try:
-            replaced = on_step(step, k, x)
+            replaced = on_step(first - k, k, x)
         except StopIteration:
             break
         x = x if replaced is None else replaced

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from .ddim_steps import NoiseSchedule, ddim_move
+from .ddim_steps import NoiseSchedule, add_noise, ddim_move, ddpm_mean
 
 Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 OnStep = Callable[[int], None]
@@ -23,10 +23,12 @@ class Inversion:
     """A picture on its way to noise.
 
     Attributes:
-        method: "ddim", "null_text", "negative_prompt" or "direct".
+        method: "ddim", "null_text", "negative_prompt", "direct" or "edit_friendly".
         prompt: the source prompt, with the identity's token where there is one.
         trajectory: (N + 1, C, h, w), the latents at each noise level, the picture itself first.
         unconditional_embeds: (N, L, D), for noise level k at k - 1; or None: the empty (or negative) prompt's.
+        residuals: (N, C, h, w), for noise level k at k - 1: what has to be added to the DDPM step's mean there to
+            arrive at the next latents ("edit_friendly"); or None: the steps are DDIM's.
         guidance_scale: that the unconditional embeddings were made for, or None where any will do.
         identity: the fitted token that took part, or None.
         base_model: what the model calls itself.
@@ -36,6 +38,7 @@ class Inversion:
     prompt: str
     trajectory: torch.Tensor
     unconditional_embeds: torch.Tensor | None = None
+    residuals: torch.Tensor | None = None
     guidance_scale: float | None = None
     identity: str | None = None
     base_model: str = ""
@@ -46,8 +49,17 @@ class Inversion:
 
     @property
     def pinned(self) -> bool:
-        """Whether the source branch is held to the stored trajectory (direct inversion)."""
-        return self.method == "direct"
+        """Whether the source branch is held to the stored trajectory."""
+        return self.method in ("direct", "edit_friendly")
+
+
+@dataclass(frozen=True)
+class WayUp:
+    """What a method finds: the fields of the same names of :class:`Inversion`."""
+
+    trajectory: torch.Tensor
+    unconditional_embeds: torch.Tensor | None = None
+    residuals: torch.Tensor | None = None
 
 
 def guided(
@@ -91,11 +103,12 @@ def _bare(
     prompt_embeds: torch.Tensor,
     negative_embeds: torch.Tensor,
     guidance_scale: float,
+    generator: torch.Generator | None,
     on_step: OnStep,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> WayUp:
     """DDIM inversion alone. Whether the source is pinned to it ("direct") or runs free ("ddim") is the edit's affair:
     the offset of Ju et al. 2023 (PnP Inversion, algorithm 1) is, written out, "use the stored latents"."""
-    return ddim_trajectory(denoise, latents, schedule, prompt_embeds, on_step), None
+    return WayUp(ddim_trajectory(denoise, latents, schedule, prompt_embeds, on_step))
 
 
 def _negative_prompt(
@@ -105,11 +118,12 @@ def _negative_prompt(
     prompt_embeds: torch.Tensor,
     negative_embeds: torch.Tensor,
     guidance_scale: float,
+    generator: torch.Generator | None,
     on_step: OnStep,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> WayUp:
     """Negative-prompt inversion (Miyake et al. 2023): the source prompt stands in for the optimised embedding."""
     trajectory = ddim_trajectory(denoise, latents, schedule, prompt_embeds, on_step)
-    return trajectory, prompt_embeds.expand(schedule.num_steps, -1, -1).clone()
+    return WayUp(trajectory, prompt_embeds.expand(schedule.num_steps, -1, -1).clone())
 
 
 def _null_text(
@@ -119,10 +133,11 @@ def _null_text(
     prompt_embeds: torch.Tensor,
     negative_embeds: torch.Tensor,
     guidance_scale: float,
+    generator: torch.Generator | None,
     on_step: OnStep,
     *,
     num_inner_steps: int = 10,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> WayUp:
     """Null-text inversion (Mokady et al. 2023, algorithm 1), with its published settings.
 
     The pivot is the DDIM trajectory at guidance 1; from the noise down, the unconditional embedding of each
@@ -162,12 +177,48 @@ def _null_text(
         with torch.no_grad():
             x = step_down(null)
         on_step(n + i)
-    return pivot, torch.cat(found[::-1])
+    return WayUp(pivot, torch.cat(found[::-1]))
 
 
-INVERSIONS = {"direct": _bare, "ddim": _bare, "negative_prompt": _negative_prompt, "null_text": _null_text}
-"""Method name -> ``f(denoise, latents, schedule, prompt_embeds, negative_embeds, guidance_scale, on_step)``,
-which returns the trajectory and the unconditional embeddings, if it makes any."""
+@torch.no_grad()
+def _edit_friendly(
+    denoise: Denoise,
+    latents: torch.Tensor,
+    schedule: NoiseSchedule,
+    prompt_embeds: torch.Tensor,
+    negative_embeds: torch.Tensor,
+    guidance_scale: float,
+    generator: torch.Generator | None,
+    on_step: OnStep,
+) -> WayUp:
+    """Edit-friendly DDPM inversion (Huberman-Spiegelglas et al. 2024, algorithm 1), the source unguided.
+
+    Every level is noised from the picture itself, independently of the others (equation 5); what the DDPM step
+    from each then misses of the next, ``sigma_t z_t`` (equation 6), is the picture's noise space.
+    """
+    path = [latents]
+    for k in range(1, schedule.num_steps + 1):
+        noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
+        path.append(add_noise(latents, noise, schedule.alphas_bar[k]))
+    residuals = []
+    for k in range(1, schedule.num_steps + 1):
+        output = denoise(path[k], k, prompt_embeds)
+        a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
+        mean, _ = ddpm_mean(path[k], output, a, a_next, schedule.prediction_type)
+        residuals.append(path[k - 1] - mean)
+        on_step(k - 1)
+    return WayUp(torch.cat(path), residuals=torch.cat(residuals))
+
+
+INVERSIONS = {
+    "direct": _bare,
+    "ddim": _bare,
+    "negative_prompt": _negative_prompt,
+    "null_text": _null_text,
+    "edit_friendly": _edit_friendly,
+}
+"""Method name -> ``f(denoise, latents, schedule, prompt_embeds, negative_embeds, guidance_scale, generator, on_step)``;
+only "edit_friendly" draws anything from ``generator``."""
 
 
 def num_inversion_steps(method: str, num_inference_steps: int) -> int:

@@ -40,13 +40,13 @@ from .attention_control import (
 )
 from .ddim_steps import NoiseSchedule, check_scheduler, noise_schedule
 from .edit_plan import plan_edits
-from .edit_sampling import BranchRows, sample_edits, sample_from_noise
+from .edit_sampling import BranchRows, EditSettings, check_share, sample_edits, sample_from_noise
 from .identity_adapter import IdentityAdapter, LearnedAttribute, LoadedIdentities, check_base, fingerprint
 from .identity_fitting import FitExample, FitProgress, FitSettings, fit_identity_weights
 from .identity_losses import cosine  # noqa: F401  diffusers copies only the files that this one names
 from .identity_token import initial_row, token_rows, with_tokens
 from .latent_inversion import INVERSIONS, Inversion, check_method, num_inversion_steps
-from .object_masks import mask_to_picture, record_maps, threshold_map
+from .object_masks import feather, mask_to_picture, record_maps, threshold_map
 from .picture_inputs import load_mask, load_picture, picture_to_tensor, working_size
 from .pipeline_output import S2EditPipelineOutput
 from .prompt_alignment import TokenizedPrompt, insert_token, split_words, tokenize
@@ -157,18 +157,6 @@ class S2EditPipeline(
             raise TypeError(f"{name} must be a string, not {type(prompt).__name__}.")
         if not prompt.strip():
             raise ValueError(f"{name} is empty; say what the picture shows, such as 'a photo of a lady with glasses'.")
-
-    @staticmethod
-    def _check_guidance(guidance_scale: float) -> None:
-        if not isinstance(guidance_scale, (int, float)) or not np.isfinite(guidance_scale) or guidance_scale < 0:
-            raise ValueError(f"guidance_scale must be a number of at least 0, not {guidance_scale!r}.")
-
-    @staticmethod
-    def _check_share(name: str, value: Any, *, open_ended: bool = False) -> None:
-        """``value`` lies in [0, 1], or in (0, 1)."""
-        if not isinstance(value, (int, float)) or not (0 < value < 1 if open_ended else 0 <= value <= 1):
-            wanted = "above 0 and below 1" if open_ended else "from 0 to 1"
-            raise ValueError(f"{name} must be {wanted}, not {value!r}.")
 
     @torch.no_grad()
     def _encode_picture(self, picture: PIL.Image.Image, height: int, width: int) -> torch.Tensor:
@@ -357,7 +345,7 @@ class S2EditPipeline(
             TypeError, ValueError: as :meth:`fit_identity`.
         """
         self._check_ready()
-        self._check_share("threshold", threshold, open_ended=True)
+        check_share("threshold", threshold, open_ended=True)
         picture = load_picture(image)
         self._check_prompt(prompt, "prompt")
         tokens = self._tokenize(prompt)
@@ -439,7 +427,7 @@ class S2EditPipeline(
             mask_after=mask_after,
             lora_rank=lora_rank,
         )
-        self._check_share("mask_threshold", mask_threshold, open_ended=True)
+        check_share("mask_threshold", mask_threshold, open_ended=True)
         if reference is not None and not all(hasattr(reference, name) for name in ("image", "prompt", "subject")):
             raise TypeError(
                 "reference must be a ReferenceAttribute(image, prompt='a lady with makeup', subject='makeup'), "
@@ -609,6 +597,7 @@ class S2EditPipeline(
         identity: Any = None,
         guidance_scale: float = 4.5,
         negative_prompt: str = "",
+        generator: torch.Generator | None = None,
         height: int | None = None,
         width: int | None = None,
         clip_skip: int | None = None,
@@ -618,11 +607,12 @@ class S2EditPipeline(
         Args:
             image: the picture.
             prompt: the source prompt; of a loaded (or passed) identity the token is put before its subject by itself.
-            method: "direct" (Ju et al. 2023), "ddim" (Song et al. 2021), "null_text" (Mokady et al. 2023) or
-                "negative_prompt" (Miyake et al. 2023).
+            method: "direct" (Ju et al. 2023), "ddim" (Song et al. 2021), "null_text" (Mokady et al. 2023),
+                "negative_prompt" (Miyake et al. 2023) or "edit_friendly" (Huberman-Spiegelglas et al. 2024).
             num_inference_steps: of the inversion and of the edits that use it.
             identity: an identity to load for this call.
             guidance_scale: what "null_text" optimises for; the others serve any.
+            generator: of "edit_friendly"'s noise; the others draw none.
 
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
@@ -630,7 +620,7 @@ class S2EditPipeline(
         self._check_ready()
         check_method(method)
         self._check_prompt(prompt, "prompt")
-        self._check_guidance(guidance_scale)
+        EditSettings(guidance_scale=guidance_scale)
         schedule = noise_schedule(self.scheduler, num_inference_steps)
         picture = load_picture(image)
         size = self._working_size(picture, height, width)
@@ -644,7 +634,7 @@ class S2EditPipeline(
             prompt = self._source_prompt(prompt, fitting)
             tokens, negative = self._tokenize(prompt), self._tokenize(negative_prompt)
             latents = self._encode_picture(picture, *size)
-            return self._invert(latents, tokens, method, schedule, guidance_scale, negative, clip_skip)
+            return self._invert(latents, tokens, method, schedule, guidance_scale, negative, generator, clip_skip)
 
     def _invert(
         self,
@@ -654,6 +644,7 @@ class S2EditPipeline(
         schedule: NoiseSchedule,
         guidance_scale: float,
         negative_prompt: TokenizedPrompt,
+        generator: torch.Generator | None,
         clip_skip: int | None,
     ) -> Inversion:
         embeds = self._encode_prompt(prompt, clip_skip)
@@ -672,15 +663,17 @@ class S2EditPipeline(
             attention_control(self.unet, controlled, *latents.shape[-2:]),
             self.progress_bar(total=num_inversion_steps(method, schedule.num_steps)) as bar,
         ):
-            trajectory, unconditional = INVERSIONS[method](
-                denoise_controlled, latents, schedule, embeds, negative, guidance_scale, lambda _: bar.update()
-            )
+            found = INVERSIONS[method](
+                denoise_controlled, latents, schedule, embeds, negative, guidance_scale, generator,
+                lambda _: bar.update(),
+            )  # fmt: skip
         tokens = self._tokens_in([prompt.text])
         return Inversion(
             method=method,
             prompt=prompt.text,
-            trajectory=trajectory,
-            unconditional_embeds=unconditional,
+            trajectory=found.trajectory,
+            unconditional_embeds=found.unconditional_embeds,
+            residuals=found.residuals,
             guidance_scale=guidance_scale if method == "null_text" else None,
             identity=tokens[0] if tokens else None,
             base_model=self._base_name(),
@@ -749,6 +742,9 @@ class S2EditPipeline(
         blend_threshold: float = EDIT_THRESHOLD,
         guidance_rescale: float = 0.0,
         guidance_stop: float = GUIDANCE_STOP,
+        strength: float = 1.0,
+        keep_words: Sequence[str] | None = None,
+        keep_pixels: bool = False,
         negative_prompt: str | None = None,
         num_images_per_prompt: int = 1,
         prompt_embeds: torch.Tensor | None = None,
@@ -781,7 +777,12 @@ class S2EditPipeline(
             blend_words: None confines the edit to where the changed words look, a list to where these words look
                 (in source or target), False lets it change the whole picture.
             edit_mask: where the edit may change the picture, white inside; replaces the words' own region.
-            generator: only used without ``image``.
+            keep_words: words (of source or target) whose place is taken out of the words' region.
+            keep_pixels: outside the region, return the picture's own pixels, not the autoencoder's; its border is
+                feathered inwards.
+            strength: share of the noise levels that the edit goes through; lower stays nearer to the picture
+                ("edit_friendly" was published with 0.64).
+            generator: of the noise, without ``image`` or with ``inversion="edit_friendly"``.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: ``f(pipe, step, timestep, tensors)``; it may return ``{"latents": ...}`` and set
                 ``pipe._interrupt = True`` to stop early.
@@ -800,16 +801,25 @@ class S2EditPipeline(
         """
         self._check_ready()
         self._interrupt = False
-        self._check_guidance(guidance_scale)
+        settings = EditSettings(
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_stop=guidance_stop,
+            strength=strength,
+            edit=edit,
+            cross_replace_steps=cross_replace_steps,
+            self_replace_steps=self_replace_steps,
+            reweight=reweight,
+            blend_words=blend_words,
+            keep_words=keep_words,
+            blend_threshold=blend_threshold,
+            confine_from=CONFINE_FROM,
+        )
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise ValueError(f"{name!r} can't be handed to callbacks; choose from {self._callback_tensor_inputs}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'.")
-        self._check_share("self_replace_steps", self_replace_steps)
-        self._check_share("guidance_rescale", guidance_rescale)
-        self._check_share("guidance_stop", guidance_stop)
-        self._check_share("blend_threshold", blend_threshold, open_ended=True)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
@@ -835,19 +845,26 @@ class S2EditPipeline(
                         raise ValueError(f"{name} can't be combined with image: the edit is made from the words.")
                 if num_images_per_prompt != 1:
                     raise ValueError("num_images_per_prompt: an edit is deterministic, a second one would be the same.")
+                if keep_pixels and (image is None or output_type == "latent"):
+                    raise ValueError("keep_pixels=True needs image=, and pictures for an output, not latents.")
                 output = self._edit(
-                    prompt, image, source_prompt, inversion, num_inference_steps, guidance_scale, guidance_rescale,
-                    guidance_stop, cross_replace_steps, self_replace_steps, reweight, blend_words, edit_mask, call_back,
-                    edit, blend_threshold, negative_prompt or "", height, width, clip_skip, return_attention_maps,
+                    prompt, image, source_prompt, inversion, num_inference_steps, settings, edit_mask, keep_pixels,
+                    generator, call_back, negative_prompt or "", height, width, clip_skip, return_attention_maps,
                     output_type,
                 )  # fmt: skip
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
-    def _finish(self, latents: torch.Tensor, output_type: str) -> tuple[Any, list[bool] | None]:
+    def _finish(
+        self, latents: torch.Tensor, output_type: str, kept: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[Any, list[bool] | None]:
+        """Decoded pictures; ``kept`` is a picture (1, 3, H, W) and weights (n, 1, H, W): where these are 0 it stays."""
         if output_type == "latent":
             return latents, None
         pixels = self._decode(latents)
+        if kept is not None:
+            source, weights = (tensor.to(pixels.device, torch.float32) for tensor in kept)
+            pixels = torch.where(weights == 0, source, torch.lerp(source, pixels.float(), weights))
         flagged = None
         if self.safety_checker is not None:
             shown = self.image_processor.postprocess(pixels, output_type="pil")
@@ -934,17 +951,11 @@ class S2EditPipeline(
         source_prompt: str | None,
         inversion: Inversion | str | None,
         num_inference_steps: int | None,
-        guidance_scale: float,
-        guidance_rescale: float,
-        guidance_stop: float,
-        cross_replace_steps: float | Mapping[str, float],
-        self_replace_steps: float,
-        reweight: Mapping[str, float] | None,
-        blend_words: Sequence[str] | bool | None,
+        settings: EditSettings,
         edit_mask: Any,
+        keep_pixels: bool,
+        generator: torch.Generator | list[torch.Generator] | None,
         call_back: Callable[[int, int, dict[str, torch.Tensor]], torch.Tensor | None],
-        edit: str,
-        blend_threshold: float,
         negative_prompt: str,
         height: int | None,
         width: int | None,
@@ -981,7 +992,7 @@ class S2EditPipeline(
             size = self._working_size(picture, height, width)
             latent_size = (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor)
         else:
-            self._check_inversion(inversion, source_prompt, num_inference_steps, guidance_scale)
+            self._check_inversion(inversion, source_prompt, num_inference_steps, settings.guidance_scale)
             schedule = noise_schedule(self.scheduler, inversion.num_inference_steps)
             latent_size = (inversion.trajectory.shape[-2], inversion.trajectory.shape[-1])
         region = None
@@ -991,23 +1002,16 @@ class S2EditPipeline(
                 load_mask(edit_mask, shape if picture is None else picture.size, "edit_mask"), *latent_size
             )
             region = region.to(self._execution_device)
-        plans = plan_edits(
-            source,
-            targets,
-            num_steps=schedule.num_steps,
-            edit=edit,
-            cross_replace_steps=cross_replace_steps,
-            reweight=reweight,
-            blend_words=blend_words,
-            region=region,
-            blend_threshold=blend_threshold,
-            confine_from=CONFINE_FROM,
-        )
+        plans = plan_edits(source, targets, settings, num_steps=schedule.num_steps, region=region)
+        if isinstance(generator, (list, tuple)):
+            raise ValueError(f"generator must be one for an edit, not {len(generator)}: all edits share one inversion.")
 
         if inversion is None or isinstance(inversion, str):
             assert picture is not None
             found = self._encode_picture(picture, *size)
-            inversion = self._invert(found, source, method, schedule, guidance_scale, negative_tokens, clip_skip)
+            inversion = self._invert(
+                found, source, method, schedule, settings.guidance_scale, negative_tokens, generator, clip_skip
+            )
         negative = self._encode_prompt(negative_tokens, clip_skip)
         source_embeds = self._encode_prompt(source, clip_skip)
         target_embeds = torch.cat([self._encode_prompt(t, clip_skip) for t in targets])
@@ -1020,7 +1024,7 @@ class S2EditPipeline(
             target_rows=rows.conditional_rows,
             alignments=[plan.alignment for plan in plans],
             cross_until=[plan.cross_until for plan in plans],
-            self_until=round(self_replace_steps * schedule.num_steps),
+            self_until=round(settings.self_replace_steps * schedule.num_steps),
             weights=[plan.weights for plan in plans],
             max_self_queries=self._map_queries(*latent_size),
         )
@@ -1031,7 +1035,7 @@ class S2EditPipeline(
         tensors = {"prompt_embeds": target_embeds, "negative_prompt_embeds": negative}
         with (
             attention_control(self.unet, control, *latent_size),
-            self.progress_bar(total=schedule.num_steps) as bar,
+            self.progress_bar(total=settings.num_steps(schedule)) as bar,
         ):
 
             def on_step(step: int, level: int, x: torch.Tensor) -> torch.Tensor | None:
@@ -1039,11 +1043,19 @@ class S2EditPipeline(
                 return call_back(step, int(schedule.timesteps[level - 1]), {"latents": x, **tensors})
 
             edited = sample_edits(
-                self._denoiser(schedule), schedule, inversion, source_embeds, target_embeds, negative, guidance_scale,
-                guidance_rescale, guidance_stop, prompt_to_prompt, recorder, [plan.confinement for plan in plans],
-                on_step,
+                self._denoiser(schedule), schedule, inversion, source_embeds, target_embeds, negative, settings,
+                prompt_to_prompt, recorder, [plan.confinement for plan in plans], on_step,
             )  # fmt: skip
-        images, flagged = self._finish(edited.targets, output_type)
+        kept = None
+        if keep_pixels:
+            assert picture is not None
+            size = (latent_size[0] * self.vae_scale_factor, latent_size[1] * self.vae_scale_factor)
+            everywhere = torch.ones(latent_size)
+            weights = [
+                feather(everywhere if r is None else r.cpu(), *size, self.vae_scale_factor) for r in edited.regions
+            ]
+            kept = (picture_to_tensor(picture, *size), torch.stack(weights)[:, None])
+        images, flagged = self._finish(edited.targets, output_type, kept)
         decoded, _ = self._finish(edited.source, output_type)
         size_of_output = (latent_size[1] * self.vae_scale_factor, latent_size[0] * self.vae_scale_factor)
         maps = None

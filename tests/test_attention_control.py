@@ -361,7 +361,7 @@ def test_the_token_is_exactly_nothing_outside_its_mask_at_every_step_of_fit_and_
         assert float(outside(probs, identity.mask, height)[..., column].abs().max()) == 0
         assert float(outside(probs, identity.mask, height)[..., column + 1].min()) > 0  # the noun looks everywhere
     watched.clear()
-    for inversion in ("direct", "ddim", "null_text", "negative_prompt"):
+    for inversion in ("direct", "ddim", "null_text", "negative_prompt", "edit_friendly"):
         pipe(target, picture, source, identity, inversion, num_inference_steps=4)
         assert len(watched) >= (4 + 4) * len(layers) and {name for name, _, _ in watched} == set(layers)
         for _, height, probs in watched:

@@ -15,7 +15,14 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from s2edit_pipeline.ddim_steps import add_noise, ddim_move, noise_schedule, split_prediction, training_target
+from s2edit_pipeline.ddim_steps import (
+    add_noise,
+    ddim_move,
+    ddpm_mean,
+    noise_schedule,
+    split_prediction,
+    training_target,
+)
 
 KINDS = ("epsilon", "v_prediction")
 
@@ -48,6 +55,20 @@ def test_a_step_down_is_diffusers_own(kind: str, changes: dict[str, object]) -> 
         mine = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], kind)
         wanted = theirs.step(output, schedule.timesteps[k - 1], x, eta=0.0).prev_sample
         torch.testing.assert_close(mine, wanted.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stochastic_step_down_is_diffusers_own(kind: str) -> None:
+    theirs = scheduler(kind)
+    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
+    schedule = noise_schedule(theirs, 20)
+    theirs.set_timesteps(20)
+    x, output = tensors()
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    for k in (20, 7, 2):
+        mean, sigma = ddpm_mean(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], kind)
+        wanted = theirs.step(output, schedule.timesteps[k - 1], x, eta=1.0, variance_noise=z).prev_sample
+        torch.testing.assert_close(mean + sigma * z, wanted.double(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

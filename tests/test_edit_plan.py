@@ -9,6 +9,7 @@ import torch
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.edit_plan import TargetPlan, plan_edits
+from s2edit_pipeline.edit_sampling import EditSettings
 from s2edit_pipeline.prompt_alignment import TokenizedPrompt, tokenize
 
 TOKENIZER = build_tokenizer(num_captions=200)
@@ -17,12 +18,9 @@ TARGET = "a photo of a smiling man with glasses and a beard"
 
 
 def plan(target: str = TARGET, **changes: Any) -> tuple[TargetPlan, TokenizedPrompt, TokenizedPrompt]:
-    settings: dict[str, Any] = {
-        "num_steps": 50, "edit": "auto", "cross_replace_steps": 0.4, "reweight": None, "blend_words": None,
-        "region": None, "blend_threshold": 0.4, "confine_from": 0.2,
-    }  # fmt: skip
+    region = changes.pop("region", None)
     source, wanted = tokenize(TOKENIZER, SOURCE), tokenize(TOKENIZER, target)
-    (found,) = plan_edits(source, [wanted], **(settings | changes))
+    (found,) = plan_edits(source, [wanted], EditSettings(**changes), num_steps=50, region=region)
     return found, source, wanted
 
 
@@ -71,11 +69,25 @@ def test_blend_words_and_regions_say_otherwise() -> None:
         assert given is not None and given.region is region
 
 
+def test_kept_words_are_looked_for_in_both_prompts() -> None:
+    for words in ("beard", ["beard"]):
+        found, source, target = plan(keep_words=words)
+        assert found.confinement is not None
+        assert found.confinement.kept_source == (source.find("beard"),)
+        assert found.confinement.kept_target == (target.find("beard"),)
+        assert found.confinement.target_tokens == (target.find("smiling"), target.find("glasses"))  # as ever
+    only, source, _ = plan(keep_words=["sad"])
+    assert only.confinement is not None
+    assert (only.confinement.kept_source, only.confinement.kept_target) == ((source.find("sad"),), ())
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"reweight": {"hat": 2.0}}, "reweight names 'hat'"),
-        ({"reweight": {"sad": 2.0}}, "none of the target prompts"),
+        ({"reweight": {"sad": 2.0}}, "none of the prompts"),
+        ({"keep_words": ["hat"]}, "keep_words names 'hat', which is in none of the prompts"),
+        ({"keep_words": ["beard"], "blend_words": False}, "blend_words=False has none"),
         ({"reweight": {"beard": float("nan")}}, "must be a number"),
         ({"reweight": {"beard": "much"}}, "must be a number"),
         ({"cross_replace_steps": 1.5}, "from 0 to 1, not 1.5"),

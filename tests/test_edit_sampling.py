@@ -10,7 +10,7 @@ import torch
 
 from s2edit_pipeline.attention_control import MapRecorder, PromptToPrompt
 from s2edit_pipeline.ddim_steps import NoiseSchedule
-from s2edit_pipeline.edit_sampling import BranchRows, Confinement, sample_edits, sample_from_noise
+from s2edit_pipeline.edit_sampling import BranchRows, Confinement, EditSettings, sample_edits, sample_from_noise
 from s2edit_pipeline.latent_inversion import Inversion, ddim_trajectory
 
 N = 6
@@ -50,10 +50,12 @@ def edit(
     confinements: list[Confinement | None],
     on_step: Any = lambda *_: None,
     guidance_stop: float = 1.0,
+    strength: float = 1.0,
 ) -> Any:
     nothing = PromptToPrompt(0, [], [], [], 0, [], 0)
     return sample_edits(
-        denoise, SCHEDULE, inversion, EMBEDS, TARGETS, NULL, SCALE, 0.0, guidance_stop, nothing, MapRecorder(99),
+        denoise, SCHEDULE, inversion, EMBEDS, TARGETS, NULL,
+        EditSettings(guidance_scale=SCALE, guidance_stop=guidance_stop, strength=strength), nothing, MapRecorder(99),
         confinements, on_step,
     )  # fmt: skip
 
@@ -113,6 +115,52 @@ def test_outside_its_region_a_target_is_the_source_to_the_bit() -> None:
             x = x * region + inversion.trajectory[k - 1] * (1 - region)
     torch.testing.assert_close(found.targets[:1], x)
     torch.testing.assert_close(found.targets[1:], alone(inversion.trajectory[-1:], TARGETS[1:], [NULL] * N)[-1])
+
+
+def test_strength_starts_from_the_trajectory_further_down() -> None:
+    inversion, seen = inverted("direct"), []
+    found = edit(inversion, [None, None], lambda *call: seen.append(call[:2]), strength=0.5)
+    assert seen == [(0, 3), (1, 2), (2, 1)]
+    x = inversion.trajectory[3:4]
+    for k in (3, 2, 1):
+        u, c = denoise(x, k, NULL), denoise(x, k, TARGETS[:1])
+        x = move(x, u + SCALE * (c - u), k)
+    torch.testing.assert_close(found.targets[:1], x)
+
+
+def test_stored_residuals_are_added_to_the_ddpm_mean() -> None:
+    """Edit-friendly: x_{k-1} = mu(x_k, target) + sigma_k z_k, with the source's own sigma_k z_k."""
+    residuals = normal(N, 2, 4, 4, seed=9)
+    inversion = inverted("edit_friendly", residuals=residuals)
+    found = edit(inversion, [None, None])
+    x = inversion.trajectory[-1:]
+    for k in range(N, 0, -1):
+        a, b = float(SCHEDULE.alphas_bar[k]), float(SCHEDULE.alphas_bar[k - 1])
+        u, c = denoise(x, k, NULL), denoise(x, k, TARGETS[:1])
+        eps = u + SCALE * (c - u)
+        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        # DDPM's posterior mean in Ho et al. 2020's own form (equation 7)
+        beta = 1 - a / b
+        mean = math.sqrt(b) * beta / (1 - a) * x0 + math.sqrt(a / b) * (1 - b) / (1 - a) * x
+        x = mean + residuals[k - 1]
+    torch.testing.assert_close(found.targets[:1], x)
+    torch.testing.assert_close(found.source, inversion.trajectory[:1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"guidance_scale": -1.0}, "guidance_scale must be a number of at least 0"),
+        ({"guidance_scale": None}, "guidance_scale"),
+        ({"strength": 0.0}, "strength must be above 0 and at most 1"),
+        ({"strength": 1.5}, "strength"),
+        ({"guidance_stop": 2}, "guidance_stop must be from 0 to 1"),
+        ({"blend_threshold": 1.0}, "blend_threshold must be above 0 and below 1"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        EditSettings(**settings)
 
 
 def test_a_callback_may_change_the_latents_and_stop() -> None:

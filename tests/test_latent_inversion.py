@@ -110,7 +110,8 @@ def test_null_text_is_algorithm_1(kind: str) -> None:
     n, x0 = 5, normal(1, 2, 3, 3)
     schedule, embeds, negative = levels(n, kind), normal(1, 4, 5, seed=1), normal(1, 4, 5, seed=2)
     calls: list[int] = []
-    path, nulls = INVERSIONS["null_text"](curved_denoiser, x0, schedule, embeds, negative, 4.5, calls.append)
+    found = INVERSIONS["null_text"](curved_denoiser, x0, schedule, embeds, negative, 4.5, None, calls.append)
+    path, nulls = found.trajectory, found.unconditional_embeds
     assert nulls is not None and nulls.shape == (n, 4, 5)
     assert calls == list(range(num_inversion_steps("null_text", n)))
 
@@ -142,7 +143,8 @@ def test_null_text_is_algorithm_1(kind: str) -> None:
 def test_negative_prompt_asks_with_the_sources_words() -> None:
     schedule, embeds, negative = levels(4), normal(1, 4, 5, seed=1), normal(1, 4, 5, seed=2)
     x0 = normal(1, 2, 3, 3)
-    path, nulls = INVERSIONS["negative_prompt"](curved_denoiser, x0, schedule, embeds, negative, 4.5, lambda _: None)
+    found = INVERSIONS["negative_prompt"](curved_denoiser, x0, schedule, embeds, negative, 4.5, None, lambda _: None)
+    path, nulls = found.trajectory, found.unconditional_embeds
     assert nulls is not None
     torch.testing.assert_close(nulls, embeds.expand(4, -1, -1))
     # guidance then cancels, and the way back is DDIM's own at guidance 1
@@ -152,15 +154,65 @@ def test_negative_prompt_asks_with_the_sources_words() -> None:
     torch.testing.assert_close(way_back(path, nulls, schedule, embeds), x)
 
 
-def test_every_method_walks_the_same_path_up() -> None:
+def test_every_ddim_method_walks_the_same_path_up() -> None:
     schedule, embeds, x0 = levels(3), normal(1, 4, 5, seed=1), normal(1, 2, 3, 3)
     for method, invert in INVERSIONS.items():
-        path, nulls = invert(curved_denoiser, x0, schedule, embeds, normal(1, 4, 5, seed=2), 4.5, lambda _: None)
-        torch.testing.assert_close(path, ddim_trajectory(curved_denoiser, x0, schedule, embeds, lambda _: None))
-        assert Inversion(method, "", path, nulls).num_inference_steps == 3
-        assert Inversion(method, "", path, nulls).pinned is (method == "direct")
+        found = invert(curved_denoiser, x0, schedule, embeds, normal(1, 4, 5, seed=2), 4.5, _seeded(0), lambda _: None)
+        path = found.trajectory
+        if method != "edit_friendly":
+            torch.testing.assert_close(path, ddim_trajectory(curved_denoiser, x0, schedule, embeds, lambda _: None))
+        inversion = Inversion(method, "", path, found.unconditional_embeds, found.residuals)
+        assert inversion.num_inference_steps == 3
+        assert inversion.pinned is (method in ("direct", "edit_friendly"))
+        assert (inversion.residuals is not None) is (method == "edit_friendly")
     with pytest.raises(ValueError, match="'magic' is unknown; choose one of 'direct'"):
         check_method("magic")
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edit_friendly_is_algorithm_1(kind: str) -> None:
+    """Huberman-Spiegelglas et al. 2024: each level noised by itself, z_t = (x_{t-1} - mu_t(x_t)) / sigma_t."""
+    n, x0, embeds = 6, normal(1, 2, 3, 3), normal(1, 4, 5, seed=1)
+    schedule, calls = levels(n, kind), []
+    found = INVERSIONS["edit_friendly"](
+        curved_denoiser, x0, schedule, embeds, normal(1, 4, 5, seed=2), 4.5, _seeded(3), calls.append
+    )
+    assert found.residuals is not None and calls == list(range(n))
+    generator = _seeded(3)
+    path = [x0]
+    for k in range(1, n + 1):
+        a = float(schedule.alphas_bar[k])
+        path.append(math.sqrt(a) * x0 + math.sqrt(1 - a) * torch.randn(x0.shape, generator=generator).double())
+    torch.testing.assert_close(found.trajectory, torch.cat(path))
+    for k in range(1, n + 1):
+        a, b = float(schedule.alphas_bar[k]), float(schedule.alphas_bar[k - 1])
+        out = curved_denoiser(path[k], k, embeds)
+        eps = out if kind == "epsilon" else math.sqrt(a) * out + math.sqrt(1 - a) * path[k]
+        clean = (path[k] - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        sigma = math.sqrt((1 - b) / (1 - a) * (1 - a / b))
+        mean = math.sqrt(b) * clean + math.sqrt(max(1 - b - sigma**2, 0)) * eps
+        torch.testing.assert_close(found.residuals[k - 1 : k], path[k - 1] - mean)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edit_friendly_comes_back_and_edits_in_the_pipeline(
+    make_pipe: Callable[[str], S2EditPipeline], picture: Image.Image, kind: str
+) -> None:
+    pipe, prompt = make_pipe(kind), "a photo of a sad lady"
+    one, same, other = (pipe.invert(picture, prompt, "edit_friendly", 6, generator=_seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one.trajectory, same.trajectory) and not torch.equal(one.trajectory[1:], other.trajectory[1:])
+    free: dict[str, Any] = {
+        "image": picture, "source_prompt": prompt, "inversion": one, "guidance_scale": 1.0, "blend_words": False,
+        "output_type": "latent",
+    }  # fmt: skip
+    # the same words, unguided and unconfined, follow the picture's own residuals home
+    torch.testing.assert_close(pipe(prompt, **free).images, one.trajectory[:1], rtol=1e-3, atol=1e-3)
+    edited = pipe("a photo of a smiling lady", **{**free, "guidance_scale": 4.5, "strength": 0.64}).images
+    assert float((edited - one.trajectory[:1]).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,6 +16,7 @@ from s2edit_pipeline.attention_control import MapRecorder
 from s2edit_pipeline.ddim_steps import NoiseSchedule
 from s2edit_pipeline.object_masks import (
     edit_region,
+    feather,
     gaussian_smooth,
     largest_component,
     mask_to_picture,
@@ -71,6 +72,21 @@ def test_an_edit_region_is_the_union_over_words() -> None:
     wanted[0:3, 0:3] = wanted[3:6, 3:6] = 1  # spread by one cell
     assert torch.equal(found, wanted)
     assert torch.equal(edit_region([a], 0.4), torch.where(torch.arange(6) < 3, wanted, 0))
+
+
+@pytest.mark.parametrize("radius", [0, 2, 4])
+def test_feathering_is_nothing_outside_and_whole_inside(radius: int) -> None:
+    region = torch.zeros(6, 8)
+    region[2:5, 0:5] = 1
+    found = feather(region, 48, 64, radius)
+    cells = torch.from_numpy(np.kron(region.numpy(), np.ones((8, 8))))
+    assert float(found[cells == 0].abs().max()) == 0
+    distance = torch.from_numpy(ndimage.distance_transform_cdt(np.pad(cells, 9, mode="edge"), "chessboard"))[9:-9, 9:-9]
+    assert float(found[distance > 2 * radius].min()) == 1
+    assert float(found[(distance > 0)].min()) > 0
+    if radius:
+        along = found[28, 20:44]  # out through the right border: only ever less
+        assert bool((along.diff() <= 1e-6).all()) and 0 < float(along[16]) < 1
 
 
 def test_masks_as_pictures_are_black_and_white_at_the_size_asked_for() -> None:

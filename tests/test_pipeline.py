@@ -100,6 +100,9 @@ def test_a_fit_refuses_before_any_work(
         ({"num_inference_steps": 2000}, ValueError, "from 1 to 1000"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale must be a number"),
         ({"guidance_scale": "high"}, ValueError, "guidance_scale must be a number"),
+        ({"generator": [torch.Generator()] * 2}, ValueError, "generator must be one for an edit, not 2"),
+        ({"strength": 0.0}, ValueError, "strength must be above 0 and at most 1"),
+        ({"keep_words": ["hat"]}, ValueError, "keep_words names 'hat'"),
         ({"guidance_stop": 1.5}, ValueError, "guidance_stop must be from 0 to 1"),
         ({"self_replace_steps": -0.5}, ValueError, "self_replace_steps must be from 0 to 1"),
         ({"cross_replace_steps": 2.0}, ValueError, "cross_replace_steps must be from 0 to 1"),
@@ -243,6 +246,29 @@ def test_an_edit_mask_is_kept_to(pipe: S2EditPipeline, picture: Image.Image, hal
     torch.testing.assert_close(found.images[..., 8:], inversion.trajectory[:1, ..., 8:], rtol=0, atol=0)
     assert float((found.images - inversion.trajectory[:1])[..., :8].abs().max()) > 1e-4
     assert np.array_equal(np.asarray(found.edit_masks[0]) > 127, half_mask)
+
+
+def test_kept_pixels_are_the_pictures_own(pipe: S2EditPipeline, half_mask: np.ndarray) -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)  # nothing that an autoencoder would give back
+    arguments: dict[str, Any] = {"source_prompt": SOURCE, "num_inference_steps": 3, "edit_mask": half_mask}
+    (kept,) = pipe(TARGET, picture, keep_pixels=True, **arguments).images
+    (decoded,) = pipe(TARGET, picture, **arguments).images
+    assert np.array_equal(np.asarray(kept)[~half_mask], picture[~half_mask])
+    assert not np.array_equal(np.asarray(decoded)[~half_mask], picture[~half_mask])
+    assert np.array_equal(np.asarray(kept)[:, :12], np.asarray(decoded)[:, :12])  # well inside, the edit alone
+    for changes in ({"output_type": "latent"}, {"image": None, "inversion": pipe.invert(picture, SOURCE)}):
+        with pytest.raises(ValueError, match="keep_pixels=True needs image="):
+            pipe(TARGET, **{"image": picture, "source_prompt": SOURCE, "keep_pixels": True, **changes})
+
+
+def test_kept_words_are_taken_out_of_the_region(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    arguments: dict[str, Any] = {"image": picture, "source_prompt": SOURCE, "num_inference_steps": 4}
+    (whole,) = pipe(TARGET, **arguments).edit_masks
+    (less,) = pipe(TARGET, keep_words=["glasses"], **arguments).edit_masks
+    (none,) = pipe(TARGET, keep_words=["smiling", "sad"], **arguments).edit_masks
+    whole, less, none = (np.asarray(m) > 127 for m in (whole, less, none))
+    assert none.sum() == 0 < whole.sum() and less.sum() < whole.sum() and not (less & ~whole).any()
 
 
 def test_a_wide_picture_keeps_its_shape(pipe: S2EditPipeline, half_mask: np.ndarray) -> None:
