@@ -7,19 +7,29 @@ from pathlib import Path
 
 import pytest
 
+from s2edit_pipeline import identity_fitting
+
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("document", ["README.md"])
-def test_python_examples_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("document", "written"),
+    [
+        ("README.md", ["bob/identity.json", "bob-smiles.png"]),
+        ("docs/composition.md", ["ada-and-bobs-turban/identity.json", "ada-with-bobs-turban.png"]),
+    ],
+)
+def test_python_examples_run(
+    document: str, written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity_fitting, "_DEFAULTS", {"lora": (3, 1e-3)})  # as written, but shorter
     examples = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text("utf-8"), flags=re.DOTALL)
     assert examples
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for example in examples:
         exec(compile(example, document, "exec"), names)
-    assert (tmp_path / "bob" / "identity.json").exists()
-    assert (tmp_path / "bob-smiles.png").exists()
+    assert all((tmp_path / name).exists() for name in written)
 
 
 def test_links_and_pictures_exist() -> None:

@@ -1,0 +1,70 @@
+"""The base model's standards, on the model in the package."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import ImageFilter
+
+from s2edit_pipeline import S2EditPipeline, load_avatars
+from s2edit_pipeline.avatars.captions import describe
+from s2edit_pipeline.avatars.world import part_masks, render, render_array, sample_person
+from s2edit_pipeline.evaluation.base_model import draw_captions, grounding_overlaps, mean_delta_e, measure_base_model
+
+
+@pytest.fixture(scope="module")
+def avatars() -> S2EditPipeline:
+    pipe = load_avatars()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_small_report_meets_the_first_standard(avatars: S2EditPipeline) -> None:
+    report = measure_base_model(avatars, num_held_out=12, num_captions=8, num_grounded=4, num_inference_steps=12)
+    assert report.autoencoder_psnr > 32 and report.autoencoder_ssim > 0.95 and report.autoencoder_delta_e < 3
+    assert report.agreement > 0.8 and len(report.generated) == len(report.captions) == 8
+    assert report.grounding["person"] > 0.6 and 0 < report.seconds < 60
+    shown = report.table()
+    assert (
+        f"{report.agreement:.1%}" in shown and "| glasses |" in shown and f"| {report.grounding['hair']:.2f} |" in shown
+    )
+
+
+def test_grounding_is_the_overlap_with_the_true_pixels() -> None:
+    people = [sample_person(seed, "held_out") for seed in (3, 12)]
+
+    class Answers:
+        """Looks at the caption's words as told: the truth of the first part, all of the picture for the rest."""
+
+        def preview_mask(self, picture: object, prompt: str, subject: str) -> object:
+            person = next(p for p in people if describe(p).text == prompt)
+            if subject == person.noun:
+                return part_masks(person)["person"].astype(np.uint8) * 255
+            return np.full((128, 128), 255, np.uint8)
+
+    found = grounding_overlaps(Answers(), people)
+    assert found["person"] == 1
+    assert found["hair"] == pytest.approx(np.mean([part_masks(p)["hair"].mean() for p in people]))
+    assert found["facial_hair"] == pytest.approx(part_masks(people[0])["facial_hair"].mean())  # hers is not counted
+
+
+def test_colour_differences_come_out_in_order() -> None:
+    picture = render(sample_person(3, "held_out"))
+    array = np.asarray(picture)[None]
+    blurred = np.asarray(picture.filter(ImageFilter.GaussianBlur(1)))[None]
+    tinted = np.clip(array + np.array([20, 0, -20]), 0, 255).astype(np.uint8)
+    other = render_array(sample_person(4, "held_out"))[None]
+    scores = [mean_delta_e(array, b) for b in (array, blurred, tinted, other)]
+    assert scores[0] == 0 and scores == sorted(scores)
+    # one known pair of the CIE ΔE2000 test data, in Lab, comes through sRGB white to black as 100
+    assert mean_delta_e(np.zeros((1, 1, 1, 3), np.uint8), np.full((1, 1, 1, 3), 255, np.uint8)) == pytest.approx(
+        100, abs=0.1
+    )
+
+
+def test_a_caption_is_drawn_the_same_whatever_is_drawn_beside_it(avatars: S2EditPipeline) -> None:
+    captions = ["a photo of a smiling lady", "a photo of a man with glasses"]
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "seed": 1}
+    both = draw_captions(avatars, captions, **settings)
+    alone = draw_captions(avatars, captions, batch_size=1, **settings)
+    assert np.abs(both.astype(int) - alone).max() <= 1
