@@ -174,7 +174,7 @@ class S2EditPipeline(
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + shift
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def _tokenize(self, prompt: str, tokenizer: Any = None) -> TokenizedPrompt:
+    def _tokenize(self, prompt: Any, tokenizer: Any = None) -> TokenizedPrompt:
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         return tokenize(tokenizer, self.maybe_convert_prompt(prompt, tokenizer))
 
@@ -745,7 +745,7 @@ class S2EditPipeline(
         strength: float = 1.0,
         keep_words: Sequence[str] | None = None,
         keep_pixels: bool = False,
-        negative_prompt: str | None = None,
+        negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -788,7 +788,7 @@ class S2EditPipeline(
                 ``pipe._interrupt = True`` to stop early.
             edit: "auto", "replace" or "refine", see ``prompt_alignment.align_prompts``.
             blend_threshold: of the words' maps, in (0, 1); lower lets the edit reach farther.
-            negative_prompt: what to steer away from.
+            negative_prompt: what to steer away from; without ``image`` also a list, one for each prompt.
             num_images_per_prompt, prompt_embeds, negative_prompt_embeds, latents: only without ``image``; an edit
                 of a picture is deterministic and needs the words.
             return_attention_maps: also return where each word of the first target looked.
@@ -849,7 +849,8 @@ class S2EditPipeline(
                     raise ValueError("keep_pixels=True needs image=, and pictures for an output, not latents.")
                 output = self._edit(
                     prompt, image, source_prompt, inversion, num_inference_steps, settings, edit_mask, keep_pixels,
-                    generator, call_back, negative_prompt or "", height, width, clip_skip, return_attention_maps,
+                    generator, call_back, "" if negative_prompt is None else negative_prompt, height, width, clip_skip,
+                    return_attention_maps,
                     output_type,
                 )  # fmt: skip
         self.maybe_free_model_hooks()
@@ -880,7 +881,7 @@ class S2EditPipeline(
         guidance_rescale: float,
         generator: torch.Generator | list[torch.Generator] | None,
         call_back: Callable[[int, int, dict[str, torch.Tensor]], torch.Tensor | None],
-        negative_prompt: str | None,
+        negative_prompt: str | list[str] | None,
         num_images_per_prompt: int,
         prompt_embeds: torch.Tensor | None,
         negative_prompt_embeds: torch.Tensor | None,
@@ -892,7 +893,18 @@ class S2EditPipeline(
     ) -> S2EditPipelineOutput:
         """Draw from noise; a loaded identity's mask applies here too: it stays where it was in its picture."""
         schedule = noise_schedule(self.scheduler, 50 if num_inference_steps is None else num_inference_steps)
-        negative_tokens = self._tokenize(negative_prompt or "")
+        listed = isinstance(negative_prompt, (list, tuple))
+        negatives = [self._tokenize(text or "") for text in (negative_prompt or [] if listed else [negative_prompt])]
+        count = len(prompt_embeds) if prompt_embeds is not None else 1 if isinstance(prompt, str) else len(prompt or [])
+        if listed and len(negatives) != count:
+            raise ValueError(f"negative_prompt lists {len(negatives)} for {count} prompts; give one for all, or each.")
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(
+                f"num_images_per_prompt must be a whole number of at least 1, not {num_images_per_prompt!r}."
+            )
+        for name, side in (("height", height), ("width", width)):
+            if side is not None and (not isinstance(side, int) or side < 1 or side % self.vae_scale_factor):
+                raise ValueError(f"{name} must be a positive multiple of {self.vae_scale_factor}, not {side!r}.")
         prompts: list[TokenizedPrompt | None]
         if prompt_embeds is None:
             texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
@@ -906,8 +918,8 @@ class S2EditPipeline(
             prompts = [None] * (len(conditional) * num_images_per_prompt)
         conditional = conditional.repeat_interleave(num_images_per_prompt, 0)
         if negative_prompt_embeds is None:
-            negative = self._encode_prompt(negative_tokens, clip_skip)
-            negative = negative.expand(len(conditional), -1, -1)
+            encoded = torch.cat([self._encode_prompt(tokens, clip_skip) for tokens in negatives])
+            negative = encoded.repeat_interleave(len(conditional) // len(encoded), 0)
         else:
             negative = negative_prompt_embeds.to(conditional).repeat_interleave(
                 len(conditional) // len(negative_prompt_embeds), 0
@@ -956,7 +968,7 @@ class S2EditPipeline(
         keep_pixels: bool,
         generator: torch.Generator | list[torch.Generator] | None,
         call_back: Callable[[int, int, dict[str, torch.Tensor]], torch.Tensor | None],
-        negative_prompt: str,
+        negative_prompt: str | list[str],
         height: int | None,
         width: int | None,
         clip_skip: int | None,

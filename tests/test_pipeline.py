@@ -366,10 +366,12 @@ def test_drawing_is_what_stable_diffusion_draws(
         "guidance_scale": 4.5, "num_images_per_prompt": 2, "output_type": "np", "height": 32, "width": 48,
         "guidance_rescale": 0.3,
     }  # fmt: skip
-    both = {**arguments, "negative_prompt": ["a hat"] * 2}
-    wanted = stock(generator=_seeded(0), **both).images
-    found = pipe(generator=_seeded(0), **arguments).images
-    np.testing.assert_allclose(found, wanted, atol=2e-4)
+    for negative in (["a hat"] * 2, ["a hat", "glasses and a beard"]):
+        both = {**arguments, "negative_prompt": negative}
+        wanted = stock(generator=_seeded(0), **both).images
+        np.testing.assert_allclose(pipe(generator=_seeded(0), **both).images, wanted, atol=2e-4)
+        if negative[0] == negative[1]:
+            np.testing.assert_allclose(pipe(generator=_seeded(0), **arguments).images, wanted, atol=2e-4)
     listed = {**arguments, "num_images_per_prompt": 1}
     found = pipe(generator=[_seeded(0), _seeded(1)], **listed).images
     wanted = stock(generator=[_seeded(0), _seeded(1)], **{**listed, "negative_prompt": ["a hat"] * 2}).images
@@ -389,6 +391,12 @@ def test_prompt_embeds_and_latents_are_taken(pipe: S2EditPipeline) -> None:
         pipe("a lady", latents=torch.zeros(1, 4, 8, 8))
     with pytest.raises(ValueError, match="Pass prompt="):
         pipe()
+    with pytest.raises(ValueError, match="negative_prompt lists 3 for 2 prompts"):
+        pipe(["a lady", "a man"], negative_prompt=["a hat"] * 3)
+    with pytest.raises(ValueError, match="height must be a positive multiple of 2, not 33"):
+        pipe("a lady", height=33)
+    with pytest.raises(ValueError, match="num_images_per_prompt must be a whole number of at least 1, not 0"):
+        pipe("a lady", num_images_per_prompt=0)
 
 
 def test_callbacks_see_change_and_stop(pipe: S2EditPipeline, picture: Image.Image) -> None:
