@@ -9,7 +9,7 @@ Controllers: :class:`SpatialControl` (S2Edit's masked cross-attention), :class:`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,7 +72,8 @@ class ControlledAttnProcessor:
         height, width = self.sizes.get(queries.numel(), (0, 0))
         site = AttentionSite(self.name, is_cross, height, width)
         if not height or not self.controller.wants(site):
-            return self.installed(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
+            kwargs |= {} if temb is None else {"temb": temb}  # the sliced processor knows no such argument
+            return self.installed(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
         residual = hidden_states
         if attn.spatial_norm is not None:
@@ -175,6 +176,8 @@ class SpatialControl:
         renormalize: give what was cut to the row's other tokens (ours; the paper leaves it out).
         mask_after: also cut, outside the object, the share of every position behind the token: the text
             encoder is causal, so these carry identity too (ours).
+
+    Both switches hold for every token, or for the keys that they list.
     """
 
     def __init__(
@@ -182,11 +185,14 @@ class SpatialControl:
         masks: Mapping[str, torch.Tensor],
         columns: Sequence[Mapping[str, tuple[int, ...]]],
         *,
-        renormalize: bool = False,
-        mask_after: bool = False,
+        renormalize: bool | Collection[str] = False,
+        mask_after: bool | Collection[str] = False,
     ) -> None:
         self.masks, self.columns = dict(masks), tuple(columns)
-        self.renormalize, self.mask_after = renormalize, mask_after
+        self.renormalize, self.mask_after = (
+            (frozenset(masks) if switch else frozenset()) if isinstance(switch, bool) else frozenset(switch)
+            for switch in (renormalize, mask_after)
+        )
         self._gates: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def wants(self, site: AttentionSite) -> bool:
@@ -199,7 +205,7 @@ class SpatialControl:
             gate = torch.ones(len(self.columns), 1, site.height * site.width, keys)
             for row, tokens in enumerate(self.columns):
                 for name, positions in tokens.items():
-                    cut = range(min(positions), keys) if self.mask_after and positions else positions
+                    cut = range(min(positions), keys) if name in self.mask_after and positions else positions
                     inside = mask_at(self.masks[name].cpu(), site.height, site.width).flatten()
                     for position in cut:
                         gate[row, 0, :, position] *= inside
@@ -208,8 +214,10 @@ class SpatialControl:
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
         gated = probs * self._gate(site, probs.shape[-1], probs.device).to(probs.dtype)
-        if self.renormalize:
-            gated = gated / gated.sum(-1, keepdim=True).clamp(min=1e-6)
+        rows = [row for row, tokens in enumerate(self.columns) if self.renormalize & tokens.keys()]
+        if rows:
+            scaled = gated[rows] / gated[rows].sum(-1, keepdim=True).clamp(min=1e-6)
+            gated = gated.index_copy(0, torch.tensor(rows, device=gated.device), scaled)
         return gated
 
 
@@ -217,8 +225,8 @@ class PromptToPrompt:
     """Prompt-to-prompt (Hertz et al. 2022): the target rows take over attention of the source row.
 
     Cross-attention (section 3.2), in the first part of the steps: ``A_target <- share * (A_source @ mapping)
-    + (1 - share) * A_target``, then ``A_target * weights`` (re-weighting). Self-attention: ``A_target <- A_source``
-    in the first part of the steps, in layers of at most ``max_self_queries`` queries.
+    + (1 - share) * A_target``. Self-attention: ``A_target <- A_source`` in the first part of the steps, in layers of
+    at most ``max_self_queries`` queries.
 
     Args:
         source_row: batch row of the source prompt.
@@ -226,7 +234,6 @@ class PromptToPrompt:
         alignments: one for each target row.
         cross_until: (L,) for each target row: the step up to which each token's map is taken over.
         self_until: the step up to which self-attention is.
-        weights: (L,) for each target row, or None.
     """
 
     def __init__(
@@ -236,19 +243,17 @@ class PromptToPrompt:
         alignments: Sequence[PromptAlignment],
         cross_until: Sequence[torch.Tensor],
         self_until: int,
-        weights: Sequence[torch.Tensor | None],
         max_self_queries: int,
     ) -> None:
         self.source_row, self.target_rows = source_row, tuple(target_rows)
         self.alignments, self.cross_until, self.self_until = tuple(alignments), tuple(cross_until), self_until
-        self.weights, self.max_self_queries = tuple(weights), max_self_queries
+        self.max_self_queries = max_self_queries
         self.step = 0
         self._last_cross = max((float(until.max()) for until in self.cross_until), default=0.0)
-        self._reweights = any(w is not None for w in self.weights)
 
     def wants(self, site: AttentionSite) -> bool:
         if site.is_cross:
-            return self.step < self._last_cross or self._reweights
+            return self.step < self._last_cross
         return self.step < self.self_until and site.height * site.width <= self.max_self_queries
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
@@ -261,25 +266,43 @@ class PromptToPrompt:
             alignment = self.alignments[i]
             share = (alignment.share * (self.step < self.cross_until[i])).to(probs)
             edited[row] = share * (source @ alignment.mapping.to(probs)) + (1 - share) * probs[row]
-            weights = self.weights[i]
-            if weights is not None:
-                edited[row] = edited[row] * weights.to(probs)
         return torch.stack(edited)
 
 
+class Reweighting:
+    """Prompt-to-prompt's attention re-weighting (Hertz et al. 2022, section 3.2): ``A <- A * weights``.
+
+    Args:
+        rows: batch rows.
+        weights: (L,) for each of them, or None.
+    """
+
+    def __init__(self, rows: Sequence[int], weights: Sequence[torch.Tensor | None]) -> None:
+        self.weights = {row: w for row, w in zip(rows, weights, strict=True) if w is not None}
+
+    def wants(self, site: AttentionSite) -> bool:
+        return site.is_cross and bool(self.weights)
+
+    def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
+        changed = list(probs.unbind(0))
+        for row, weights in self.weights.items():
+            changed[row] = changed[row] * weights.to(probs)
+        return torch.stack(changed)
+
+
 class MapRecorder:
-    """Sums cross-attention maps, averaged over heads, of the layers that are no larger than ``max_queries``.
+    """Sums cross-attention maps, averaged over heads, of the layers of ``min_queries`` to ``max_queries`` queries.
 
     ``maps[(height, width)]`` is (batch, height * width, keys), the mean over the layers and calls so far.
     """
 
-    def __init__(self, max_queries: int) -> None:
-        self.max_queries = max_queries
+    def __init__(self, max_queries: int, min_queries: int = 1) -> None:
+        self.max_queries, self.min_queries = max_queries, min_queries
         self._sums: dict[tuple[int, int], torch.Tensor] = {}
         self._counts: dict[tuple[int, int], int] = {}
 
     def wants(self, site: AttentionSite) -> bool:
-        return site.is_cross and site.height * site.width <= self.max_queries
+        return site.is_cross and self.min_queries <= site.height * site.width <= self.max_queries
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
         size, seen = (site.height, site.width), probs.detach().float().mean(1)
@@ -293,7 +316,7 @@ class MapRecorder:
 
     def word_map(self, row: int, tokens: Sequence[int], height: int, width: int) -> torch.Tensor:
         """(height, width): the map of the word at positions ``tokens`` in batch row ``row``, averaged over sizes."""
-        assert self._sums, "nothing recorded: no layer was small enough"
+        assert self._sums, "nothing recorded: no layer was of the right size"
         total = torch.zeros(height, width, device=next(iter(self._sums.values())).device)
         for (h, w), maps in self.maps.items():
             word = maps[row][:, list(tokens)].mean(-1).view(1, 1, h, w)

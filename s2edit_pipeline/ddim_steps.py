@@ -67,6 +67,11 @@ def noise_schedule(scheduler: Any, num_inference_steps: int) -> NoiseSchedule:
     ddim = DDIMScheduler.from_config({**known, "clip_sample": False, "thresholding": False})
     ddim.set_timesteps(num_inference_steps)
     timesteps = ddim.timesteps.flip(0).cpu()
+    if int(timesteps[-1]) >= num_train:  # steps_offset and "leading" spacing leave no room for all of them
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} is too many for this scheduler's timestep_spacing and "
+            f"steps_offset: it would start at {int(timesteps[-1])} of {num_train - 1}. Take fewer."
+        )
     alphas = torch.cat([ddim.final_alpha_cumprod.reshape(1).double(), ddim.alphas_cumprod[timesteps].double()])
     return NoiseSchedule(alphas, timesteps, scheduler.config.get("prediction_type", "epsilon"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -31,9 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a Stable Diffusion folder or Hub name; the embedded model otherwise")
     parser.add_argument("--method", default="lora", choices=("lora", "full", "token"), help="(%(default)s)")
     parser.add_argument("--fit-steps", type=int, help="the method's own by default")
-    parser.add_argument(
-        "--inversion", default="direct", help="direct, ddim, null_text or negative_prompt (%(default)s)"
-    )
+    parser.add_argument("--inversion", default="direct", help="see docs/inversions.md (%(default)s)")
+    parser.add_argument("--device", help="where to work (default: a CUDA device if there is one)")
     parser.add_argument("--steps", type=int, default=50, help="inference steps (%(default)s)")
     parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -59,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, started: float) -> None:
     import torch
     from diffusers.utils import logging
-    from PIL import Image
     from transformers.utils import logging as transformers_logging
 
     logging.set_verbosity_error()
@@ -72,7 +71,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
     from .latent_inversion import check_method
     from .picture_inputs import load_picture
     from .pipeline import S2EditPipeline
-    from .prompt_alignment import insert_token
+    from .prompt_alignment import insert_token, split_words
 
     def clock() -> float:
         return time.perf_counter() - started
@@ -92,16 +91,19 @@ def _run(args: argparse.Namespace, started: float) -> None:
         edits = demo_edits(person)
         targets, names, graded = [e.target_prompt for e in edits], [e.name for e in edits], list(edits)
 
-    pipe = S2EditPipeline.from_pretrained(args.model) if args.model else load_avatars()
+    # before anything is loaded or fitted
+    for target in targets:
+        if subject.lower() not in split_words(target) and f" {subject.lower()} " not in f" {target.lower()} ":
+            raise ValueError(f"The edit {target!r} must keep the subject {subject!r}, so that [I] can stand before it.")
+    mask = load_picture(args.mask, "mask") if args.mask else None
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = (S2EditPipeline.from_pretrained(args.model) if args.model else load_avatars()).to(device)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     print(f'"{prompt}"\n{clock():6.1f} s  model loaded')
 
-    # before anything is fitted
-    for target in targets:
-        if subject.lower() not in target.lower():
-            raise ValueError(f"The edit {target!r} must keep the subject {subject!r}, so that [I] can stand before it.")
-    shown_mask = Image.open(args.mask).convert("L") if args.mask else pipe.preview_mask(picture, prompt, subject)
+    shown_mask = mask.convert("L") if mask else pipe.preview_mask(picture, prompt, subject)
     share = sum(shown_mask.histogram()[128:]) / (shown_mask.width * shown_mask.height)
     print(f"{clock():6.1f} s  mask found: {share:.0%} of the picture")
     pipe.set_progress_bar_config(desc="fitting", leave=False)
@@ -141,7 +143,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
         )
         took = time.perf_counter() - before
         reconstruction, edited = result.source, result.images[0]
-        edited.save(out / f"{len(rows) + 1}-{name.replace(' ', '-')[:40]}.png")
+        edited.save(out / f"{len(rows) + 1}-{re.sub(r'[^0-9A-Za-z]+', '-', name)[:40]}.png")
         record: dict[str, Any] = {"name": name, "prompt": target, "seconds": round(took, 2), "at": round(clock(), 1)}
         line = f"{clock():6.1f} s  {name}: {took:.1f} s"
         truth = None

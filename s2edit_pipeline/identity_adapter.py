@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -99,9 +100,25 @@ class IdentityAdapter:
             tokens[self.reference.token] = (self.reference.row, self.reference.mask)
         return tokens
 
-    def renamed(self, token: str) -> IdentityAdapter:
-        """The same identity under another token."""
-        return replace(self, token=token)
+    @property
+    def digest(self) -> str:
+        """Tells this fit from any other, whatever it is called now: a hash of the learned row."""
+        return hashlib.sha256(self.row.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
+
+    def renamed(self, token: str | None = None, reference_token: str | None = None) -> IdentityAdapter:
+        """The same identity under another token, its reference attribute's likewise; None leaves one as it is.
+
+        Raises:
+            ValueError: both would be the same, or there is no reference attribute to rename.
+        """
+        renamed = self if token is None else replace(self, token=token)
+        if reference_token is not None:
+            if self.reference is None:
+                raise ValueError(f"reference_token={reference_token!r}: this identity was fitted without a reference.")
+            renamed = replace(renamed, reference=replace(self.reference, token=reference_token))
+        if renamed.reference is not None and renamed.reference.token == renamed.token:
+            raise ValueError(f"The identity and its reference attribute can't both be {renamed.token!r}.")
+        return renamed
 
     def weight_differences(self, component: str) -> dict[str, torch.Tensor]:
         """Parameter name -> what is added to it in ``component`` ("unet" or "text_encoder"), float32.
@@ -130,7 +147,7 @@ class IdentityAdapter:
         Raises:
             ValueError: ``save_directory`` is a file, or a folder with other things in it.
         """
-        target = Path(save_directory)
+        target = Path(save_directory).resolve()  # "." can't be renamed, its place can
         if target.exists() and not target.is_dir():
             raise ValueError(f"{target} is a file; give a folder for the identity.")
         if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_FILE).exists():
@@ -140,13 +157,17 @@ class IdentityAdapter:
         try:
             self._write(made)
             made.chmod(0o755)
-            if target.exists():
+            if target.is_dir() and any(target.iterdir()):
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-                os.rename(target, old / "identity")
-                os.rename(made, target)
-                shutil.rmtree(old)
+                try:
+                    os.rename(target, old / "identity")
+                    os.rename(made, target)
+                finally:
+                    if not target.exists():
+                        os.rename(old / "identity", target)
+                    shutil.rmtree(old)
             else:
-                os.rename(made, target)
+                os.rename(made, target)  # onto an empty folder too
         finally:
             shutil.rmtree(made, ignore_errors=True)
 
@@ -306,20 +327,30 @@ def _read_mask(file: Path) -> torch.Tensor | None:
         return torch.from_numpy(np.asarray(picture.convert("L")) / np.float32(255))
 
 
-def fingerprint(module: nn.Module) -> list[float]:
+def fingerprint(module: nn.Module, originals: Mapping[str, torch.Tensor] | None = None) -> list[float]:
     """Eight numbers that tell base models apart whatever dtype they are loaded in: the number of weights, and the
-    first weight of seven tensors spread over the module."""
-    named = sorted(module.named_parameters())
+    first weight of seven tensors spread over the module. Learned words and adapters attached to it don't count.
+
+    Args:
+        originals: parameter name -> its base value, of the parameters that are changed now.
+    """
+    base = {
+        name.replace(".base_layer.", "."): parameter.detach()
+        for name, parameter in module.named_parameters()
+        if ".lora_" not in name and not name.endswith("token_embedding.weight")
+    }
+    base |= originals or {}
+    named = sorted(base.items())
     chosen = [named[i * (len(named) - 1) // 6][1] for i in range(7)]
-    return [float(sum(p.numel() for _, p in named)), *(float(p.detach().flatten()[0]) for p in chosen)]
+    return [float(sum(p.numel() for _, p in named)), *(float(p.flatten()[0]) for p in chosen)]
 
 
-def check_base(adapter: IdentityAdapter, components: Mapping[str, nn.Module]) -> None:
+def check_base(adapter: IdentityAdapter, components: Mapping[str, nn.Module], loaded: LoadedIdentities) -> None:
     """Raises:
-    ValueError: the identity was fitted to a base model with other weights.
+    ValueError: the identity was fitted to a base model with other weights than ``components`` have below ``loaded``.
     """
     for name, wanted in adapter.base_fingerprint.items():
-        found = fingerprint(components[name])
+        found = fingerprint(components[name], loaded.originals(name))
         if len(wanted) != len(found) or not np.allclose(wanted, found, rtol=0.02, atol=1e-3):
             raise ValueError(
                 f"The identity {adapter.token!r} was fitted to {adapter.base_model or 'another base model'!r}, whose "
@@ -340,6 +371,10 @@ class LoadedIdentities:
     def __init__(self) -> None:
         self.adapters: dict[str, tuple[IdentityAdapter, float]] = {}
         self._originals: dict[tuple[str, str], torch.Tensor] = {}
+
+    def originals(self, component: str) -> dict[str, torch.Tensor]:
+        """Parameter name -> base value, of what is changed in ``component`` now."""
+        return {name: original for (part, name), original in self._originals.items() if part == component}
 
     def add(self, adapter: IdentityAdapter, scale: float, components: Mapping[str, nn.Module]) -> None:
         """Lay ``adapter`` over ``components``.

@@ -261,7 +261,8 @@ def fit_identity_weights(
     components: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
     device = examples[0].latents.device
     num_train, batch = len(alphas_cumprod), settings.batch_size
-    seed = int(torch.randint(2**31, (1,), generator=generator))
+    draw_on = "cpu" if generator is None else generator.device
+    seed = int(torch.randint(2**31, (1,), generator=generator, device=draw_on))
     settings_steps, rate = settings.num_steps, settings.learning_rate
     assert settings_steps is not None and rate is not None
     if settings.method == "full":
@@ -287,10 +288,10 @@ def fit_identity_weights(
         def losses(example: FitExample) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             """(L_recons, L_semantic, cosine) at ``batch`` noise levels."""
             # one draw in each of `batch` equal stretches of the noise levels
-            u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+            u = (torch.arange(batch) + torch.rand(batch, generator=generator, device=draw_on).cpu()) / batch
             t = (u * num_train).long().clamp(max=num_train - 1)
             x0 = example.latents.float().expand(batch, -1, -1, -1)
-            epsilon = torch.randn(x0.shape, generator=generator).to(device)
+            epsilon = torch.randn(x0.shape, generator=generator, device=draw_on).to(device)
 
             ids = torch.cat([example.prompt.input_ids, example.prompt_with_token.input_ids]).to(device)
             embedded = text_encoder(ids).last_hidden_state

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
 from .ddim_steps import NoiseSchedule, add_noise, ddim_move, ddpm_mean
@@ -31,6 +32,7 @@ class Inversion:
             arrive at the next latents ("edit_friendly"); or None: the steps are DDIM's.
         guidance_scale: that the unconditional embeddings were made for, or None where any will do.
         identity: the fitted token that took part, or None.
+        identity_digest: which fitted row that token stood for, see ``IdentityAdapter.digest``.
         base_model: what the model calls itself.
     """
 
@@ -41,6 +43,7 @@ class Inversion:
     residuals: torch.Tensor | None = None
     guidance_scale: float | None = None
     identity: str | None = None
+    identity_digest: str | None = None
     base_model: str = ""
 
     @property
@@ -198,7 +201,8 @@ def _edit_friendly(
     """
     path = [latents]
     for k in range(1, schedule.num_steps + 1):
-        noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
+        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=torch.float32)
+        noise = noise.to(latents)
         path.append(add_noise(latents, noise, schedule.alphas_bar[k]))
     residuals = []
     for k in range(1, schedule.num_steps + 1):

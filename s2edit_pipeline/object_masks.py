@@ -99,7 +99,7 @@ def edit_region(word_maps: Sequence[torch.Tensor], threshold: float) -> torch.Te
     region = torch.zeros_like(word_maps[0])
     for attention in word_maps:
         spread = F.max_pool2d(attention[None, None], 3, stride=1, padding=1)[0, 0]
-        region = torch.maximum(region, (spread >= threshold * spread.max()).to(region))
+        region = torch.maximum(region, ((spread >= threshold * spread.max()) & (spread > 0)).to(region))
     return region
 
 

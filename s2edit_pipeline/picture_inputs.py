@@ -27,6 +27,20 @@ def load_picture(image: Any, name: str = "image") -> Image.Image:
         TypeError: something else came.
         ValueError: no pixels, a shape or range that no picture has, an unreadable file.
     """
+    image = _open(image, name)
+    if _has_alpha(image):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+
+
+def _open(image: Any, name: str) -> Image.Image:
+    """``image`` as an upright 8-bit PIL picture of any mode; raises as :func:`load_picture`."""
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
         if not path.is_file():
@@ -56,11 +70,7 @@ def load_picture(image: Any, name: str = "image") -> Image.Image:
         image = Image.fromarray((values / 257 if values.max() > 255 else values).round().clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         image = _array_to_picture(np.asarray(image), name)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image
 
 
 def _tensor_to_array(image: torch.Tensor, name: str) -> np.ndarray:
@@ -145,6 +155,7 @@ def load_mask(mask: Any, size: tuple[int, int], name: str = "mask") -> torch.Ten
     Args:
         mask: PIL picture, path, (H, W) array or tensor: bool, uint8, or floating point in [0, 1]. Its size may
             differ from the picture's as long as its shape (aspect ratio) is the same; it is resized then.
+            What is transparent is outside; in a mask of a single colour, what is opaque is inside.
 
     Raises:
         TypeError, ValueError: as :func:`load_picture`; another shape than the picture's; nothing inside.
@@ -158,7 +169,15 @@ def load_mask(mask: Any, size: tuple[int, int], name: str = "mask") -> torch.Ten
         mask = mask.astype(bool) if mask.max(initial=0) <= 1 else mask.astype(np.uint8)
     if isinstance(mask, np.ndarray) and mask.dtype == np.uint8 and mask.max(initial=0) == 1:
         mask = mask.astype(bool)  # 0 and 1, the other usual way to write one
-    picture = load_picture(mask, name).convert("L")
+    picture = _open(mask, name)
+    if _has_alpha(picture):
+        picture = picture.convert("RGBA")
+        *colors, alpha = picture.split()
+        if all(low == high for low, high in (channel.getextrema() for channel in colors)):
+            picture = alpha
+        else:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+    picture = picture.convert("L")
     width, height = size
     if abs(picture.width * height - picture.height * width) > 0.02 * picture.height * width:
         raise ValueError(

@@ -8,7 +8,7 @@ beside this one; here they are put in order.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from .attention_control import (
     Controllers,
     MapRecorder,
     PromptToPrompt,
+    Reweighting,
     SpatialControl,
     attention_control,
     mask_at,
@@ -100,6 +101,12 @@ class S2EditPipeline(
         requires_safety_checker: bool = False,
     ) -> None:
         super().__init__()
+        if getattr(tokenizer, "s2edit_tokens", ()):
+            held = ", ".join(tokenizer.s2edit_tokens)
+            raise ValueError(
+                f"These components hold identities that another pipeline has loaded ({held}). "
+                "Call unload_identity() there first, and load them here again."
+            )
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -134,6 +141,10 @@ class S2EditPipeline(
             if getattr(self, name) is None:
                 raise ValueError(f"The pipeline has no {name}; load it whole, or pass {name}= to from_pretrained.")
         check_scheduler(self.scheduler)
+        if self.safety_checker is not None and self.feature_extractor is None:
+            raise ValueError(
+                "The safety checker needs the feature_extractor: load it too, or pass safety_checker=None."
+            )
         if self.unet.config.in_channels != self.vae.config.latent_channels:
             raise ValueError(
                 f"The U-Net takes {self.unet.config.in_channels} channels and the autoencoder gives "
@@ -206,13 +217,22 @@ class S2EditPipeline(
         """The tokens of the identities loaded now."""
         return tuple(self._loaded.adapters)
 
-    def load_identity(self, identity: Any, token: str | None = None, scale: float = 1.0, **kwargs: Any) -> str:
+    def load_identity(
+        self,
+        identity: Any,
+        token: str | None = None,
+        scale: float = 1.0,
+        *,
+        reference_token: str | None = None,
+        **kwargs: Any,
+    ) -> str:
         """Load an identity into the pipeline; prompts can then say its token.
 
         Args:
             identity: an ``IdentityAdapter``, a folder, or a Hub repository's name.
             token: another name for it.
             scale: strength of its weights, 1 as fitted.
+            reference_token: another name for its reference attribute's token.
             kwargs: for ``IdentityAdapter.from_pretrained``.
 
         Returns:
@@ -221,18 +241,32 @@ class S2EditPipeline(
         Raises:
             ValueError: it belongs to another base model, or its token is taken; nothing is changed then.
         """
+        if isinstance(identity, str) and identity[:1] in ("[", "<"):
+            raise ValueError(
+                f"No identity {identity!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}. "
+                "Pass the identity itself, its folder or its Hub repository."
+            )
         adapter = (
             identity if hasattr(identity, "weight_differences") else IdentityAdapter.from_pretrained(identity, **kwargs)
         )
-        adapter = adapter if token is None else adapter.renamed(token)
+        if token is not None or reference_token is not None:
+            adapter = adapter.renamed(token, reference_token)
         if adapter.token in self._loaded.adapters:
             raise ValueError(
                 f"An identity {adapter.token!r} is loaded already. Give this one another name, "
                 f"load_identity(..., token='[{adapter.token.strip('[]<>')}2]'), or unload_identity({adapter.token!r})."
             )
-        if not self._loaded.adapters:
-            check_base(adapter, self._components_with_weights())
+        check_base(adapter, self._components_with_weights(), self._loaded)
+        if not np.isfinite(scale):
+            raise ValueError(f"scale must be a number, not {scale!r}.")
+        taken = [name for name in adapter.learned if name in self._learned_tokens]
+        if taken:
+            raise ValueError(
+                f"The token {taken[0]!r} of a reference attribute is loaded already; give this one another name: "
+                f"load_identity(..., reference_token='[{taken[0].strip('[]<>')}2]')."
+            )
         tokenizer = with_tokens(self.tokenizer, list(adapter.learned))
+        tokenizer.s2edit_tokens = (*self._learned_tokens, *adapter.learned)
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
         for name, (row, _) in adapter.learned.items():
             if row.shape != (width,):
@@ -255,30 +289,90 @@ class S2EditPipeline(
                 raise ValueError(f"No identity {name!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}.")
             self._loaded.remove(name, self._components_with_weights())
         if tokens:
-            left = [name for adapter, _ in self._loaded.adapters.values() for name in adapter.learned]
-            self.tokenizer = with_tokens(self._plain_tokenizer, left) if left else self._plain_tokenizer
+            self._set_tokenizer()
+
+    @property
+    def _learned_tokens(self) -> list[str]:
+        """The tokens of the loaded identities and of their reference attributes."""
+        return [name for adapter, _ in self._loaded.adapters.values() for name in adapter.learned]
+
+    def _set_tokenizer(self) -> None:
+        """The tokenizer for the identities that are loaded now."""
+        self.tokenizer = self._plain_tokenizer
+        if self._learned_tokens:
+            self.tokenizer = with_tokens(self._plain_tokenizer, self._learned_tokens)
+            self.tokenizer.s2edit_tokens = tuple(self._learned_tokens)
 
     @contextmanager
-    def _with_identity(self, identity: Any) -> Iterator[None]:
-        """``identity`` loaded for the length of the context, unless it is None or loaded already."""
-        if identity is None or (isinstance(identity, str) and identity in self._loaded.adapters):
-            yield
+    def _with_identity(self, identity: Any) -> Iterator[str | None]:
+        """``identity`` loaded for the length of the context, unless it is None or loaded already; gives its token."""
+        if identity is None:
+            yield None
             return
+        for token, (adapter, _) in self._loaded.adapters.items():
+            if identity is adapter or (isinstance(identity, str) and identity == token):
+                yield token
+                return
         token = self.load_identity(identity)
         try:
-            yield
+            yield token
         finally:
             self.unload_identity(token)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As every pipeline's; loaded identities are left out, save them with their own ``save_pretrained``."""
+        held = dict(self._loaded.adapters)
+        self.unload_identity()
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            for adapter, scale in held.values():
+                self.load_identity(adapter, scale=scale)
+
+    def _refuse_while_loaded(self, what: str) -> None:
+        if self._loaded.adapters:
+            raise ValueError(
+                f"{what} changes what the loaded identities ({', '.join(self.identities)}) were laid over. "
+                "Call unload_identity() first, then this, and load them again."
+            )
+
+    def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
+        """As Stable Diffusion's; before identities are loaded.
+
+        Raises:
+            ValueError: identities are loaded.
+        """
+        self._refuse_while_loaded("load_textual_inversion")
+        super().load_textual_inversion(*args, **kwargs)
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As Stable Diffusion's; before identities are loaded.
+
+        Raises:
+            ValueError: identities are loaded.
+        """
+        self._refuse_while_loaded("fuse_lora")
+        super().fuse_lora(*args, **kwargs)
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As Stable Diffusion's; before identities are loaded.
+
+        Raises:
+            ValueError: identities are loaded.
+        """
+        self._refuse_while_loaded("unfuse_lora")
+        super().unfuse_lora(*args, **kwargs)
 
     def _spatial_control(self, rows: Sequence[TokenizedPrompt | None]) -> SpatialControl:
         """Each learned token's mask for each row of a batch; rows without a prompt (unconditional) have none."""
         masks, columns = {}, []
-        settings: Mapping[str, Any] = {}
+        switched: dict[str, list[str]] = {"renormalize": [], "mask_after": []}
         for adapter, _ in self._loaded.adapters.values():
             for token, (_, mask) in adapter.learned.items():
                 if mask is not None:
                     masks[token] = mask
-                    settings = adapter.settings
+                    for switch, tokens in switched.items():
+                        tokens += [token] if adapter.settings.get(switch) else []
         names = {token: self.tokenizer.convert_tokens_to_ids(token) for token in masks}
         for prompt in rows:
             found: dict[str, tuple[int, ...]] = {}
@@ -287,12 +381,7 @@ class S2EditPipeline(
                 if len(at):
                     found[token] = tuple(at)
             columns.append(found)
-        return SpatialControl(
-            masks,
-            columns,
-            renormalize=bool(settings.get("renormalize", False)),
-            mask_after=bool(settings.get("mask_after", False)),
-        )
+        return SpatialControl(masks, columns, renormalize=switched["renormalize"], mask_after=switched["mask_after"])
 
     # -------------------------------------------------------------------- the mask
 
@@ -304,11 +393,12 @@ class S2EditPipeline(
 
         return denoise
 
-    def _map_queries(self, height: int, width: int, shallowest: int = 16) -> int:
-        """The most queries a layer may have to tell where words look: those of 1/16 to 1/32 of the picture's side,
-        or of the latents themselves where these are as small."""
+    def _map_queries(self, height: int, width: int, shallowest: int = 16) -> tuple[int, int]:
+        """The most and the fewest queries a layer may have to tell where words look: those of 1/16 and 1/32 of the
+        picture's side, or of the latents themselves and half of it where these are as small."""
         factor = 2 if min(height, width) > shallowest else 1
-        return -(-height // factor) * -(-width // factor)
+        most, fewest = (-(-height // f) * -(-width // f) for f in (factor, 2 * factor))
+        return most, fewest
 
     @torch.no_grad()
     def _object_mask(
@@ -318,7 +408,7 @@ class S2EditPipeline(
         height, width = latents.shape[-2:]
         schedule = noise_schedule(self.scheduler, min(50, self.scheduler.config.num_train_timesteps))
         levels = [max(1, round(share * schedule.num_steps)) for share in MASK_LEVELS]
-        recorder = MapRecorder(self._map_queries(height, width))
+        recorder = MapRecorder(*self._map_queries(height, width))
         embeds = self._encode_prompt(prompt)
         with attention_control(self.unet, recorder, height, width):
             # its own fixed noise: looking at the mask must not change what is drawn afterwards
@@ -415,6 +505,9 @@ class S2EditPipeline(
             FloatingPointError: the loss ran away; the message names the step.
         """
         self._check_ready()
+        self._check_can_train()
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be one torch.Generator for a fit, not {type(generator).__name__}.")
         settings = FitSettings(
             method=method,
             num_steps=num_steps,
@@ -569,6 +662,20 @@ class S2EditPipeline(
             None if mask is None else load_mask(mask, picture.size, f"{name}mask"),
         )
 
+    @staticmethod
+    def _check_autograd() -> None:
+        if torch.is_inference_mode_enabled():
+            raise ValueError("This needs gradients: call it outside torch.inference_mode() (torch.no_grad() is fine).")
+
+    def _check_can_train(self) -> None:
+        self._check_autograd()
+        for name, module in self._components_with_weights().items():
+            if getattr(module, "_hf_hook", None) is not None:
+                raise ValueError(
+                    f"The {name} is offloaded, and a fit needs it where the work is done. Call "
+                    "pipe.remove_all_hooks() and pipe.to('cuda') first, and enable offloading again afterwards."
+                )
+
     def _base_name(self) -> str:
         """What the base model calls itself: a Hub name, or the last part of a folder's."""
         name = str(getattr(self, "name_or_path", "") or self.config.get("_name_or_path", ""))
@@ -583,6 +690,26 @@ class S2EditPipeline(
             if token not in split_words(prompt, [token]):
                 prompt = insert_token(prompt, adapter.subject, token)
         return prompt
+
+    def _fitting_tokens(self, prompt: str, asked: str | None) -> list[str]:
+        """The tokens to put into a source prompt: the one asked for, or none where it says one itself, or those of
+        the loaded identities whose subject it names."""
+        if asked is not None:
+            return [asked]
+        if self._tokens_in([prompt]):
+            return []
+        words = f" {' '.join(split_words(prompt))} "
+        fitting = {
+            token: adapter.subject.lower()
+            for token, (adapter, _) in self._loaded.adapters.items()
+            if f" {' '.join(split_words(adapter.subject))} " in words
+        }
+        if len(set(fitting.values())) < len(fitting):
+            raise ValueError(
+                f"Several loaded identities stand before the same noun in {prompt!r}: {', '.join(fitting)}. "
+                f"Say which, identity={next(iter(fitting))!r}, or write the tokens into the prompt."
+            )
+        return list(fitting)
 
     def _tokens_in(self, prompts: Sequence[str]) -> list[str]:
         return [t for t in self._loaded.adapters if any(t in split_words(p, [t]) for p in prompts)]
@@ -619,19 +746,15 @@ class S2EditPipeline(
         """
         self._check_ready()
         check_method(method)
+        if method == "null_text":
+            self._check_autograd()
         self._check_prompt(prompt, "prompt")
         EditSettings(guidance_scale=guidance_scale)
         schedule = noise_schedule(self.scheduler, num_inference_steps)
         picture = load_picture(image)
         size = self._working_size(picture, height, width)
-        with self._with_identity(identity):
-            words = f" {' '.join(split_words(prompt))} "
-            fitting = [
-                token
-                for token, (adapter, _) in self._loaded.adapters.items()
-                if f" {' '.join(split_words(adapter.subject))} " in words
-            ]
-            prompt = self._source_prompt(prompt, fitting)
+        with self._with_identity(identity) as asked:
+            prompt = self._source_prompt(prompt, self._fitting_tokens(prompt, asked))
             tokens, negative = self._tokenize(prompt), self._tokenize(negative_prompt)
             latents = self._encode_picture(picture, *size)
             return self._invert(latents, tokens, method, schedule, guidance_scale, negative, generator, clip_skip)
@@ -676,6 +799,7 @@ class S2EditPipeline(
             residuals=found.residuals,
             guidance_scale=guidance_scale if method == "null_text" else None,
             identity=tokens[0] if tokens else None,
+            identity_digest=self._loaded.adapters[tokens[0]][0].digest if tokens else None,
             base_model=self._base_name(),
         )
 
@@ -700,6 +824,14 @@ class S2EditPipeline(
                 f"num_inference_steps={steps}, but the inversion was made in {inversion.num_inference_steps}; "
                 f"leave it out, or call pipe.invert(..., num_inference_steps={steps})."
             )
+        if inversion.identity is not None:
+            adapter, _ = self._loaded.adapters.get(inversion.identity, (None, 1.0))
+            if adapter is None or adapter.digest != inversion.identity_digest:
+                loaded = "another identity is" if adapter is not None else "it isn't"
+                raise ValueError(
+                    f"The inversion was made with the identity {inversion.identity!r}, and {loaded} loaded under that "
+                    "name. Pass the same one, identity=..., or invert again without it."
+                )
         if inversion.prompt != source_prompt:
             raise ValueError(
                 f"The inversion was made under {inversion.prompt!r} and the edit's source prompt is {source_prompt!r}; "
@@ -735,9 +867,9 @@ class S2EditPipeline(
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., Any] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
         *,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         edit: str = "auto",
         blend_threshold: float = EDIT_THRESHOLD,
         guidance_rescale: float = 0.0,
@@ -794,7 +926,8 @@ class S2EditPipeline(
             return_attention_maps: also return where each word of the first target looked.
 
         Returns:
-            ``S2EditPipelineOutput``, or with ``return_dict=False`` the tuple of its fields, images first.
+            ``S2EditPipelineOutput``, or with ``return_dict=False`` the tuple of its fields, images first, those that
+            weren't asked for None.
 
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
@@ -815,32 +948,54 @@ class S2EditPipeline(
             blend_threshold=blend_threshold,
             confine_from=CONFINE_FROM,
         )
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            raise TypeError(
+                f"{type(callback_on_step_end).__name__} steers Stable Diffusion's own loop, which this one isn't. "
+                "To stop guidance early pass guidance_stop=; other callbacks are functions (pipe, step, timestep, "
+                "tensors)."
+            )
+        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ("latents",)
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 raise ValueError(f"{name!r} can't be handed to callbacks; choose from {self._callback_tensor_inputs}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'.")
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         def call_back(step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
             result = None
             if callback_on_step_end is not None:
                 shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                result = (callback_on_step_end(self, step, timestep, shown) or {}).get("latents")
+                changed = callback_on_step_end(self, step, timestep, shown) or {}
+                if set(changed) - {"latents"}:
+                    raise ValueError(f"A callback may change 'latents'; it returned {', '.join(map(repr, changed))}.")
+                result = changed.get("latents")
             if self._interrupt:
                 raise StopIteration
             return result
 
-        with self._with_identity(identity):
-            if image is None and not hasattr(inversion, "trajectory"):
+        drawing = image is None and not hasattr(inversion, "trajectory")
+        if drawing:
+            for name, given in (
+                ("source_prompt", source_prompt), ("inversion", inversion), ("reweight", reweight),
+                ("edit_mask", edit_mask), ("keep_words", keep_words), ("return_attention_maps", return_attention_maps),
+                ("keep_pixels", keep_pixels),
+            ):  # fmt: skip
+                if given is not None and given is not False:
+                    raise ValueError(f"{name}= is for editing a picture: pass image= too.")
+            if prompt is not None and prompt_embeds is not None:
+                raise ValueError("prompt and prompt_embeds say the same twice; pass one of them.")
+        with self._with_identity(identity) as asked:
+            if drawing:
                 output = self._draw(
                     prompt, num_inference_steps, guidance_scale, guidance_rescale, generator, call_back,
                     negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds, latents, height,
                     width, clip_skip, output_type,
                 )  # fmt: skip
             else:
-                for name, given in (("prompt_embeds", prompt_embeds), ("latents", latents)):
+                for name, given in (
+                    ("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds),
+                    ("latents", latents),
+                ):  # fmt: skip
                     if given is not None:
                         raise ValueError(f"{name} can't be combined with image: the edit is made from the words.")
                 if num_images_per_prompt != 1:
@@ -848,13 +1003,12 @@ class S2EditPipeline(
                 if keep_pixels and (image is None or output_type == "latent"):
                     raise ValueError("keep_pixels=True needs image=, and pictures for an output, not latents.")
                 output = self._edit(
-                    prompt, image, source_prompt, inversion, num_inference_steps, settings, edit_mask, keep_pixels,
-                    generator, call_back, "" if negative_prompt is None else negative_prompt, height, width, clip_skip,
-                    return_attention_maps,
-                    output_type,
+                    prompt, image, source_prompt, asked, inversion, num_inference_steps, settings, edit_mask,
+                    keep_pixels, generator, call_back, "" if negative_prompt is None else negative_prompt, height,
+                    width, clip_skip, return_attention_maps, output_type,
                 )  # fmt: skip
         self.maybe_free_model_hooks()
-        return output if return_dict else output.to_tuple()
+        return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
     def _finish(
         self, latents: torch.Tensor, output_type: str, kept: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -870,7 +1024,11 @@ class S2EditPipeline(
         if self.safety_checker is not None:
             shown = self.image_processor.postprocess(pixels, output_type="pil")
             features = self.feature_extractor(shown, return_tensors="pt").to(self._execution_device)
-            pixels, flagged = self.safety_checker(images=pixels, clip_input=features.pixel_values.to(pixels.dtype))
+            _, flagged = self.safety_checker(
+                images=pixels.clone(), clip_input=features.pixel_values.to(self.safety_checker.dtype)
+            )
+            black = torch.tensor(flagged, device=pixels.device)[:, None, None, None]
+            pixels = torch.where(black, -torch.ones_like(pixels), pixels)
         return self.image_processor.postprocess(pixels, output_type=output_type), flagged
 
     def _draw(
@@ -928,6 +1086,10 @@ class S2EditPipeline(
         native = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
         h, w = (native[i] if side is None else side // self.vae_scale_factor for i, side in enumerate((height, width)))
         shape = (len(conditional), self.unet.config.in_channels, h, w)
+        if isinstance(generator, (list, tuple)) and len(generator) != len(conditional):
+            raise ValueError(
+                f"generator lists {len(generator)} for {len(conditional)} pictures; give one, or one for each."
+            )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         elif tuple(latents.shape) != shape:
@@ -961,6 +1123,7 @@ class S2EditPipeline(
         prompt: str | list[str] | None,
         image: Any,
         source_prompt: str | None,
+        asked: str | None,
         inversion: Inversion | str | None,
         num_inference_steps: int | None,
         settings: EditSettings,
@@ -983,10 +1146,8 @@ class S2EditPipeline(
         inverted_prompt = str(getattr(inversion, "prompt", ""))
         present = self._tokens_in([*prompts, inverted_prompt])
         if source_prompt is None:
-            named = [
-                inverted_prompt,
-                *(self._loaded.adapters[t][0].source_prompt for t in present),
-            ]
+            known = [*present, *([asked] if asked is not None else [])]
+            named = [inverted_prompt, *(self._loaded.adapters[t][0].source_prompt for t in known)]
             source_prompt = next((text for text in named if text), None)
             if source_prompt is None:
                 raise ValueError("Pass source_prompt=, what the picture shows now: 'a photo of a lady with glasses'.")
@@ -1000,6 +1161,8 @@ class S2EditPipeline(
             assert picture is not None  # else it would have been drawn from noise
             method = inversion or "direct"
             check_method(method)
+            if method == "null_text":
+                self._check_autograd()
             schedule = noise_schedule(self.scheduler, 50 if num_inference_steps is None else num_inference_steps)
             size = self._working_size(picture, height, width)
             latent_size = (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor)
@@ -1037,13 +1200,14 @@ class S2EditPipeline(
             alignments=[plan.alignment for plan in plans],
             cross_until=[plan.cross_until for plan in plans],
             self_until=round(settings.self_replace_steps * schedule.num_steps),
-            weights=[plan.weights for plan in plans],
-            max_self_queries=self._map_queries(*latent_size),
+            max_self_queries=self._map_queries(*latent_size)[0],
         )
-        recorder = MapRecorder(self._map_queries(*latent_size))
+        recorder = MapRecorder(*self._map_queries(*latent_size))
+        reweighting = Reweighting(rows.conditional_rows, [plan.weights for plan in plans])
         # the source is masked before its maps are taken over; the targets' own columns are masked with it, and a
-        # column that was taken over is 0 already wherever the mask is
-        control = Controllers([self._spatial_control([source, *plain, *targets]), prompt_to_prompt, recorder])
+        # column that was taken over is 0 already wherever the mask is. Where a word looks is read before it is weighed
+        masks = self._spatial_control([source, *plain, *targets])
+        control = Controllers([masks, prompt_to_prompt, recorder, reweighting])
         tensors = {"prompt_embeds": target_embeds, "negative_prompt_embeds": negative}
         with (
             attention_control(self.unet, control, *latent_size),
@@ -1068,7 +1232,10 @@ class S2EditPipeline(
             ]
             kept = (picture_to_tensor(picture, *size), torch.stack(weights)[:, None])
         images, flagged = self._finish(edited.targets, output_type, kept)
-        decoded, _ = self._finish(edited.source, output_type)
+        # the source is the caller's own picture
+        decoded = edited.source
+        if output_type != "latent":
+            decoded = self.image_processor.postprocess(self._decode(edited.source), output_type=output_type)
         size_of_output = (latent_size[1] * self.vae_scale_factor, latent_size[0] * self.vae_scale_factor)
         maps = None
         if return_attention_maps:

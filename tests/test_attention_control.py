@@ -15,6 +15,7 @@ from s2edit_pipeline.attention_control import (
     Controllers,
     MapRecorder,
     PromptToPrompt,
+    Reweighting,
     SpatialControl,
     attention_control,
     layer_sizes,
@@ -227,11 +228,15 @@ def test_cross_attention_is_taken_over_word_by_word(step: int) -> None:
     probs, site, tied = probabilities(4, 2, 6, 5), AttentionSite("x", True, 2, 3), alignment()
     until = torch.tensor([6.0, 3, 6, 6, 2])
     weights = torch.tensor([1.0, 1, 2.5, 1, -1])
-    controller = PromptToPrompt(1, [2, 3], [tied, tied], [until, until], 4, [weights, None], 99)
+    controller = PromptToPrompt(1, [2, 3], [tied, tied], [until, until], 4, 99)
     controller.step = step
+    reweighting = Reweighting([2, 3], [weights, None])
+    assert reweighting.wants(site) and not reweighting.wants(AttentionSite("x", False, 2, 3))
+    assert not Reweighting([2], [None]).wants(site)
     before = probs.clone()
-    found = controller(probs, site)
-    assert torch.equal(probs, before)  # its argument is left alone
+    taken = controller(probs, site)
+    found = reweighting(taken, site)
+    assert torch.equal(probs, before) and torch.equal(found[3], taken[3])  # arguments are left alone
     for row, factors in ((2, weights), (3, torch.ones(5))):
         for head in range(2):
             for query in range(6):
@@ -246,7 +251,7 @@ def test_cross_attention_is_taken_over_word_by_word(step: int) -> None:
 @pytest.mark.parametrize("step", [3, 4])
 def test_self_attention_is_the_sources_in_small_layers_at_first(step: int) -> None:
     probs = probabilities(3, 2, 6, 6)
-    controller = PromptToPrompt(0, [2], [alignment()], [torch.zeros(5)], 4, [None], max_self_queries=6)
+    controller = PromptToPrompt(0, [2], [alignment()], [torch.zeros(5)], 4, max_self_queries=6)
     controller.step = step
     site = AttentionSite("x", False, 2, 3)
     assert controller.wants(site) is (step < 4)
@@ -260,7 +265,7 @@ def test_a_source_is_its_own_target() -> None:
     """Editing nothing changes nothing: the identity mapping leaves what the source has."""
     probs = probabilities(2, 2, 6, 5)
     plain = PromptAlignment(torch.eye(5), torch.ones(5), (), ())
-    controller = PromptToPrompt(0, [1], [plain], [torch.full((5,), 9.0)], 9, [None], 99)
+    controller = PromptToPrompt(0, [1], [plain], [torch.full((5,), 9.0)], 9, 99)
     found = controller(probs, AttentionSite("x", True, 2, 3))
     torch.testing.assert_close(found[1], probs[0])
 
@@ -280,6 +285,38 @@ def test_recorded_maps_are_the_mean_over_heads_layers_and_calls() -> None:
     torch.testing.assert_close(recorder.maps[(2, 4)], wanted)
     word = recorder.word_map(1, (2, 3), 2, 4)
     torch.testing.assert_close(word, wanted[1][:, 2:4].mean(-1).view(2, 4))
+
+
+def test_layers_that_are_too_small_are_left_out() -> None:
+    """S2Edit's M_obj: the layers at 1/16 to 1/32 of the picture's side, not the one below them."""
+    recorder = MapRecorder(32 * 32, 16 * 16)
+    sizes = {side: recorder.wants(AttentionSite("x", True, side, side)) for side in (64, 32, 16, 8)}
+    assert sizes == {64: False, 32: True, 16: True, 8: False}
+
+
+def test_the_pipeline_looks_at_those_layers(pipe: S2EditPipeline) -> None:
+    assert pipe._map_queries(64, 64) == (32 * 32, 16 * 16)  # Stable Diffusion at 512 x 512
+    assert pipe._map_queries(64, 96) == (32 * 48, 16 * 24)
+    assert pipe._map_queries(16, 16) == (16 * 16, 8 * 8)  # as small as a 1/16 layer themselves
+
+
+def test_switches_hold_for_the_tokens_that_asked() -> None:
+    probs, site = probabilities(2, 1, 16, 6), AttentionSite("x", True, 4, 4)
+    columns = [{"[I]": (2,)}, {"[J]": (2,)}]
+    masks = {"[I]": MASK, "[J]": MASK}
+    found = SpatialControl(masks, columns, mask_after=["[I]"], renormalize=["[J]"])(probs, site)
+    for row, switches in ((0, {"mask_after": True}), (1, {"renormalize": True})):
+        alone = SpatialControl(masks, [columns[row]], **switches)(probs[row : row + 1], site)
+        torch.testing.assert_close(found[row : row + 1], alone)
+
+
+def test_sliced_attention_runs_where_nothing_is_controlled(pipe: S2EditPipeline) -> None:
+    x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 9, 32)
+    with torch.no_grad():
+        wanted = pipe.unet(x, 500, context).sample
+        pipe.enable_attention_slicing()
+        with attention_control(pipe.unet, MapRecorder(64), 16, 16):
+            torch.testing.assert_close(pipe.unet(x, 500, context).sample, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_maps_of_two_sizes_weigh_the_same() -> None:

@@ -34,9 +34,10 @@ def test_a_picture_of_ones_own(tmp_path: Path) -> None:
     render(sample_person(9, "held_out")).save(tmp_path / "mine.png")
     command = ["demo", "--out", str(tmp_path / "out"), "--fit-steps", "1", "--steps", "3"]
     command += ["--image", str(tmp_path / "mine.png"), "--prompt", "a photo of a man", "--subject", "man"]
-    assert cli.main([*command, "--edit", "a photo of a smiling man", "--edit", "a photo of a man with glasses"]) == 0
+    assert cli.main([*command, "--edit", "a photo of a smiling man", "--edit", "a man/person"]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [e["name"] for e in report["edits"]] == ["a photo of a smiling man", "a photo of a man with glasses"]
+    assert [e["name"] for e in report["edits"]] == ["a photo of a smiling man", "a man/person"]
+    assert (tmp_path / "out" / "2-a-man-person.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,7 @@ def test_a_picture_of_ones_own(tmp_path: Path) -> None:
         (["--image", "x.png"], "--prompt"),
         (["--prompt", "a man"], "--image"),
         (["--inversion", "nonsense"], "unknown"),
+        (["--image", "pyproject.toml", "--prompt", "a man", "--subject", "man", "--edit", "a man"], "can't be read"),
     ],
 )
 def test_arguments_that_cannot_be_used(
@@ -60,6 +62,9 @@ def test_an_edit_without_the_subject_is_refused_before_the_fit(
 ) -> None:
     render(sample_person(9, "held_out")).save(tmp_path / "mine.png")
     command = ["demo", "--out", str(tmp_path / "out"), "--image", str(tmp_path / "mine.png"), "--subject", "man"]
-    assert cli.main([*command, "--prompt", "a photo of a man", "--edit", "a photo of a lady"]) == 2
-    assert "'man'" in capsys.readouterr().err
+    for edit in ("a photo of a lady", "a photo of a woman"):
+        assert cli.main([*command, "--prompt", "a photo of a man", "--edit", edit]) == 2
+        assert "'man'" in capsys.readouterr().err
+    assert cli.main([*command, "--prompt", "a man", "--edit", "a sad man", "--mask", "nowhere.png"]) == 2
+    assert "mask='nowhere.png' is not a file" in capsys.readouterr().err
     assert not (tmp_path / "out" / "identity").exists()

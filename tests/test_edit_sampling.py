@@ -52,7 +52,7 @@ def edit(
     guidance_stop: float = 1.0,
     strength: float = 1.0,
 ) -> Any:
-    nothing = PromptToPrompt(0, [], [], [], 0, [], 0)
+    nothing = PromptToPrompt(0, [], [], [], 0, 0)
     return sample_edits(
         denoise, SCHEDULE, inversion, EMBEDS, TARGETS, NULL,
         EditSettings(guidance_scale=SCALE, guidance_stop=guidance_stop, strength=strength), nothing, MapRecorder(99),

@@ -89,6 +89,10 @@ def test_feathering_is_nothing_outside_and_whole_inside(radius: int) -> None:
         assert bool((along.diff() <= 1e-6).all()) and 0 < float(along[16]) < 1
 
 
+def test_a_word_that_looks_nowhere_may_change_nothing() -> None:
+    assert float(edit_region([torch.zeros(4, 4)], 0.4).max()) == 0
+
+
 def test_masks_as_pictures_are_black_and_white_at_the_size_asked_for() -> None:
     mask = torch.zeros(4, 6)
     mask[:, :3] = 1

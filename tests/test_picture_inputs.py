@@ -197,6 +197,20 @@ def test_the_same_mask_in_every_form(mask: Any) -> None:
     assert found.dtype == torch.float32 and torch.equal(found, torch.from_numpy(HALF).float())
 
 
+def test_masks_with_transparency() -> None:
+    """Editors write them both ways: white on nothing, or any one colour on nothing."""
+    alpha = (HALF * 255).astype(np.uint8)
+    for shade in (255, 0):
+        rgba = np.full((6, 8, 4), shade, np.uint8)
+        rgba[..., 3] = alpha
+        assert torch.equal(load_mask(Image.fromarray(rgba), (8, 6)), torch.from_numpy(HALF).float())
+    rgba = np.zeros((6, 8, 4), np.uint8)  # black and transparent outside, white inside
+    rgba[HALF] = 255
+    assert torch.equal(load_mask(Image.fromarray(rgba), (8, 6)), torch.from_numpy(HALF).float())
+    opaque = np.dstack([np.repeat(alpha[..., None], 3, -1), np.full((6, 8), 255, np.uint8)])
+    assert torch.equal(load_mask(Image.fromarray(opaque), (8, 6)), torch.from_numpy(HALF).float())
+
+
 @pytest.mark.parametrize(
     ("mask", "error", "said"),
     [

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
-from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, S2EditPipeline, S2EditPipelineOutput
@@ -456,10 +455,3 @@ def test_half_precision_runs(make_pipe: Callable[[], S2EditPipeline], picture: I
     assert result.images[0].size == (32, 32) and pipe.unet.dtype == torch.bfloat16
     inversion = pipe.invert(picture, SOURCE, "null_text", 3)
     assert inversion.trajectory.dtype == torch.bfloat16
-
-
-def test_diffusers_own_callbacks_are_taken(pipe: S2EditPipeline) -> None:
-    with pytest.raises(ValueError, match="prompt_embeds"):
-        pipe("a lady", callback_on_step_end_tensor_inputs=["prompt_embeds", "no"])
-    assert SDCFGCutoffCallback.tensor_inputs == ["prompt_embeds"]  # what it asks for can be handed out
-    assert set(SDCFGCutoffCallback.tensor_inputs) <= set(S2EditPipeline._callback_tensor_inputs)
