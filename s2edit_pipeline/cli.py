@@ -40,11 +40,11 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("base-model", "inversions", "compositions"))
+    parser.add_argument("what", choices=("base-model", "inversions", "edits", "compositions"))
     parser.add_argument("--model", help="a diffusers folder of the avatars family; the embedded model otherwise")
     parser.add_argument("--captions", type=int, default=256, help="base-model: pictures drawn (%(default)s)")
     parser.add_argument("--people", type=int, default=4, help="inversions, compositions: how many (%(default)s)")
-    parser.add_argument("--steps", type=int, help="inference steps (30, 50 and 25)")
+    parser.add_argument("--steps", type=int, help="inference steps (30, 50, 25 and 25)")
     parser.add_argument("--sheet", help="base-model, compositions: also save the first pictures, to this PNG")
 
     def run(args: argparse.Namespace) -> int:
@@ -57,6 +57,11 @@ def _measure(parser: argparse.ArgumentParser) -> None:
             from .evaluation.inversion_table import measure_inversions, table
 
             print(table(measure_inversions(pipe, people=range(args.people), num_inference_steps=args.steps or 50)))
+            return 0
+        if args.what == "edits":
+            from .evaluation import edit_table
+
+            print(edit_table.table(edit_table.measure_edits(pipe, num_inference_steps=args.steps or 25)), flush=True)
             return 0
         if args.what == "compositions":
             from .evaluation import composition
@@ -85,7 +90,7 @@ def _measure(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (_demo, "fit an identity to a drawn face and edit it"),
-    "measure": (_measure, "measure the base model, the inversions or compositions"),
+    "measure": (_measure, "measure the base model, inversions, edits or compositions"),
     "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),
 }
 

@@ -1,0 +1,146 @@
+"""The demo's edits of several people under several settings, each graded against its drawing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..avatars.captions import describe
+from ..avatars.world import render, sample_person
+from ..prompt_alignment import insert_token
+from .attribute_classifier import load_attribute_classifier
+from .counterfactual import demo_edits, grade
+
+PEOPLE = (3, 12, 5, 18, 9, 21)
+"""Held-out people, on whom the defaults were chosen too."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``fit``: arguments of ``fit_identity``, or None for no identity; ``inversion``: a method; ``edit``: arguments
+    of the call."""
+
+    fit: Mapping[str, Any] | None = field(default_factory=dict)
+    inversion: str = "direct"
+    edit: Mapping[str, Any] = field(default_factory=dict)
+
+
+SETTINGS: Mapping[str, Setting] = {
+    "the defaults": Setting(),
+    "no identity": Setting(fit=None),
+    "guided to the end": Setting(edit={"guidance_stop": 1.0}),
+    "no identity, guided to the end": Setting(fit=None, edit={"guidance_stop": 1.0}),
+    "λ = 0": Setting(fit={"semantic_weight": 0.0}),
+    "no spatial control": Setting(fit={"spatial_control": False}),
+    "positions behind `[I]` masked too": Setting(fit={"mask_after": True}),
+    "full, the paper's": Setting(fit={"method": "full"}),
+    "token alone": Setting(fit={"method": "token"}),
+    "null-text": Setting(inversion="null_text"),
+    "negative prompt": Setting(inversion="negative_prompt"),
+    "edit-friendly": Setting(inversion="edit_friendly"),
+    "edit-friendly, strength 0.64": Setting(inversion="edit_friendly", edit={"strength": 0.64}),
+    "DDIM": Setting(inversion="ddim"),
+    "not confined": Setting(edit={"blend_words": False}),
+}
+
+
+@dataclass(frozen=True)
+class EditRow:
+    """Means over the edits: PSNR to the truth in dB, whole, inside the pixels that truly change and outside them; the
+    share ``done`` of edits whose attribute the classifier then reads; |cos(e_P, e_[I])| at the fit's ends, or None;
+    the median ``seconds`` of one person's inversion and edits."""
+
+    name: str
+    whole: float
+    inside: float
+    outside: float
+    unedited_inside: float
+    done: float
+    cosines: tuple[float, float] | None
+    seconds: float
+
+
+def measure_edits(
+    pipe: Any,
+    names: Sequence[str] = tuple(SETTINGS),
+    *,
+    people: Sequence[int] = PEOPLE,
+    num_inference_steps: int = 25,
+    seed: int = 0,
+    num_steps: int | None = None,
+) -> list[EditRow]:
+    """One row for each of ``SETTINGS`` named; identities that several rows share are fitted once.
+
+    Args:
+        num_steps: of the fits; None takes each method's own.
+    """
+    classifier = load_attribute_classifier()
+    fitted: dict[tuple[str, int], Any] = {}
+    rows = []
+    for name in names:
+        setting = SETTINGS[name]
+        scores, done, cosines, seconds = [], [], [], []
+        for number in tqdm(people, desc=name, leave=False):
+            person = sample_person(number, "held_out")
+            picture, prompt = render(person), describe(person).text
+            identity = None
+            if setting.fit is not None:
+                key = (repr(sorted(setting.fit.items())), number)
+                if key not in fitted:
+                    generator = torch.Generator().manual_seed(seed)
+                    fitted[key] = pipe.fit_identity(
+                        picture, prompt, person.noun, num_steps=num_steps, generator=generator, **setting.fit
+                    )
+                identity = fitted[key]
+                cosines.append([abs(identity.measures[f"cosine_{end}"]) for end in ("first", "last")])
+            edits = demo_edits(person)
+            targets = [edit.target_prompt for edit in edits]
+            if identity is not None:
+                targets = [insert_token(target, person.noun, identity.token) for target in targets]
+            started = time.perf_counter()
+            result = pipe(
+                targets,
+                image=picture,
+                source_prompt=prompt,
+                identity=identity,
+                inversion=setting.inversion,
+                num_inference_steps=num_inference_steps,
+                generator=torch.Generator().manual_seed(seed),
+                **setting.edit,
+            )
+            seconds.append(time.perf_counter() - started)
+            read = classifier.predict(np.stack([np.asarray(image) for image in result.images]))
+            for edit, image, found in zip(edits, result.images, read, strict=True):
+                score = grade(edit, image)
+                scores.append((score.whole, score.inside, score.outside, score.unedited_inside))
+                changed = [n for n in found if getattr(edit.target, n) != getattr(edit.person, n)]
+                done.append(all(found[n] == getattr(edit.target, n) for n in changed))
+        whole, inside, outside, unedited = np.mean(scores, 0)
+        ends = (float(np.mean([c[0] for c in cosines])), float(np.mean([c[1] for c in cosines]))) if cosines else None
+        rows.append(
+            EditRow(
+                name, float(whole), float(inside), float(outside), float(unedited), float(np.mean(done)), ends,
+                float(np.median(seconds)),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def table(rows: Sequence[EditRow]) -> str:
+    """As Markdown."""
+    lines = [
+        "| setting | whole | inside | outside | done | \\|cos\\| before, after | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        cosines = "-" if r.cosines is None else f"{r.cosines[0]:.3f}, {r.cosines[1]:.3f}"
+        scores = f"{r.whole:.2f} | {r.inside:.2f} | {r.outside:.2f} | {r.done:.2f}"
+        lines.append(f"| {r.name} | {scores} | {cosines} | {r.seconds:.1f} |")
+    lines.append(f"| (the picture as it was) | | {rows[0].unedited_inside:.2f} | | 0.00 | | |")
+    return "\n".join(lines)
