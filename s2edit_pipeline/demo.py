@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
     from .latent_inversion import check_method
     from .picture_inputs import load_picture
     from .pipeline import S2EditPipeline
-    from .prompt_alignment import insert_token, split_words
+    from .prompt_alignment import insert_token
 
     def clock() -> float:
         return time.perf_counter() - started
@@ -92,9 +92,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
         targets, names, graded = [e.target_prompt for e in edits], [e.name for e in edits], list(edits)
 
     # before anything is loaded or fitted
-    for target in targets:
-        if subject.lower() not in split_words(target) and f" {subject.lower()} " not in f" {target.lower()} ":
-            raise ValueError(f"The edit {target!r} must keep the subject {subject!r}, so that [I] can stand before it.")
+    prompts = [insert_token(target, subject, "[I]") for target in targets]
     mask = load_picture(args.mask, "mask") if args.mask else None
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,10 +130,10 @@ def _run(args: argparse.Namespace, started: float) -> None:
     report: dict[str, Any] = {"prompt": prompt, "identity": dict(m), "edits": []}
     rows: list[tuple[str, Image.Image, Image.Image | None, Image.Image | None]] = []
     reconstruction = None
-    for name, target, edit in zip(names, targets, graded, strict=True):
+    for name, target, asked, edit in zip(names, targets, prompts, graded, strict=True):
         before = time.perf_counter()
         result: Any = pipe(
-            insert_token(target, subject, identity.token),
+            asked,
             image=picture,
             source_prompt=prompt,
             inversion=inversion,

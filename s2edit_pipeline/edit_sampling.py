@@ -44,7 +44,8 @@ class BranchRows:
 
 @dataclass(frozen=True)
 class EditSettings:
-    """What a caller asks of an edit; the fields are the arguments of ``S2EditPipeline.__call__``.
+    """What a caller asks of an edit; the fields are the arguments of ``S2EditPipeline.__call__``, and
+    ``confine_from`` the share of the steps after which the source is kept outside the edit.
 
     Raises:
         ValueError: a number out of its range, or options that don't go together.

@@ -55,11 +55,6 @@ from .prompt_alignment import TokenizedPrompt, insert_token, split_words, tokeni
 MASK_LEVELS = (0.2, 0.35, 0.5, 0.65)
 """Where the object is looked for: shares of the way from the picture to noise."""
 MASK_THRESHOLD = 0.4
-EDIT_THRESHOLD = 0.4
-CONFINE_FROM = 0.2
-"""The share of the steps after which the source is kept outside the edit."""
-GUIDANCE_STOP = 0.5
-"""The share of the steps that are guided: at low noise guidance adds no meaning and burns colours."""
 
 
 class S2EditPipeline(
@@ -265,16 +260,14 @@ class S2EditPipeline(
                 f"The token {taken[0]!r} of a reference attribute is loaded already; give this one another name: "
                 f"load_identity(..., reference_token='[{taken[0].strip('[]<>')}2]')."
             )
-        tokenizer = with_tokens(self.tokenizer, list(adapter.learned))
-        tokenizer.s2edit_tokens = (*self._learned_tokens, *adapter.learned)
+        plain = self._plain_tokenizer if self._loaded.adapters else self.tokenizer
+        tokenizer = _tokenizer_with(plain, [*self._learned_tokens, *adapter.learned])
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
         for name, (row, _) in adapter.learned.items():
             if row.shape != (width,):
                 raise ValueError(f"The token {name!r} has {tuple(row.shape)} numbers; this model's have {width}.")
         self._loaded.add(adapter, scale, self._components_with_weights())
-        if len(self._loaded.adapters) == 1:
-            self._plain_tokenizer = self.tokenizer
-        self.tokenizer = tokenizer
+        self._plain_tokenizer, self.tokenizer = plain, tokenizer
         return adapter.token
 
     def unload_identity(self, token: str | None = None) -> None:
@@ -289,19 +282,12 @@ class S2EditPipeline(
                 raise ValueError(f"No identity {name!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}.")
             self._loaded.remove(name, self._components_with_weights())
         if tokens:
-            self._set_tokenizer()
+            self.tokenizer = _tokenizer_with(self._plain_tokenizer, self._learned_tokens)
 
     @property
     def _learned_tokens(self) -> list[str]:
         """The tokens of the loaded identities and of their reference attributes."""
         return [name for adapter, _ in self._loaded.adapters.values() for name in adapter.learned]
-
-    def _set_tokenizer(self) -> None:
-        """The tokenizer for the identities that are loaded now."""
-        self.tokenizer = self._plain_tokenizer
-        if self._learned_tokens:
-            self.tokenizer = with_tokens(self._plain_tokenizer, self._learned_tokens)
-            self.tokenizer.s2edit_tokens = tuple(self._learned_tokens)
 
     @contextmanager
     def _with_identity(self, identity: Any) -> Iterator[str | None]:
@@ -871,9 +857,9 @@ class S2EditPipeline(
         *,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         edit: str = "auto",
-        blend_threshold: float = EDIT_THRESHOLD,
+        blend_threshold: float = EditSettings.blend_threshold,
         guidance_rescale: float = 0.0,
-        guidance_stop: float = GUIDANCE_STOP,
+        guidance_stop: float = EditSettings.guidance_stop,
         strength: float = 1.0,
         keep_words: Sequence[str] | None = None,
         keep_pixels: bool = False,
@@ -946,7 +932,6 @@ class S2EditPipeline(
             blend_words=blend_words,
             keep_words=keep_words,
             blend_threshold=blend_threshold,
-            confine_from=CONFINE_FROM,
         )
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             raise TypeError(
@@ -984,6 +969,17 @@ class S2EditPipeline(
                     raise ValueError(f"{name}= is for editing a picture: pass image= too.")
             if prompt is not None and prompt_embeds is not None:
                 raise ValueError("prompt and prompt_embeds say the same twice; pass one of them.")
+        else:
+            for name, given in (
+                ("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds),
+                ("latents", latents),
+            ):  # fmt: skip
+                if given is not None:
+                    raise ValueError(f"{name} can't be combined with image: the edit is made from the words.")
+            if num_images_per_prompt != 1:
+                raise ValueError("num_images_per_prompt: an edit is deterministic, a second one would be the same.")
+            if keep_pixels and (image is None or output_type == "latent"):
+                raise ValueError("keep_pixels=True needs image=, and pictures for an output, not latents.")
         with self._with_identity(identity) as asked:
             if drawing:
                 output = self._draw(
@@ -992,16 +988,6 @@ class S2EditPipeline(
                     width, clip_skip, output_type,
                 )  # fmt: skip
             else:
-                for name, given in (
-                    ("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds),
-                    ("latents", latents),
-                ):  # fmt: skip
-                    if given is not None:
-                        raise ValueError(f"{name} can't be combined with image: the edit is made from the words.")
-                if num_images_per_prompt != 1:
-                    raise ValueError("num_images_per_prompt: an edit is deterministic, a second one would be the same.")
-                if keep_pixels and (image is None or output_type == "latent"):
-                    raise ValueError("keep_pixels=True needs image=, and pictures for an output, not latents.")
                 output = self._edit(
                     prompt, image, source_prompt, asked, inversion, num_inference_steps, settings, edit_mask,
                     keep_pixels, generator, call_back, "" if negative_prompt is None else negative_prompt, height,
@@ -1170,13 +1156,11 @@ class S2EditPipeline(
             self._check_inversion(inversion, source_prompt, num_inference_steps, settings.guidance_scale)
             schedule = noise_schedule(self.scheduler, inversion.num_inference_steps)
             latent_size = (inversion.trajectory.shape[-2], inversion.trajectory.shape[-1])
+        out_height, out_width = (side * self.vae_scale_factor for side in latent_size)
         region = None
         if edit_mask is not None:
-            shape = (latent_size[1] * self.vae_scale_factor, latent_size[0] * self.vae_scale_factor)
-            region = mask_at(
-                load_mask(edit_mask, shape if picture is None else picture.size, "edit_mask"), *latent_size
-            )
-            region = region.to(self._execution_device)
+            shown_size = (out_width, out_height) if picture is None else picture.size
+            region = mask_at(load_mask(edit_mask, shown_size, "edit_mask"), *latent_size).to(self._execution_device)
         plans = plan_edits(source, targets, settings, num_steps=schedule.num_steps, region=region)
         if isinstance(generator, (list, tuple)):
             raise ValueError(f"generator must be one for an edit, not {len(generator)}: all edits share one inversion.")
@@ -1225,18 +1209,18 @@ class S2EditPipeline(
         kept = None
         if keep_pixels:
             assert picture is not None
-            size = (latent_size[0] * self.vae_scale_factor, latent_size[1] * self.vae_scale_factor)
             everywhere = torch.ones(latent_size)
             weights = [
-                feather(everywhere if r is None else r.cpu(), *size, self.vae_scale_factor) for r in edited.regions
+                feather(everywhere if r is None else r.cpu(), out_height, out_width, self.vae_scale_factor)
+                for r in edited.regions
             ]
-            kept = (picture_to_tensor(picture, *size), torch.stack(weights)[:, None])
+            kept = (picture_to_tensor(picture, out_height, out_width), torch.stack(weights)[:, None])
         images, flagged = self._finish(edited.targets, output_type, kept)
         # the source is the caller's own picture
         decoded = edited.source
         if output_type != "latent":
             decoded = self.image_processor.postprocess(self._decode(edited.source), output_type=output_type)
-        size_of_output = (latent_size[1] * self.vae_scale_factor, latent_size[0] * self.vae_scale_factor)
+        size_of_output = (out_width, out_height)
         maps = None
         if return_attention_maps:
             maps = {
@@ -1252,6 +1236,15 @@ class S2EditPipeline(
             source=decoded[0] if output_type == "pil" else decoded,
             nsfw_content_detected=flagged,
         )
+
+
+def _tokenizer_with(plain: Any, tokens: list[str]) -> Any:
+    """``plain`` itself without ``tokens``; else a copy that knows them and names them in ``s2edit_tokens``."""
+    if not tokens:
+        return plain
+    tokenizer = with_tokens(plain, tokens)
+    tokenizer.s2edit_tokens = tuple(tokens)
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import count, cycle
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..avatars.captions import describe
 from ..avatars.world import Person, changed_pixels, render, sample_person
 from ..identity_fitting import ReferenceAttribute
 from ..prompt_alignment import insert_token
-from .picture_metrics import psnr
+from .counterfactual import grade_against
 
 _MOVED = {
     "clothes": ("clothes", "clothes_color", "clothes_shade", "garment", "print"),
@@ -137,15 +137,7 @@ def measure_compositions(
             prompt = insert_token(pair.target_prompt, pair.source.noun, "[I]")
             result = pipe(prompt, source, pair.source_prompt, identity, num_inference_steps=num_inference_steps)
             composed = result.images[0]
-            changed, drawn = changed_pixels(pair.source, pair.truth), np.asarray(truth)
-            scores.append(
-                (
-                    psnr(composed, truth),
-                    psnr(np.asarray(composed), drawn, changed),
-                    psnr(np.asarray(composed), drawn, ~changed),
-                    psnr(np.asarray(source), drawn, changed),
-                )
-            )
+            scores.append(astuple(grade_against(pair.source, pair.truth, composed)))
             pictures.append((source, reference, composed, truth))
         whole, inside, outside, unedited = np.array(scores).T
         rows.append(CompositionRow(name, whole, inside, outside, unedited, pictures))

@@ -90,12 +90,17 @@ def grade(edit: CounterfactualEdit, edited: Image.Image) -> Grade:
     Raises:
         ValueError: the sizes differ.
     """
-    truth = np.asarray(edit.truth())
-    changed = changed_pixels(edit.person, edit.target)
+    return grade_against(edit.person, edit.target, edited)
+
+
+def grade_against(person: Person, target: Person, edited: Image.Image) -> Grade:
+    """:func:`grade` for any two people: ``person`` was edited, ``target`` is what should have come out."""
+    truth = np.asarray(render(target))
+    changed = changed_pixels(person, target)
     picture = np.asarray(edited.convert("RGB"))
     return Grade(
         whole=psnr(picture, truth),
         inside=psnr(picture, truth, changed),
         outside=psnr(picture, truth, ~changed),
-        unedited_inside=psnr(np.asarray(render(edit.person)), truth, changed),
+        unedited_inside=psnr(np.asarray(render(person)), truth, changed),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -117,8 +117,7 @@ def measure_edits(
             seconds.append(time.perf_counter() - started)
             read = classifier.predict(np.stack([np.asarray(image) for image in result.images]))
             for edit, image, found in zip(edits, result.images, read, strict=True):
-                score = grade(edit, image)
-                scores.append((score.whole, score.inside, score.outside, score.unedited_inside))
+                scores.append(astuple(grade(edit, image)))
                 changed = [n for n in found if getattr(edit.target, n) != getattr(edit.person, n)]
                 done.append(all(found[n] == getattr(edit.target, n) for n in changed))
         whole, inside, outside, unedited = np.mean(scores, 0)
