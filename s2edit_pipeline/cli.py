@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .evaluation.base_model import BaseModelReport
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +21,8 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 def _train_avatars(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder of pictures, checkpoints and, in the end, model/")
     parser.add_argument("--pictures", type=int, default=16000, help="training people (default: %(default)s)")
+    parser.add_argument("--creatures", type=int, default=12000, help="training creatures (default: %(default)s)")
+    parser.add_argument("--start-from", help="a model folder whose weights to start from (default: nothing)")
     parser.add_argument("--autoencoder-steps", type=int, default=2400, help="(default: %(default)s)")
     parser.add_argument("--denoiser-steps", type=int, default=3800, help="(default: %(default)s)")
     parser.add_argument("--device", help="where to train (default: a CUDA device if there is one)")
@@ -28,6 +34,8 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
         model = train_avatars(
             args.out,
             num_pictures=args.pictures,
+            num_creatures=args.creatures,
+            start_from=args.start_from,
             autoencoder_steps=args.autoencoder_steps,
             denoiser_steps=args.denoiser_steps,
             device=args.device,
@@ -75,17 +83,26 @@ def _measure(parser: argparse.ArgumentParser) -> None:
             return 0
         from .evaluation.base_model import measure_base_model
 
-        report = measure_base_model(pipe, num_captions=args.captions, num_inference_steps=args.steps or 30)
+        report = measure_base_model(
+            pipe, num_captions=args.captions, num_pairs=args.captions // 4, num_inference_steps=args.steps or 30
+        )
         print(report.table())
         if args.sheet:
-            import numpy as np
-            from PIL import Image
-
-            lines = [report.generated[i : i + 8] for i in range(0, min(32, len(report.generated)) // 8 * 8, 8)]
-            Image.fromarray(np.concatenate([np.concatenate(list(line), 1) for line in lines])).save(args.sheet)
+            _save_sheet(report, args.sheet)
         return 0
 
     parser.set_defaults(run=run)
+
+
+def _save_sheet(report: BaseModelReport, path: str) -> None:
+    """Sixteen people, sixteen creatures and eight unseen pairs of words, drawn."""
+    import numpy as np
+    from PIL import Image
+
+    half = len(report.generated) // 2
+    shown = [report.generated[:16], report.generated[half : half + 16], report.generated_pairs[:8]]
+    lines = [np.concatenate(list(line), 1) for some in shown for line in np.split(some, len(some) // 8)]
+    Image.fromarray(np.concatenate(lines)).save(path)
 
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {

@@ -186,6 +186,24 @@ def install_linear_encoder(vae: AutoencoderKL, code: LinearCode) -> None:
     vae.quant_conv.bias[channels:] = -30.0  # no variance: sample() and mode() agree
 
 
+def structural_similarity(a: torch.Tensor, b: torch.Tensor, data_range: float = 2.0) -> torch.Tensor:
+    """SSIM (Wang et al. 2004) of two batches (N, C, H, W) from 0 to ``data_range``, a number that gradients go
+    through: windows of 7 x 7 all counting alike, sample covariances, the mean over windows that lie inside, as
+    scikit-image's default."""
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(x, 7, stride=1)
+
+    unbiased = 49 / 48
+    mean_a, mean_b = mean(a), mean(b)
+    var_a = unbiased * (mean(a * a) - mean_a.square())
+    var_b = unbiased * (mean(b * b) - mean_b.square())
+    covariance = unbiased * (mean(a * b) - mean_a * mean_b)
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
+    return (luminance * (2 * covariance + c2) / (var_a + var_b + c2)).mean()
+
+
 def trained_parameters(vae: AutoencoderKL) -> list[torch.nn.Parameter]:
     """What :func:`train_autoencoder` trains, in the order of its checkpoints."""
     return [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
@@ -201,6 +219,8 @@ def train_autoencoder(
     batch_size: int = 16,
     learning_rate: float = 2e-3,
     latent_noise: float = 0.03,
+    ssim_weight: float = 0.1,
+    start_from: str | Path | None = None,
     device: str = "cpu",
     seed: int = 0,
     stop_at: int | None = None,
@@ -210,15 +230,21 @@ def train_autoencoder(
     The encoder is set to the pictures' linear code and stays there, so the latents are known before the
     first step and the denoiser never has to be trained again for a better decoder. The decoder learns
     from crops of 64 x 64 pixels, then for ``whole_picture_steps`` from whole pictures, a quarter as many at
-    a time, under MSE + 0.2 L1. Noise of deviation ``latent_noise`` on the latents makes it forgiving.
+    a time, under MSE + 0.2 L1 + ``ssim_weight`` (1 - SSIM), which flattens flat colours. Noise of deviation
+    ``latent_noise`` on the latents makes it forgiving.
 
     Args:
+        start_from: an autoencoder's folder whose decoder to start from instead of nothing.
         stop_at: leave at this step, checkpoint written, to go on later.
     """
     torch.manual_seed(seed)
     code = fit_linear_code(pictures.images[:2000])
     vae = build_autoencoder().to(device)
     install_linear_encoder(vae, code)
+    if start_from is not None:
+        started = AutoencoderKL.from_pretrained(str(start_from))
+        for name in ("decoder", "post_quant_conv"):
+            getattr(vae, name).load_state_dict(getattr(started, name).state_dict())
     code = code.to(device)
     trained = trained_parameters(vae)
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
@@ -236,11 +262,11 @@ def train_autoencoder(
         state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state_dict()}
         checkpoint.save({**state, "step": step, "seconds": time.time() - start})
         average.swap()
-        shown = validation.images[:32]
+        shown = validation.images[:64]
         result = reconstruct(vae, shown)
         average.swap()
         log.write(step=step, psnr=mean_psnr(shown, result), seconds=time.time() - start)
-        sheet = np.concatenate([np.concatenate(list(shown[:8]), 1), np.concatenate(list(result[:8]), 1)], 0)
+        sheet = np.concatenate([np.concatenate(list(rows[::8][:8]), 1) for rows in (shown, result)], 0)
         Image.fromarray(sheet).save(folder / "autoencoder.png")
 
     last = num_steps if stop_at is None else min(stop_at, num_steps)
@@ -251,8 +277,10 @@ def train_autoencoder(
         x = _batch(pictures.images, count, side, np.random.default_rng((seed, step))).to(device)
         z = code.encode(x)
         z = z + latent_noise * torch.randn(z.shape, generator=torch.Generator().manual_seed(step)).to(device)
-        error = vae.decode(z).sample - x
+        decoded = vae.decode(z).sample
+        error = decoded - x
         loss = error.square().mean() + 0.2 * error.abs().mean()
+        loss = loss + ssim_weight * (1 - structural_similarity(decoded + 1, x + 1))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * learning_rate_factor(step, num_steps, 100)
         optimizer.zero_grad(set_to_none=True)

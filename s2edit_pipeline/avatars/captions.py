@@ -1,11 +1,11 @@
-"""The caption grammar of the avatars world: what is said about a person, word by word."""
+"""The caption grammar of the avatars world: what is said about a subject, word by word."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 
-from .world import CAPTION_PREFIX, Person
+from .world import CAPTION_PREFIX, Creature, Person, Subject
 
 
 @dataclass(frozen=True)
@@ -27,73 +27,107 @@ class Caption:
 
 _MENTION = {
     "expression": 0.85, "hair": 0.85, "hair_color": 0.85, "headwear": 0.95, "headwear_color": 0.8, "glasses": 0.95,
-    "facial_hair": 0.95, "clothes": 0.75, "clothes_color": 0.85, "background": 0.7,
+    "facial_hair": 0.95, "clothes": 0.75, "clothes_color": 0.85, "background": 0.7, "fur_color": 0.85, "pattern": 0.95,
 }  # fmt: skip
 
+_Words = list[tuple[str, str | None]]
+"""Words, each with the part that it speaks of."""
 
-def describe(person: Person, rng: random.Random | None = None) -> Caption:
-    """What a caption says of ``person``; with ``rng``, some of it, sometimes in another order.
+
+class _Speaker:
+    """Says attributes of ``subject`` and remembers which; with ``rng`` leaves some of them out at random."""
+
+    def __init__(self, subject: Subject, rng: random.Random | None) -> None:
+        self.subject, self.rng = subject, rng
+        self.said: dict[str, str] = {}
+
+    def says(self, attribute: str) -> bool:
+        return self.rng is None or self.rng.random() < _MENTION[attribute]
+
+    def state(self, attribute: str) -> str:
+        self.said[attribute] = getattr(self.subject, attribute)
+        return self.said[attribute]
+
+
+def _article(word: str) -> tuple[str, None]:
+    return ("an" if word[0] in "aeiou" else "a", None)
+
+
+def _thing(speaker: _Speaker, attribute: str) -> _Words | None:
+    """ "a blue hat", or None where there is none or nothing is said of it."""
+    kind = getattr(speaker.subject, attribute)
+    if kind == "none" or not speaker.says(attribute):
+        return None
+    words: _Words = [(speaker.state(attribute), attribute)]
+    if speaker.says(f"{attribute}_color"):
+        words.insert(0, (speaker.state(f"{attribute}_color"), attribute))
+    return words if kind == "overalls" else [_article(words[0][0]), *words]
+
+
+def _of_person(person: Person, speaker: _Speaker) -> tuple[_Words, list[_Words]]:
+    """Adjectives and phrases."""
+    adjectives: _Words = []
+    if speaker.says("expression"):
+        adjectives.append((speaker.state("expression"), "expression"))
+    if person.hair == "bald" and person.hair_visible and speaker.says("hair"):
+        adjectives.append((speaker.state("hair"), "person"))
+    phrases: list[_Words | None] = []
+    if person.hair_visible and person.hair != "bald" and speaker.says("hair"):
+        length, curl = speaker.state("hair").split()
+        phrase: _Words = [(length, "hair")]
+        if curl == "curly":
+            phrase.append((curl, "hair"))
+        if speaker.says("hair_color"):
+            phrase.append((speaker.state("hair_color"), "hair"))
+        phrases.append([*phrase, ("hair", "hair")])
+    if person.glasses != "none" and speaker.says("glasses"):
+        phrases.append([(speaker.state("glasses"), "glasses")])
+    if person.facial_hair != "none" and speaker.says("facial_hair"):
+        phrases.append([("a", None), (speaker.state("facial_hair"), "facial_hair")])
+    phrases += [_thing(speaker, "headwear"), _thing(speaker, "clothes")]
+    return adjectives, [phrase for phrase in phrases if phrase]
+
+
+def _of_creature(creature: Creature, speaker: _Speaker) -> tuple[_Words, list[_Words]]:
+    """Adjectives and phrases."""
+    adjectives: _Words = []
+    for attribute, part in (("expression", "expression"), ("fur_color", "creature")):
+        if speaker.says(attribute):
+            adjectives.append((speaker.state(attribute), part))
+    speaker.state("species")
+    phrases: list[_Words | None] = []
+    for attribute in ("pattern", "glasses"):
+        if getattr(creature, attribute) != "none" and speaker.says(attribute):
+            phrases.append([(speaker.state(attribute), attribute)])
+    phrases.append(_thing(speaker, "headwear"))
+    return adjectives, [phrase for phrase in phrases if phrase]
+
+
+def describe(subject: Subject, rng: random.Random | None = None) -> Caption:
+    """What a caption says of ``subject``; with ``rng``, some of it, sometimes in another order.
 
     Without ``rng`` everything that can be said is said, in the grammar's own order. What is
     worn is nearly always said, so that silence comes to mean that it isn't there.
     """
-
-    def say(attribute: str) -> bool:
-        return rng is None or rng.random() < _MENTION[attribute]
-
-    said: dict[str, str] = {}
-
-    def state(attribute: str) -> str:
-        said[attribute] = getattr(person, attribute)
-        return said[attribute]
-
-    head: list[tuple[str, str | None]] = [(word, None) for word in CAPTION_PREFIX.split()]
-    adjectives: list[tuple[str, str | None]] = []
-    if say("expression"):
-        adjectives.append((state("expression"), "expression"))
-    if person.hair == "bald" and person.hair_visible and say("hair"):
-        adjectives.append((state("hair"), "person"))
-    first = adjectives[0][0] if adjectives else person.noun
-    head.append(("an" if first[0] in "aeiou" else "a", None))
-    head += [*adjectives, (person.noun, "person")]
-
-    phrases: list[list[tuple[str, str | None]]] = []
-    if person.hair_visible and person.hair != "bald" and say("hair"):
-        length, curl = state("hair").split()
-        phrase: list[tuple[str, str | None]] = [(length, "hair")]
-        if curl == "curly":
-            phrase.append((curl, "hair"))
-        if say("hair_color"):
-            phrase.append((state("hair_color"), "hair"))
-        phrases.append([*phrase, ("hair", "hair")])
-    if person.glasses != "none" and say("glasses"):
-        phrases.append([(state("glasses"), "glasses")])
-    if person.facial_hair != "none" and say("facial_hair"):
-        phrases.append([("a", None), (state("facial_hair"), "facial_hair")])
-    for thing in ("headwear", "clothes"):
-        kind = getattr(person, thing)
-        if kind == "none" or not say(thing):
-            continue
-        state(thing)
-        words: list[tuple[str, str | None]] = [(kind, thing)]
-        if say(f"{thing}_color"):
-            words.insert(0, (state(f"{thing}_color"), thing))
-        if kind != "overalls":
-            words.insert(0, ("an" if words[0][0][0] in "aeiou" else "a", None))
-        phrases.append(words)
+    speaker = _Speaker(subject, rng)
+    if isinstance(subject, Person):
+        adjectives, phrases = _of_person(subject, speaker)
+    else:
+        assert isinstance(subject, Creature)
+        adjectives, phrases = _of_creature(subject, speaker)
+    words: _Words = [(word, None) for word in CAPTION_PREFIX.split()]
+    words.append(_article(adjectives[0][0] if adjectives else subject.noun))
+    words += [*adjectives, (subject.noun, subject.PART)]
     if rng is not None and rng.random() < 0.4:
         rng.shuffle(phrases)
-
-    body: list[tuple[str, str | None]] = []
     for i, phrase in enumerate(phrases):
-        body += [("with" if i == 0 else "and", None), *phrase]
-    if say("background"):
-        color = state("background")
-        body += [("on", None), ("an" if color[0] in "aeiou" else "a", None)]
-        body += [(color, "background"), ("background", "background")]
+        words += [("with" if i == 0 else "and", None), *phrase]
+    if speaker.says("background"):
+        color = speaker.state("background")
+        words += [("on", None), _article(color), (color, "background"), ("background", "background")]
     # what is worn is said nearly always: saying nothing settles that it isn't there
-    for attribute in ("glasses", "facial_hair", "headwear"):
-        if getattr(person, attribute) == "none":
-            said[attribute] = "none"
-    all_words, all_parts = zip(*(head + body), strict=True)
-    return Caption(words=all_words, parts=all_parts, said=said)
+    for attribute in ("glasses", "facial_hair", "headwear", "pattern"):
+        if getattr(subject, attribute, None) == "none":
+            speaker.said[attribute] = "none"
+    said_words, parts = zip(*words, strict=True)
+    return Caption(words=said_words, parts=parts, said=speaker.said)

@@ -36,6 +36,14 @@ SAMPLE_PROMPTS = (
     "a photo of a winking bald man with a red shirt",
     "a photo of a lady with long curly blond hair and a black blazer on a pink background",
     "a photo of a smiling man with a red beanie and sunglasses and orange overalls on a blue background",
+    "a photo of a smiling orange cat with stripes",
+    "a photo of a black dog with glasses on a yellow background",
+    "a photo of an angry green monster with dots and a purple hat",
+    "a photo of a surprised purple cat on a white background",
+    "a photo of a sad white dog with a blue beanie and sunglasses",
+    "a photo of a winking red monster with stripes and a yellow crown",
+    "a photo of a smiling grey cat with a red crown and glasses",
+    "a photo of a green dog with stripes on a pink background",
 )
 
 
@@ -155,7 +163,7 @@ def _captions(
             ids.append(empty)
             parts.append([-1] * len(empty))
         else:
-            words, where = tokenize_with_parts(tokenizer, describe(pictures.people[i], rng))
+            words, where = tokenize_with_parts(tokenizer, describe(pictures.subjects[i], rng))
             ids.append(words)
             parts.append(where)
     return _Batch(torch.tensor(ids), torch.tensor(parts), index)
@@ -215,6 +223,7 @@ def train_denoiser(
     learning_rate: float = 8e-4,
     grounding_weight: float = 0.03,
     drop_caption: float = 0.1,
+    start_from: str | Path | None = None,
     device: str = "cpu",
     seed: int = 0,
     stop_at: int | None = None,
@@ -228,11 +237,17 @@ def train_denoiser(
     Args:
         latents: (N, C, h, w), the encoded ``pictures``.
         decode: latents to (N, H, W, 3) uint8, for the sample sheet.
+        start_from: a diffusers folder whose text encoder and U-Net, trained with the same latents and tokenizer, to
+            start from instead of nothing.
         stop_at: leave at this step, checkpoint written, to go on later.
     """
     torch.manual_seed(seed)
     text_encoder = build_text_encoder(tokenizer).to(device)
     unet = build_unet(latents.shape[1], text_encoder.config.hidden_size).to(device)
+    if start_from is not None:
+        folders = [str(Path(start_from) / name) for name in ("text_encoder", "unet")]
+        text_encoder.load_state_dict(CLIPTextModel.from_pretrained(folders[0], dtype=torch.float32).state_dict())
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(folders[1]).state_dict())
     scheduler = build_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
     keepers = {name: _MapKeeper() for name in unet.attn_processors if name.endswith("attn2.processor")}
@@ -264,7 +279,9 @@ def train_denoiser(
         average.swap()
         z = sample_latents(unet, text_encoder, tokenizer, scheduler, list(SAMPLE_PROMPTS))
         average.swap()
-        Image.fromarray(np.concatenate(list(decode(z)), 1)).save(folder / "denoiser.png")
+        drawn = list(decode(z))
+        lines = [np.concatenate(drawn[i : i + 8], 1) for i in range(0, len(drawn), 8)]
+        Image.fromarray(np.concatenate(lines)).save(folder / "denoiser.png")
 
     last = num_steps if stop_at is None else min(stop_at, num_steps)
     running: dict[str, float] = {}

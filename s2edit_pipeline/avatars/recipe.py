@@ -7,7 +7,10 @@ linear code of the pictures, known before any training.
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import operator
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,10 @@ from .dataset import load_pictures
 from .denoiser_training import build_scheduler, build_text_encoder, build_unet, train_denoiser
 from .tokenizer import save_tokenizer
 from .training import Checkpoint
+from .world import KINDS
 
 STAGES = ("autoencoder", "denoiser")
+AUTOENCODER_LEARNING_RATE, DENOISER_LEARNING_RATE = 2e-3, 8e-4
 _VALIDATION_FIRST, _VALIDATION_COUNT = 100_000, 60
 _CHUNK = 500  # pictures encoded at a time: as floats they are four times as large
 
@@ -34,8 +39,10 @@ def train_avatars(
     folder: str | Path,
     *,
     num_pictures: int = 16000,
+    num_creatures: int = 12000,
     autoencoder_steps: int = 2400,
     denoiser_steps: int = 3800,
+    start_from: str | Path | None = None,
     device: str | None = None,
     seed: int = 0,
     stages: Iterable[str] = STAGES,
@@ -46,7 +53,10 @@ def train_avatars(
     stages' checkpoints in ``folder``, the model is written to ``folder/model``.
 
     Args:
-        num_pictures: training people; the linear code is fitted to the first 2,000.
+        num_pictures: training people; the linear code is fitted to the first 2,000 pictures.
+        num_creatures: training creatures beside them.
+        start_from: a diffusers folder that this recipe wrote, whose weights and tokenizer to start from instead of
+            nothing. The learning rates are then half as high.
         device: None takes a CUDA device where there is one.
         stages: some of "autoencoder", "denoiser". Each is trained by itself, so that two processes
             can share the work.
@@ -63,13 +73,30 @@ def train_avatars(
         raise ValueError(f"stages are {', '.join(STAGES)}, not {', '.join(unknown)}.")
     folder = Path(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pictures = load_pictures(num_pictures, masks="denoiser" in stages, cache=folder / "pictures")
+    cache, masks = folder / "pictures", "denoiser" in stages
+    pictures = load_pictures(num_pictures, masks=masks, cache=cache)
+    if num_creatures:
+        pictures += load_pictures(num_creatures, kind="creature", masks=masks, cache=cache)
+    started = None if start_from is None else Path(start_from)
+    gentler = 1.0 if started is None else 0.5
     if "autoencoder" in stages:
-        validation = load_pictures(_VALIDATION_COUNT, "held_out", first=_VALIDATION_FIRST, cache=folder / "pictures")
-        train_autoencoder(pictures, validation, folder, num_steps=autoencoder_steps, device=device, seed=seed)
+        held_out = [
+            load_pictures(_VALIDATION_COUNT, "held_out", kind=kind, first=_VALIDATION_FIRST, cache=cache)
+            for kind in (KINDS if num_creatures else KINDS[:1])
+        ]
+        train_autoencoder(
+            pictures,
+            functools.reduce(operator.add, held_out),
+            folder,
+            num_steps=autoencoder_steps,
+            learning_rate=gentler * AUTOENCODER_LEARNING_RATE,
+            start_from=None if started is None else started / "vae",
+            device=device,
+            seed=seed,
+        )
     if "denoiser" in stages:
         code = fit_linear_code(pictures.images[:2000])
-        chunks = [pictures.images[i : i + _CHUNK] for i in range(0, num_pictures, _CHUNK)]
+        chunks = [pictures.images[i : i + _CHUNK] for i in range(0, len(pictures.images), _CHUNK)]
         latents = torch.cat([code.encode(to_tensor(chunk)) for chunk in chunks])
 
         def decode(z: torch.Tensor) -> np.ndarray:
@@ -77,9 +104,21 @@ def train_avatars(
             return pixels.permute(0, 2, 3, 1).numpy()
 
         if not any((folder / kept).exists() for kept in ("tokenizer", "denoiser.ckpt")):
-            save_tokenizer(folder / "tokenizer")
+            if started is None:
+                save_tokenizer(folder / "tokenizer")
+            else:
+                shutil.copytree(started / "tokenizer", folder / "tokenizer")
         train_denoiser(
-            pictures, latents, _tokenizer(folder), folder, decode, num_steps=denoiser_steps, device=device, seed=seed
+            pictures,
+            latents,
+            _tokenizer(folder),
+            folder,
+            decode,
+            num_steps=denoiser_steps,
+            learning_rate=gentler * DENOISER_LEARNING_RATE,
+            start_from=started,
+            device=device,
+            seed=seed,
         )
     if not all((folder / f"{stage}.ckpt").exists() for stage in STAGES):
         return None

@@ -10,11 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from .captions import describe
-from .world import NAMED_ATTRIBUTES, NOUNS, PARTS, sample_person
+from .people import NOUNS
+from .world import PERSON_ATTRIBUTES, sample_person
 
 MAX_LENGTH = 48
 
-# words that a later subject kind will say, or that users say without being told
+_PART_WORDS = "person hair headwear glasses facial_hair expression clothes background".split()
+# what is said of creatures, or what users say without being told
 _MORE_WORDS = (
     "person woman boy girl face portrait picture drawing of the in wearing without not no very happy laughing crying "
     "creature critter monster animal cat dog horns ears antenna spikes crown stripes dots belly spots round square "
@@ -32,7 +34,7 @@ def build_tokenizer(num_captions: int = 4000, vocab_size: int = 1400) -> CLIPTok
     tokenizer.decoder = decoders.BPEDecoder()
     rng = random.Random(0)
     corpus = [describe(sample_person(i), rng).text for i in range(num_captions)]
-    known = [*NOUNS, *PARTS, *_MORE_WORDS, *(v for values in NAMED_ATTRIBUTES.values() for v in values)]
+    known = [*NOUNS, *_PART_WORDS, *_MORE_WORDS, *(v for values in PERSON_ATTRIBUTES.values() for v in values)]
     corpus += [" ".join(known)] * 50
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -1,4 +1,4 @@
-"""Which named attributes a picture of an avatar shows: a small network, trained on drawings alone.
+"""Which named attributes a picture of an avatar shows: a small network a kind of subject, trained on drawings alone.
 
 It reads what captions can say and nothing else, so it grades a generated or edited picture by its words.
 The weights that come with the package were trained with the defaults of :func:`train_attribute_classifier`.
@@ -22,10 +22,19 @@ from tqdm.auto import tqdm
 from ..avatars.captions import Caption
 from ..avatars.dataset import load_pictures
 from ..avatars.training import Checkpoint, learning_rate_factor
-from ..avatars.world import IMAGE_SIZE, NAMED_ATTRIBUTES, Person
+from ..avatars.world import CREATURE_ATTRIBUTES, IMAGE_SIZE, PERSON_ATTRIBUTES, Subject
 
-WEIGHTS_FILE = Path(__file__).parent / "weights" / "attribute_classifier.safetensors"
-"""The weights that come with the package."""
+ATTRIBUTES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "person": PERSON_ATTRIBUTES,
+    "creature": CREATURE_ATTRIBUTES,
+}
+"""Kind of subject -> what captions can name of it."""
+
+
+def weights_file(kind: str) -> Path:
+    """The weights for ``kind`` ("person" or "creature") that come with the package."""
+    return Path(__file__).parent / "weights" / f"{kind}_classifier.safetensors"
+
 
 _WIDTHS = (24, 48, 96, 128)
 _READ_CHANNELS = 24  # of the last map, for the heads to read
@@ -33,13 +42,19 @@ _NOT_SHOWN = -100  # the label that cross_entropy skips
 
 
 class AttributeClassifier(nn.Module):
-    """Strided convolutions of the given ``widths``, and a softmax for each of ``NAMED_ATTRIBUTES``.
+    """Strided convolutions of the given ``widths``, and a softmax for each of ``attributes``.
 
     The heads read the last map cell by cell: avatars are aligned, and where a colour is tells whose it is.
+
+    Args:
+        attributes: name -> the values it can take.
     """
 
-    def __init__(self, widths: Sequence[int] = _WIDTHS) -> None:
+    def __init__(
+        self, attributes: Mapping[str, Sequence[str]] = PERSON_ATTRIBUTES, widths: Sequence[int] = _WIDTHS
+    ) -> None:
         super().__init__()
+        self.attributes = {name: tuple(values) for name, values in attributes.items()}
         self.widths = tuple(widths)
         layers: list[nn.Module] = []
         for before, after in zip((3, *self.widths[:-1]), self.widths, strict=True):
@@ -47,7 +62,7 @@ class AttributeClassifier(nn.Module):
         self.features = nn.Sequential(*layers, nn.Conv2d(self.widths[-1], _READ_CHANNELS, 1), nn.SiLU(), nn.Flatten())
         cells = (IMAGE_SIZE // 2 ** len(self.widths)) ** 2
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(_READ_CHANNELS * cells, len(values)) for name, values in NAMED_ATTRIBUTES.items()}
+            {name: nn.Linear(_READ_CHANNELS * cells, len(values)) for name, values in self.attributes.items()}
         )
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -59,7 +74,7 @@ class AttributeClassifier(nn.Module):
     def predict(self, images: np.ndarray, batch_size: int = 64) -> list[dict[str, str]]:
         """The most likely value of each named attribute, for each of (N, 128, 128, 3) uint8 pictures.
 
-        Every attribute gets a value, also one that the picture hides; see :func:`is_shown`.
+        Every attribute gets a value, also one that the picture hides; see ``Subject.shows``.
 
         Raises:
             ValueError: another shape or dtype.
@@ -77,7 +92,7 @@ class AttributeClassifier(nn.Module):
                 logits = self(_to_tensor(images[start : start + batch_size]).to(device))
                 indices = {name: values.argmax(-1).tolist() for name, values in logits.items()}
                 for row in zip(*indices.values(), strict=True):
-                    found.append({name: NAMED_ATTRIBUTES[name][i] for name, i in zip(indices, row, strict=True)})
+                    found.append({name: self.attributes[name][i] for name, i in zip(indices, row, strict=True)})
             return found
         finally:
             self.train(was_training)
@@ -88,32 +103,22 @@ def _to_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def is_shown(person: Person, attribute: str) -> bool:
-    """Whether a picture of ``person`` tells its ``attribute``: headwear hides hair, and only hair has a colour."""
-    if attribute == "hair":
-        return person.hair_visible
-    if attribute == "hair_color":
-        return person.hair_visible and person.hair != "bald"
-    if attribute == "headwear_color":
-        return person.headwear != "none"
-    return True
-
-
 # ---------------------------------------------------------------------------- training
 
 
-def attribute_labels(people: Sequence[Person]) -> dict[str, torch.Tensor]:
-    """Attribute -> (N,) int64: which of its values each person has, -100 where the picture doesn't tell."""
+def attribute_labels(subjects: Sequence[Subject]) -> dict[str, torch.Tensor]:
+    """Attribute -> (N,) int64: which of its values each of the subjects, all of one kind, has; -100 where the picture
+    doesn't tell."""
     return {
-        name: torch.tensor([values.index(getattr(p, name)) if is_shown(p, name) else _NOT_SHOWN for p in people])
-        for name, values in NAMED_ATTRIBUTES.items()
+        name: torch.tensor([values.index(getattr(p, name)) if p.shows(name) else _NOT_SHOWN for p in subjects])
+        for name, values in subjects[0].ATTRIBUTES.items()
     }
 
 
 def attribute_loss(logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Mean over attributes of the mean cross-entropy over the pictures that show the attribute."""
     losses = []
-    for name in NAMED_ATTRIBUTES:
+    for name in logits:
         shown = (labels[name] != _NOT_SHOWN).sum().clamp(min=1)  # a batch may hold no headwear at all
         losses.append(F.cross_entropy(logits[name], labels[name], ignore_index=_NOT_SHOWN, reduction="sum") / shown)
     return torch.stack(losses).mean()
@@ -155,26 +160,27 @@ def train_attribute_classifier(
     device: str | None = None,
     seed: int = 0,
     *,
+    kind: str = "person",
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     num_pictures: int = 16000,
     cache: str | Path | None = None,
     stop_at: int | None = None,
 ) -> AttributeClassifier:
-    """Train on training people, from nothing or from ``folder/classifier.ckpt``; returns it in eval mode.
+    """Train on training pictures of ``kind``, from nothing or from ``folder/classifier.ckpt``; returns it in eval mode.
 
     Args:
         device: None takes a CUDA device where there is one.
-        num_pictures: training people, drawn once.
+        num_pictures: of the training split, drawn once.
         cache: where the pictures are kept, ``folder/pictures`` unless told (50 kB each).
         stop_at: leave at this step, checkpoint written, to go on later.
     """
     folder = Path(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
-    pictures = load_pictures(num_pictures, cache=folder / "pictures" if cache is None else cache)
-    labels = attribute_labels(pictures.people)
-    model = AttributeClassifier().to(device).train()
+    pictures = load_pictures(num_pictures, kind=kind, cache=folder / "pictures" if cache is None else cache)
+    labels = attribute_labels(pictures.subjects)
+    model = AttributeClassifier(ATTRIBUTES[kind]).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=5e-2)
     checkpoint, first = Checkpoint(folder / "classifier.ckpt"), 0
     if state := checkpoint.load():
@@ -204,24 +210,28 @@ def train_attribute_classifier(
 # ---------------------------------------------------------------------------- weights
 
 
-def save_attribute_classifier(model: AttributeClassifier, path: str | Path = WEIGHTS_FILE) -> None:
+def save_attribute_classifier(model: AttributeClassifier, path: str | Path) -> None:
     """Write the weights as float16 safetensors; the header says how the network is built and what it names."""
     state = {
         name: (t.half() if t.is_floating_point() else t).contiguous()  # trained as channels_last
         for name, t in model.state_dict().items()
     }
-    config = {"widths": model.widths, "attributes": NAMED_ATTRIBUTES}
+    config = {"widths": model.widths, "attributes": model.attributes}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(state, str(path), {"config": json.dumps(config)})
 
 
-def load_attribute_classifier(path: str | Path = WEIGHTS_FILE) -> AttributeClassifier:
-    """The trained classifier, in float32 and eval mode, on the CPU.
+def load_attribute_classifier(kind: str = "person", path: str | Path | None = None) -> AttributeClassifier:
+    """The trained classifier for ``kind`` ("person" or "creature"), in float32 and eval mode, on the CPU.
+
+    Args:
+        path: None takes the weights that come with the package.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file of something else, or of a classifier for other attributes or values.
     """
+    path, expected = weights_file(kind) if path is None else path, ATTRIBUTES[kind]
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing; write it with train_ and save_attribute_classifier().")
     with safe_open(str(path), framework="pt") as opened:
@@ -231,10 +241,10 @@ def load_attribute_classifier(path: str | Path = WEIGHTS_FILE) -> AttributeClass
         raise ValueError(f"{path} has no config in its header, so save_attribute_classifier() did not write it.")
     config = json.loads(header["config"])
     attributes = {name: tuple(values) for name, values in config["attributes"].items()}
-    if attributes != NAMED_ATTRIBUTES:
-        other = sorted(n for n in {*attributes, *NAMED_ATTRIBUTES} if attributes.get(n) != NAMED_ATTRIBUTES.get(n))
+    if attributes != expected:
+        other = sorted(n for n in {*attributes, *expected} if attributes.get(n) != expected.get(n))
         raise ValueError(f"{path} was trained for other values of {', '.join(other)}; train the classifier anew.")
-    model = AttributeClassifier(config["widths"])
+    model = AttributeClassifier(attributes, config["widths"])
     model.load_state_dict(state)
     return model.eval()
 
@@ -243,25 +253,25 @@ def load_attribute_classifier(path: str | Path = WEIGHTS_FILE) -> AttributeClass
 
 
 def accuracy_by_attribute(
-    classifier: AttributeClassifier, people: Sequence[Person], images: np.ndarray
+    classifier: AttributeClassifier, subjects: Sequence[Subject], images: np.ndarray
 ) -> dict[str, float]:
-    """Attribute -> share in [0, 1] of the people who show it whose value is found in their picture.
+    """Attribute -> share in [0, 1] of the subjects that show it whose value is found in their picture.
 
-    Attributes that none of the people shows are left out.
+    Attributes that none of them shows are left out.
 
     Args:
-        people: N people.
+        subjects: N, of the classifier's kind.
         images: (N, 128, 128, 3) uint8, a picture of each.
 
     Raises:
-        ValueError: another number of pictures than people, or pictures of another shape or dtype.
+        ValueError: another number of pictures than subjects, or pictures of another shape or dtype.
     """
-    _same_number(images, people, "people")
-    hits: dict[str, list[bool]] = {name: [] for name in NAMED_ATTRIBUTES}
-    for found, person in zip(classifier.predict(images), people, strict=True):
-        for name in NAMED_ATTRIBUTES:
-            if is_shown(person, name):
-                hits[name].append(found[name] == getattr(person, name))
+    _same_number(images, subjects, "subjects")
+    hits: dict[str, list[bool]] = {name: [] for name in classifier.attributes}
+    for found, subject in zip(classifier.predict(images), subjects, strict=True):
+        for name in hits:
+            if subject.shows(name):
+                hits[name].append(found[name] == getattr(subject, name))
     return {name: float(np.mean(values)) for name, values in hits.items() if values}
 
 
@@ -284,7 +294,7 @@ def agreement_with_captions(
     _same_number(images, captions, "captions")
     if not any(caption.said for caption in captions):
         raise ValueError("The captions say nothing, so there is nothing to agree with.")
-    hits: dict[str, list[bool]] = {name: [] for name in NAMED_ATTRIBUTES}
+    hits: dict[str, list[bool]] = {name: [] for name in classifier.attributes}
     for found, caption in zip(classifier.predict(images), captions, strict=True):
         for name, value in caption.said.items():
             hits[name].append(found[name] == value)

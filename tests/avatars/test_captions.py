@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2edit_pipeline.avatars.captions import describe
-from s2edit_pipeline.avatars.world import NAMED_ATTRIBUTES, PARTS, Person, part_masks, sample_person
+from s2edit_pipeline.avatars.world import PARTS, PERSON_ATTRIBUTES, Person, part_masks, sample_person
 
 LADY = Person(
     noun="lady",
@@ -104,7 +104,7 @@ def test_identity_is_never_said(seed, split, order, data):
 def test_what_is_said_is_true_and_settled(seed, split, order):
     person = sample_person(seed, split)
     caption = describe(person, None if order is None else random.Random(order))
-    assert set(caption.said) <= set(NAMED_ATTRIBUTES)
+    assert set(caption.said) <= set(PERSON_ATTRIBUTES)
     for name, value in caption.said.items():
         assert getattr(person, name) == value
         if value != "none":

@@ -148,7 +148,7 @@ def small(monkeypatch):
     monkeypatch.setattr(denoiser_training, "sample_latents", functools.partial(sample_latents, num_inference_steps=1))
 
 
-TINY = {"num_pictures": 4, "autoencoder_steps": 1, "denoiser_steps": 2, "device": "cpu"}
+TINY = {"num_pictures": 4, "num_creatures": 3, "autoencoder_steps": 1, "denoiser_steps": 2, "device": "cpu"}
 
 
 def test_the_stages_can_be_trained_apart_and_the_last_one_writes_the_model(small, tmp_path):
@@ -195,15 +195,38 @@ def test_the_denoiser_is_given_the_code_of_every_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recipe, "train_denoiser", record)
     monkeypatch.setattr(recipe, "_CHUNK", 3)
-    assert train_avatars(tmp_path, num_pictures=8, denoiser_steps=9, device="cpu", seed=4, stages=["denoiser"]) is None
-    images = load_pictures(8, cache=tmp_path / "pictures").images
+    settings = {"num_pictures": 8, "num_creatures": 5, "denoiser_steps": 9, "device": "cpu", "seed": 4}
+    assert train_avatars(tmp_path, **settings, stages=["denoiser"]) is None
+    people = load_pictures(8, cache=tmp_path / "pictures")
+    both = people + load_pictures(5, kind="creature", cache=tmp_path / "pictures")
+    images = both.images
+    assert given["pictures"].subjects == both.subjects and len(images) == 13
     assert np.array_equal(given["pictures"].images, images) and given["pictures"].masks is not None
     code = fit_linear_code(images)
     assert (given["latents"] - code.encode(to_tensor(images))).abs().max() < 1e-5
-    assert given["settings"] == {"num_steps": 9, "device": "cpu", "seed": 4}
+    assert given["settings"] == {
+        "num_steps": 9, "device": "cpu", "seed": 4, "learning_rate": 8e-4, "start_from": None,
+    }  # fmt: skip
     # sixteen numbers a patch: what the sheet shows is near the pictures
     assert mean_psnr(images, given["decode"](given["latents"])) > 20
     assert math.isclose(given["latents"].square().mean().item(), 1, rel_tol=0.05)
+
+
+def test_it_starts_from_a_models_weights_and_words(small, tmp_path):
+    model = train_avatars(tmp_path / "first", **TINY)
+    later = train_avatars(tmp_path / "later", **{**TINY, "autoencoder_steps": 0, "denoiser_steps": 0}, start_from=model)
+    assert later is None  # no step, no checkpoint
+    kept = [
+        CLIPTokenizer.from_pretrained(str(f)).get_vocab() for f in (model / "tokenizer", tmp_path / "later/tokenizer")
+    ]
+    assert kept[0] == kept[1]
+    start = StableDiffusionPipeline.from_pretrained(str(model))
+    train_avatars(tmp_path / "step", **{**TINY, "denoiser_steps": 1}, start_from=model)
+    moved = load_checkpoints(tmp_path / "step")
+    for name in ("unet", "text_encoder"):
+        before, after = getattr(start, name).state_dict(), moved[name].state_dict()
+        # one step of the warm-up, 8e-6, averaged in
+        assert 0 < max((after[k] - w).abs().max() for k, w in before.items() if w.is_floating_point()) < 1e-4
 
 
 def test_a_stage_of_another_name_is_refused(tmp_path):

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2edit_pipeline.avatars import world
+from s2edit_pipeline.avatars import drawing, people
 from s2edit_pipeline.avatars.world import (
-    NAMED_ATTRIBUTES,
+    IMAGE_SIZE,
     PARTS,
+    PERSON_ATTRIBUTES,
     changed_pixels,
     part_masks,
     render,
@@ -63,10 +64,10 @@ def test_held_out_people_have_what_no_training_person_has():
     assert {p.mark for p in train} == {"none"}
     assert not {p.skin for p in train} & {p.skin for p in held_out}
     bases = {
-        "hair": world._HAIR_BASE,
-        "headwear": world._GARMENT_BASE,
-        "clothes": world._GARMENT_BASE,
-        "background": world._BACKGROUND_BASE,
+        "hair": people.HAIR_BASE,
+        "headwear": drawing.COLOR_BASE,
+        "clothes": drawing.COLOR_BASE,
+        "background": drawing.BACKGROUND_BASE,
     }
     for thing, base in bases.items():
         word = "background" if thing == "background" else f"{thing}_color"
@@ -83,7 +84,7 @@ def test_held_out_people_have_what_no_training_person_has():
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_every_sampled_value_can_be_said(split):
     for person in (sample_person(i, split) for i in range(500)):
-        for name, values in NAMED_ATTRIBUTES.items():
+        for name, values in PERSON_ATTRIBUTES.items():
             assert getattr(person, name) in values
         assert person.noun == "man" or person.facial_hair == "none"
         assert person.hair != "bald" or person.headwear == "none"
@@ -106,8 +107,8 @@ RESET = {
 @given(seed=st.integers(0, 10**6), split=st.sampled_from(["train", "held_out"]), data=st.data())
 def test_an_edit_changes_what_it_names_and_nothing_else(seed, split, data):
     person = sample_person(seed, split)
-    name = data.draw(st.sampled_from(sorted(NAMED_ATTRIBUTES)))
-    value = data.draw(st.sampled_from(NAMED_ATTRIBUTES[name]))
+    name = data.draw(st.sampled_from(sorted(PERSON_ATTRIBUTES)))
+    value = data.draw(st.sampled_from(PERSON_ATTRIBUTES[name]))
     wanted = dataclasses.asdict(person)
     if wanted[name] != value:
         wanted.update({name: value, **RESET.get(name, {})})
@@ -138,7 +139,7 @@ def test_a_value_that_an_attribute_cannot_take_is_refused():
 
 @pytest.mark.parametrize("index", range(6))
 def test_a_shade_turns_the_hue_and_scales_saturation_and_value(index):
-    turn, saturation, value = world._SHADES[index]
+    turn, saturation, value = drawing.SHADES[index]
     for base in ("#e0393e", "#3f7fd6", "#724133", "#a9d3f5", "#f4f4f4"):
         r, g, b = _hex(base)
         # hue, saturation and value from their definitions, not from colorsys
@@ -154,7 +155,7 @@ def test_a_shade_turns_the_hue_and_scales_saturation_and_value(index):
 
 
 def test_shade_0_is_the_words_own_colour():
-    for base in (*world._GARMENT_BASE.values(), *world._HAIR_BASE.values(), *world._BACKGROUND_BASE.values()):
+    for base in (*drawing.COLOR_BASE.values(), *people.HAIR_BASE.values(), *drawing.BACKGROUND_BASE.values()):
         assert shade(base, 0) == base
 
 
@@ -173,7 +174,7 @@ def test_the_drawing_lies_over_the_ground_by_its_opacity():
     # a picture is c + (1 - alpha) * ground: two grounds give alpha, whatever drew it
     person = sample_person(11).edited(background="white")
     over_white, over_blue = (render_array(p).astype(float) for p in (person, person.edited(background="blue")))
-    white, blue = (np.array(_hex(world._BACKGROUND_BASE[c]), float) for c in ("white", "blue"))
+    white, blue = (np.array(_hex(drawing.BACKGROUND_BASE[c]), float) for c in ("white", "blue"))
     # sRGB red differs most between these two grounds
     alpha = 1 - ((over_white - over_blue) / (white - blue))[..., 0]
     clear = np.abs(alpha - 0.5) > 0.03
@@ -218,7 +219,7 @@ def test_a_new_colour_changes_the_mask_of_what_has_it(seed):
         # at a shared edge two colours may mix: one pixel of tolerance
         assert not (changed & ~_grown(masks[part])).any()
         assert changed[masks[part]].mean() > 0.97
-    opaque = world._rgba(person, world.IMAGE_SIZE)[..., 3] == 255
+    opaque = person.draw(IMAGE_SIZE)[..., 3] == 255
     ground = changed_pixels(person, person.edited(background="green" if person.background != "green" else "pink"))
     assert not (ground & opaque).any()
     assert ground[masks["background"]].all()
@@ -236,7 +237,7 @@ def test_expressions_change_the_expression_region_alone():
     person = dataclasses.replace(bald, natural_brows=False)
     region = part_masks(person)["expression"]
     changed = np.zeros_like(region)
-    for one, other in itertools.combinations(NAMED_ATTRIBUTES["expression"], 2):
+    for one, other in itertools.combinations(PERSON_ATTRIBUTES["expression"], 2):
         changed |= _difference(person.edited(expression=one), person.edited(expression=other)) > 12
     assert not (changed & ~_grown(region)).any()
     assert (changed & region).sum() > 0.97 * region.sum()
@@ -264,6 +265,6 @@ def test_a_print_is_drawn_on_the_shirt():
     shirt = dataclasses.replace(sample_person(2).edited(clothes="shirt"), print="bat")
     base = part_masks(shirt)["person"]
     rng = random.Random(0)
-    for other in rng.sample([p for p in world.PRINTS if p != "bat"], 3):
+    for other in rng.sample([p for p in people.PRINTS if p != "bat"], 3):
         changed = changed_pixels(shirt, dataclasses.replace(shirt, print=other))
         assert changed.any() and not (changed & ~base).any() and not changed[:80].any()

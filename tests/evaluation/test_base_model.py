@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+from itertools import islice
+
 import numpy as np
 import pytest
 from PIL import ImageFilter
 
 from s2edit_pipeline import S2EditPipeline, load_avatars
 from s2edit_pipeline.avatars.captions import describe
-from s2edit_pipeline.avatars.world import part_masks, render, render_array, sample_person
-from s2edit_pipeline.evaluation.base_model import draw_captions, grounding_overlaps, mean_delta_e, measure_base_model
+from s2edit_pipeline.avatars.creatures import UNSEEN_PAIRS
+from s2edit_pipeline.avatars.world import (
+    CREATURE_ATTRIBUTES,
+    part_masks,
+    render,
+    render_array,
+    sample_creature,
+    sample_person,
+)
+from s2edit_pipeline.evaluation.base_model import (
+    captions_with_unseen_pairs,
+    draw_captions,
+    fits,
+    grounding_overlaps,
+    mean_delta_e,
+    measure_base_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +39,36 @@ def avatars() -> S2EditPipeline:
 
 
 def test_a_small_report_meets_the_first_standard(avatars: S2EditPipeline) -> None:
-    report = measure_base_model(avatars, num_held_out=12, num_captions=8, num_grounded=4, num_inference_steps=12)
-    assert report.autoencoder_psnr > 32 and report.autoencoder_ssim > 0.95 and report.autoencoder_delta_e < 3
-    assert report.agreement > 0.8 and len(report.generated) == len(report.captions) == 8
-    assert report.grounding["person"] > 0.6 and 0 < report.seconds < 60
-    shown = report.table()
-    assert (
-        f"{report.agreement:.1%}" in shown and "| glasses |" in shown and f"| {report.grounding['hair']:.2f} |" in shown
+    report = measure_base_model(
+        avatars, num_held_out=12, num_captions=16, num_pairs=4, num_grounded=4, num_inference_steps=12
     )
+    assert report.autoencoder_psnr > 32 and report.autoencoder_ssim > 0.95 and report.autoencoder_delta_e < 3
+    assert report.agreement > 0.8 and len(report.generated) == len(report.captions) == 16
+    assert report.agreement_pairs > 0.7 and len(report.generated_pairs) == report.num_pairs == 4
+    assert 0 < report.num_unseen <= 16 and report.agreement_unseen > 0.7 and 0 < report.seconds < 60
+    shown = report.table()
+    for kind, of_kind in report.kinds.items():
+        assert of_kind.grounding[kind] > 0.6 and f"| {kind} | glasses | " in shown
+        assert f"| {kind} | {kind} | {of_kind.grounding[kind]:.2f} |" in shown
+    assert f"{report.agreement:.1%}" in shown and f"{report.agreement_pairs:.1%}" in shown
+
+
+def test_a_caption_fits_who_is_all_that_it_says() -> None:
+    creature = sample_creature(0)
+    caption = describe(creature)
+    assert fits(caption, creature)
+    for name, values in CREATURE_ATTRIBUTES.items():
+        other = replace(creature, **{name: next(v for v in values if v != getattr(creature, name))})
+        assert fits(caption, other) != (name in caption.said), name
+    assert not fits(caption, sample_person(0))
+
+
+def test_captions_of_unseen_pairs_say_what_no_training_caption_does() -> None:
+    found = list(islice(captions_with_unseen_pairs(random.Random(0)), 40))
+    trained = [describe(sample_creature(seed), random.Random(seed)).said for seed in range(3000)]
+    for caption in found:
+        pairs = [pair for pair in UNSEEN_PAIRS if pair.items() <= caption.said.items()]
+        assert pairs and not any(pair.items() <= said.items() for pair in pairs for said in trained)
 
 
 def test_grounding_is_the_overlap_with_the_true_pixels() -> None:
