@@ -131,10 +131,10 @@ class FitProgress:
 
 @dataclass(frozen=True)
 class FitResult:
-    """``rows`` (D,), one for each example, ``weights`` and ``lora_metadata`` as in ``IdentityAdapter``, and the
-    steps' ``progress``."""
+    """``rows``, one mapping of text encoder's name to (D,) for each example, ``weights`` and ``lora_metadata`` as in
+    ``IdentityAdapter``, and the steps' ``progress``."""
 
-    rows: tuple[torch.Tensor, ...]
+    rows: tuple[Mapping[str, torch.Tensor], ...]
     weights: Mapping[str, torch.Tensor]
     lora_metadata: Mapping[str, Any]
     progress: tuple[FitProgress, ...]
@@ -240,7 +240,7 @@ def fit_identity_weights(
     alphas_cumprod: torch.Tensor,
     prediction_type: str,
     examples: Sequence[FitExample],
-    rows: Sequence[torch.Tensor],
+    rows: Sequence[Mapping[str, torch.Tensor]],
     settings: FitSettings,
     generator: torch.Generator | None,
     on_step: Callable[[FitProgress], bool],
@@ -252,7 +252,7 @@ def fit_identity_weights(
 
     Args:
         alphas_cumprod: (T,), the scheduler's.
-        rows: (D,) for each example, where its token starts.
+        rows: for each example, text encoder's name -> (D,), where its token starts.
         on_step: called after each step; returning False ends the fit there.
 
     Raises:
@@ -272,15 +272,18 @@ def fit_identity_weights(
     else:
         tuned = _no_weights()
 
-    learned = [nn.Parameter(row.detach().clone().float().to(device)) for row in rows]
+    learned = [
+        {name: nn.Parameter(row.detach().clone().float().to(device)) for name, row in each.items()} for each in rows
+    ]
     progress: list[FitProgress] = []
     with (
         torch.enable_grad(),
         _frozen(components),
         tuned as (weights, harvest),
-        token_rows(text_encoder, {e.token_id: row for e, row in zip(examples, learned, strict=True)}),
+        token_rows(text_encoder, {e.token_id: r["text_encoder"] for e, r in zip(examples, learned, strict=True)}),
     ):
-        groups = [{"params": learned, "lr": rate if settings.method == "token" else TOKEN_LEARNING_RATE}]
+        trained_rows = [row for each in learned for row in each.values()]
+        groups = [{"params": trained_rows, "lr": rate if settings.method == "token" else TOKEN_LEARNING_RATE}]
         if weights:
             groups.append({"params": weights, "lr": rate})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -327,7 +330,8 @@ def fit_identity_weights(
             if on_step(progress[-1]) is False:
                 break
         held_weights, metadata = harvest()
-    return FitResult(tuple(row.detach().cpu() for row in learned), held_weights, metadata, tuple(progress))
+    fitted = tuple({name: row.detach().cpu() for name, row in each.items()} for each in learned)
+    return FitResult(fitted, held_weights, metadata, tuple(progress))
 
 
 def _example_control(example: FitExample, settings: FitSettings) -> SpatialControl:

@@ -198,9 +198,9 @@ class S2EditPipeline(
     @contextmanager
     def _identity_rows(self) -> Iterator[None]:
         rows = {
-            self.tokenizer.convert_tokens_to_ids(token): row.to(self._execution_device)
+            self.tokenizer.convert_tokens_to_ids(token): rows["text_encoder"].to(self._execution_device)
             for adapter, _ in self._loaded.adapters.values()
-            for token, (row, _) in adapter.learned.items()
+            for token, (rows, _) in adapter.learned.items()
         }
         with token_rows(self.text_encoder, rows):
             yield
@@ -263,9 +263,10 @@ class S2EditPipeline(
         plain = self._plain_tokenizer if self._loaded.adapters else self.tokenizer
         tokenizer = _tokenizer_with(plain, [*self._learned_tokens, *adapter.learned])
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
-        for name, (row, _) in adapter.learned.items():
-            if row.shape != (width,):
-                raise ValueError(f"The token {name!r} has {tuple(row.shape)} numbers; this model's have {width}.")
+        for name, (rows, _) in adapter.learned.items():
+            shapes = {part: tuple(row.shape) for part, row in rows.items()}
+            if shapes != {"text_encoder": (width,)}:
+                raise ValueError(f"The token {name!r} has rows of {shapes}; this model's text encoder has {width}.")
         self._loaded.add(adapter, scale, self._components_with_weights())
         self._plain_tokenizer, self.tokenizer = plain, tokenizer
         return adapter.token
@@ -543,7 +544,7 @@ class S2EditPipeline(
                 object_mask = mask_at(one.mask, *latents.shape[-2:])
             token_id = tokenizer.convert_tokens_to_ids(one.token)
             examples.append(FitExample(latents, one.prompt, one.prompt_with_token, token_id, object_mask))
-        rows = [initial_row(self.tokenizer, self.text_encoder, one.subject) for one in asked]
+        rows = [{"text_encoder": initial_row(self.tokenizer, self.text_encoder, one.subject)} for one in asked]
         assert settings.num_steps is not None
 
         with self.progress_bar(total=settings.num_steps) as bar:
@@ -595,7 +596,7 @@ class S2EditPipeline(
             subject=subject,
             source_prompt=prompt,
             method=method,
-            row=result.rows[0],
+            rows=result.rows[0],
             weights=result.weights,
             lora_metadata=result.lora_metadata,
             mask=masks[0],
