@@ -113,10 +113,11 @@ def _families(clip_tokenizer: CLIPTokenizer) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def make_family(_families: dict[str, dict[str, Any]]) -> Callable[..., S2EditPipeline]:
-    """A fresh tiny pipeline of the given family and dtype."""
+    """A fresh tiny pipeline of the given family and dtype; the tokenizers are shared, copies of them are slow."""
 
     def make(family: str, dtype: torch.dtype = torch.float32) -> S2EditPipeline:
-        pipe = S2EditPipeline(**copy.deepcopy(_families[family])).to(dtype)
+        parts = {n: p if n.startswith("tokenizer") else copy.deepcopy(p) for n, p in _families[family].items()}
+        pipe = S2EditPipeline(**parts).to(dtype)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
