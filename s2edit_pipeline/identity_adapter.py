@@ -21,15 +21,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, FORMAT_VERSION)
+"""1 had the reference attribute's row in the identity's own token file."""
 CONFIG_FILE = "identity.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TOKEN_FILE = "learned_embeds.safetensors"
+REFERENCE_TOKEN_FILE = "reference_embeds.safetensors"
 FULL_FILE = "weight_differences.safetensors"
+WEIGHT_FILES = (TOKEN_FILE, REFERENCE_TOKEN_FILE, LORA_FILE, FULL_FILE)
 MASK_FILE = "mask.png"
 REFERENCE_MASK_FILE = "reference_mask.png"
 CARD_FILE = "README.md"
 METHODS = ("full", "lora", "token")
+ROW_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+"""Text encoder -> its row's key in the file of a token that has several rows, as SDXL embeddings are published."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +46,14 @@ class LearnedAttribute:
         token: the learned token as prompts spell it, such as "[A]".
         subject: the noun that it stands before.
         source_prompt: the words that the reference picture was described by, without the token.
-        row: (D,) float32, the token's row of the text encoder's embedding table.
+        rows: as the identity's.
         mask: (h, w) float32 in [0, 1], where it is in the reference picture, or None.
     """
 
     token: str
     subject: str
     source_prompt: str
-    row: torch.Tensor
+    rows: Mapping[str, torch.Tensor]
     mask: torch.Tensor | None = None
 
 
@@ -60,7 +66,8 @@ class IdentityAdapter:
         subject: the noun that it stands before.
         source_prompt: P, the words the picture was described by, without the token.
         method: "full", "lora" or "token".
-        row: (D,) float32, the token's row of the text encoder's embedding table.
+        rows: text encoder's name ("text_encoder", and with SDXL "text_encoder_2") -> (D,) float32, the token's row of
+            its embedding table.
         weights: for "lora" diffusers' LoRA state dict (``unet.….lora_A.weight``, ``text_encoder.…``), for "full"
             the differences to the base model (``unet.…``, ``text_encoder.…``), for "token" nothing.
         lora_metadata: PEFT's rank, alpha and targets of each component, as diffusers writes them.
@@ -76,7 +83,7 @@ class IdentityAdapter:
     subject: str
     source_prompt: str
     method: str
-    row: torch.Tensor
+    rows: Mapping[str, torch.Tensor]
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     lora_metadata: Mapping[str, Any] = field(default_factory=dict)
     mask: torch.Tensor | None = None
@@ -93,17 +100,18 @@ class IdentityAdapter:
         )
 
     @property
-    def learned(self) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-        """Token -> (row, mask): the identity's own, and the reference attribute's where there is one."""
-        tokens = {self.token: (self.row, self.mask)}
+    def learned(self) -> dict[str, tuple[Mapping[str, torch.Tensor], torch.Tensor | None]]:
+        """Token -> (rows, mask): the identity's own, and the reference attribute's where there is one."""
+        tokens = {self.token: (self.rows, self.mask)}
         if self.reference is not None:
-            tokens[self.reference.token] = (self.reference.row, self.reference.mask)
+            tokens[self.reference.token] = (self.reference.rows, self.reference.mask)
         return tokens
 
     @property
     def digest(self) -> str:
-        """Tells this fit from any other, whatever it is called now: a hash of the learned row."""
-        return hashlib.sha256(self.row.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:16]
+        """Tells this fit from any other, whatever it is called now: a hash of the learned rows."""
+        rows = [row.float().contiguous().cpu().numpy().tobytes() for _, row in sorted(self.rows.items())]
+        return hashlib.sha256(b"".join(rows)).hexdigest()[:16]
 
     def renamed(self, token: str | None = None, reference_token: str | None = None) -> IdentityAdapter:
         """The same identity under another token, its reference attribute's likewise; None leaves one as it is.
@@ -172,8 +180,9 @@ class IdentityAdapter:
             shutil.rmtree(made, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
-        rows = {token: row.contiguous() for token, (row, _) in self.learned.items()}
-        save_file(rows, str(folder / TOKEN_FILE))
+        # one file for each token: diffusers' load_textual_inversion takes files of one token alone
+        for file, (token, (rows, _)) in zip((TOKEN_FILE, REFERENCE_TOKEN_FILE), self.learned.items(), strict=False):
+            _write_rows(folder / file, token, rows)
         held = {name: t.contiguous() for name, t in self.weights.items()}
         if self.method == "lora":
             save_file(held, str(folder / LORA_FILE), {"lora_adapter_metadata": json.dumps(dict(self.lora_metadata))})
@@ -241,7 +250,7 @@ class IdentityAdapter:
                     token=token,
                     cache_dir=None if cache_dir is None else str(cache_dir),
                     local_files_only=local_files_only,
-                    allow_patterns=[CONFIG_FILE, LORA_FILE, TOKEN_FILE, FULL_FILE, MASK_FILE, REFERENCE_MASK_FILE],
+                    allow_patterns=[CONFIG_FILE, *WEIGHT_FILES, MASK_FILE, REFERENCE_MASK_FILE],
                 )
             )
         return cls._read(folder)
@@ -255,17 +264,17 @@ class IdentityAdapter:
             version = config["format_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / CONFIG_FILE} is damaged ({error!r}); save the identity again.") from error
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise ValueError(
-                f"{folder / CONFIG_FILE} has format version {version!r} and this release reads {FORMAT_VERSION}: "
+                f"{folder / CONFIG_FILE} has format version {version!r} and this release reads "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}: "
                 "pip install --upgrade s2edit-pipeline."
             )
         missing = {"token", "subject", "source_prompt", "method"} - set(config)
         if missing or config["method"] not in METHODS:
             raise ValueError(f"{folder / CONFIG_FILE} lacks {sorted(missing)} or has an unknown method; save it again.")
         try:
-            rows = load_file(str(folder / TOKEN_FILE))
-            row = rows[config["token"]].float().reshape(-1)
+            rows = _read_rows(folder / TOKEN_FILE, config["token"])
             weights: dict[str, torch.Tensor] = {}
             metadata: dict[str, Any] = {}
             if config["method"] == "lora":
@@ -278,7 +287,9 @@ class IdentityAdapter:
             if config.get("reference") is not None:
                 said = {name: config["reference"][name] for name in ("token", "subject", "source_prompt")}
                 reference = LearnedAttribute(
-                    **said, row=rows[said["token"]].float().reshape(-1), mask=_read_mask(folder / REFERENCE_MASK_FILE)
+                    **said,
+                    rows=_read_rows(folder / (TOKEN_FILE if version == 1 else REFERENCE_TOKEN_FILE), said["token"]),
+                    mask=_read_mask(folder / REFERENCE_MASK_FILE),
                 )
             mask = _read_mask(folder / MASK_FILE)
         except Exception as error:
@@ -288,7 +299,7 @@ class IdentityAdapter:
             subject=config["subject"],
             source_prompt=config["source_prompt"],
             method=config["method"],
-            row=row,
+            rows=rows,
             weights=weights,
             lora_metadata=metadata,
             mask=mask,
@@ -317,6 +328,19 @@ class IdentityAdapter:
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
             )
         return str(commit.commit_url)
+
+
+def _write_rows(file: Path, token: str, rows: Mapping[str, torch.Tensor]) -> None:
+    """One row under the token's name, as Stable Diffusion's learned words are published; several under ROW_KEYS, as
+    SDXL's are."""
+    keys = {name: token for name in rows} if len(rows) == 1 else ROW_KEYS
+    save_file({keys[name]: row.contiguous() for name, row in rows.items()}, str(file))
+
+
+def _read_rows(file: Path, token: str) -> dict[str, torch.Tensor]:
+    held = load_file(str(file))
+    keys = ROW_KEYS if set(ROW_KEYS.values()) <= held.keys() else {"text_encoder": token}
+    return {name: held[key].float().reshape(-1) for name, key in keys.items()}
 
 
 def _read_mask(file: Path) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from s2edit_pipeline.identity_adapter import (
     CONFIG_FILE,
     FULL_FILE,
     LORA_FILE,
+    REFERENCE_TOKEN_FILE,
     TOKEN_FILE,
     IdentityAdapter,
+    LearnedAttribute,
     LoadedIdentities,
     fingerprint,
 )
@@ -63,7 +66,9 @@ def test_saving_and_loading_is_a_round_trip(make_identity: Any, tmp_path: Path, 
     identity.save_pretrained(tmp_path / "ada")
     found = IdentityAdapter.from_pretrained(tmp_path / "ada")
     assert_same(dict(found.weights), dict(identity.weights))
-    assert torch.equal(found.row, identity.row) and torch.equal(found.mask, identity.mask)
+    assert torch.equal(found.rows["text_encoder"], identity.rows["text_encoder"]) and torch.equal(
+        found.mask, identity.mask
+    )
     for name in ("token", "subject", "source_prompt", "method", "base_model"):
         assert getattr(found, name) == getattr(identity, name) != "" or name == "base_model"
     for name in ("lora_metadata", "base_fingerprint", "settings", "measures"):
@@ -108,6 +113,58 @@ def test_the_weight_differences_are_the_formula(make_identity: Any) -> None:
         for r in range(3):
             wanted += 6 / 3 * up[:, r, None] * down[None, r]
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def composed(*encoders: str) -> IdentityAdapter:
+    """A composition's two tokens alone, with a row for each of ``encoders``."""
+
+    def rows(seed: int) -> dict[str, torch.Tensor]:
+        return {name: noise(32, seed=seed + i) for i, name in enumerate(encoders)}
+
+    hat = LearnedAttribute("[A]", "hat", "a man with a hat", rows(10))
+    return IdentityAdapter("[I]", "lady", "a sad lady", "token", rows(0), reference=hat)
+
+
+@pytest.mark.parametrize("encoders", [("text_encoder",), ("text_encoder", "text_encoder_2")])
+def test_stock_pipelines_load_the_learned_words(
+    pipe: S2EditPipeline, tmp_path: Path, encoders: tuple[str, ...]
+) -> None:
+    """Each token from a file of its own, as diffusers demands; with two encoders under SDXL embeddings' keys."""
+    identity = composed(*encoders)
+    identity.save_pretrained(tmp_path / "ada")
+    found = IdentityAdapter.from_pretrained(tmp_path / "ada")
+    assert found.reference is not None and identity.reference is not None
+    tokens = (("[I]", TOKEN_FILE, identity, found), ("[A]", REFERENCE_TOKEN_FILE, identity.reference, found.reference))
+    for token, file, wanted, again in tokens:
+        assert_same(dict(again.rows), dict(wanted.rows))
+        if len(encoders) == 1:
+            assert load_file(str(tmp_path / "ada" / file)).keys() == {token}
+            pipe.load_textual_inversion(str(tmp_path / "ada"), weight_name=file)
+            row = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer.convert_tokens_to_ids(token)]
+            assert torch.equal(row, wanted.rows["text_encoder"])
+        else:
+            state = load_file(str(tmp_path / "ada" / file))
+            assert state.keys() == {"clip_l", "clip_g"}
+            assert torch.equal(state["clip_g"], wanted.rows["text_encoder_2"])
+    assert found.digest == identity.digest
+    moved = {**identity.rows, encoders[-1]: identity.rows[encoders[-1]] + 1}
+    assert replace(identity, rows=moved).digest != identity.digest  # every row counts
+
+
+def test_what_the_last_release_wrote_is_read(tmp_path: Path) -> None:
+    """Format version 1: both tokens' rows in one file."""
+    identity = composed("text_encoder")
+    assert identity.reference is not None
+    identity.save_pretrained(tmp_path / "ada")
+    config = json.loads((tmp_path / "ada" / CONFIG_FILE).read_text())
+    (tmp_path / "ada" / CONFIG_FILE).write_text(json.dumps({**config, "format_version": 1}))
+    (tmp_path / "ada" / REFERENCE_TOKEN_FILE).unlink()
+    row, reference_row = identity.rows["text_encoder"], identity.reference.rows["text_encoder"]
+    save_file({"[I]": row, "[A]": reference_row[None]}, str(tmp_path / "ada" / TOKEN_FILE))
+    found = IdentityAdapter.from_pretrained(tmp_path / "ada")
+    assert found.reference is not None
+    assert torch.equal(found.rows["text_encoder"], row)
+    assert torch.equal(found.reference.rows["text_encoder"], reference_row)
 
 
 @pytest.mark.parametrize("method", METHODS)

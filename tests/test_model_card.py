@@ -31,7 +31,9 @@ def test_the_cards_example_calls_what_there_is() -> None:
 def test_an_identitys_card_is_read_too(base: str) -> None:
     import torch
 
-    identity = IdentityAdapter("[I]", "lady", 'a "lady": yes', "token", torch.zeros(4), base_model=base)
+    identity = IdentityAdapter(
+        "[I]", "lady", 'a "lady": yes', "token", {"text_encoder": torch.zeros(4)}, base_model=base
+    )
     data = ModelCard(identity._card()).data
     assert data.get("instance_prompt") == 'a "lady": yes'
     assert data.get("base_model") == (base if "/" in base else None)
