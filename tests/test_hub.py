@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 import s2edit_pipeline
-from s2edit_pipeline import IdentityAdapter, S2EditPipeline
+from s2edit_pipeline import IdentityAdapter, S2EditPipeline, load_avatars
 
 TOKEN = "hf_fetched_by_nobody"
 SOURCE, TARGET = "a photo of a sad lady", "a photo of a smiling [I] lady"
@@ -230,7 +230,7 @@ print(IdentityAdapter.from_pretrained(folder).push_to_hub(repo, **eval(options))
 EDIT = """
 import sys, numpy, torch
 from PIL import Image
-from s2edit_pipeline import IdentityAdapter, S2EditPipeline
+from s2edit_pipeline import IdentityAdapter, S2EditPipeline, load_avatars
 model, repo, picture, out, options = sys.argv[1:]
 pipe = S2EditPipeline.from_pretrained(model)
 token = pipe.load_identity(repo, **eval(options))
@@ -323,13 +323,44 @@ numpy.save(out, edited.images.numpy())
 """
 
 
-def test_the_pipeline_loads_from_a_repository_without_the_package(
-    hub: Hub, fitted: IdentityAdapter, tmp_path: Path
-) -> None:
-    package = Path(s2edit_pipeline.__file__).parent
-    code = {p.name: p.read_bytes() for p in package.glob("*.py") if p.stem not in ("__init__", "cli", "demo")}
-    hub.add("me/s2edit", code)
+PUBLISH = """
+import sys
+from s2edit_pipeline.cli import main
+sys.exit(main(["publish", *sys.argv[1:]]))
+"""
+
+
+def test_the_published_pipeline_edits_without_the_package(hub: Hub, fitted: IdentityAdapter, tmp_path: Path) -> None:
+    hub.add("me/s2edit", {"earlier_module.py": b"1", "notes.txt": b"kept"})
+    printed = fresh(hub, tmp_path, PUBLISH, "--repo-id", "me/s2edit", "--commit-message", "First").strip()
+    name, files = hub.commits["me/s2edit"][-1]
+    assert printed == f"{hub.address}/me/s2edit/commit/{name}" and hub.messages == ["First"]
+    assert "earlier_module.py" not in files and files["notes.txt"] == b"kept"
+    assert b"base_model" in files["README.md"] and b'custom_pipeline="me/s2edit"' in files["README.md"]
     hub.add("me/ada", {p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()})
     arguments = (str(tmp_path / "model"), "me/s2edit", "me/ada", str(tmp_path / "picture.png"), "there.npy")
     fresh(hub, tmp_path, CUSTOM, *arguments)
     assert np.array_equal(np.load(tmp_path / "there.npy"), np.load(tmp_path / "here.npy"))
+    # and from the same files in a folder
+    fresh(hub, tmp_path, PUBLISH, "--out", "assembled")
+    fresh(hub, tmp_path, CUSTOM, arguments[0], str(tmp_path / "assembled"), *arguments[2:4], "local.npy")
+    assert np.array_equal(np.load(tmp_path / "local.npy"), np.load(tmp_path / "here.npy"))
+
+
+def test_the_published_avatars_are_a_model_of_their_own(hub: Hub, tmp_path: Path) -> None:
+    """One argument, the repository: model and code come from there, as a private pull request was merged."""
+    fresh(hub, tmp_path, PUBLISH, "--repo-id", "me/avatars", "--avatars", "--private")
+    assert hub.private["me/avatars"] is True
+    fresh(hub, tmp_path, PUBLISH, "--repo-id", "me/avatars", "--avatars", "--create-pr")
+    assert hub.branches["me/avatars", "main"] == 1 and hub.branches["me/avatars", "refs/pr/1"] == 2
+    pipe = load_avatars()
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
+    picture.save(tmp_path / "picture.png")
+    identity = pipe.fit_identity(
+        picture, SOURCE, "lady", num_steps=1, mask=np.ones((128, 128), bool), method="token", batch_size=1
+    )
+    identity.save_pretrained(tmp_path / "ada")
+    wanted = pipe(TARGET, picture, identity=identity, num_inference_steps=3, output_type="latent").images
+    fresh(hub, tmp_path, CUSTOM, "me/avatars", "me/avatars", "ada", "picture.png", "there.npy")
+    assert np.array_equal(np.load(tmp_path / "there.npy"), wanted.numpy())
