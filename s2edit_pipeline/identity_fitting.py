@@ -17,6 +17,7 @@ from .attention_control import SpatialControl, attention_control
 from .ddim_steps import add_noise, training_target
 from .identity_losses import cosine, reconstruction_loss, semantic_loss
 from .identity_token import embedding_table, token_rows
+from .lora_format import lora_metadata, published_name
 from .prompt_alignment import TokenizedPrompt
 
 LORA_TARGETS = {
@@ -131,10 +132,10 @@ class FitProgress:
 
 @dataclass(frozen=True)
 class FitResult:
-    """``rows`` (D,), one for each example, ``weights`` and ``lora_metadata`` as in ``IdentityAdapter``, and the
-    steps' ``progress``."""
+    """``rows``, one mapping of text encoder's name to (D,) for each example, ``weights`` and ``lora_metadata`` as in
+    ``IdentityAdapter``, and the steps' ``progress``."""
 
-    rows: tuple[torch.Tensor, ...]
+    rows: tuple[Mapping[str, torch.Tensor], ...]
     weights: Mapping[str, torch.Tensor]
     lora_metadata: Mapping[str, Any]
     progress: tuple[FitProgress, ...]
@@ -163,7 +164,7 @@ def _full_weights(components: Mapping[str, nn.Module]) -> Iterator[tuple[list[nn
     """All weights, trained as float32 copies; the original tensors are put back, not written to."""
     table = embedding_table(components["text_encoder"]).weight
     held = [
-        (f"{name}.{inner}", p, p.data)
+        (published_name(name, inner), p, p.data)
         for name, module in components.items()
         for inner, p in module.named_parameters()
         if p is not table  # [I]'s own row is trained; the words' rows stay
@@ -200,13 +201,9 @@ def _lora_weights(
         metadata: dict[str, Any] = {}
         for name, module in components.items():
             state = peft.get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
-            weights |= {f"{name}.{key}": value.detach().float().cpu().clone() for key, value in state.items()}
-            plain = {
-                "r": rank, "lora_alpha": rank, "target_modules": sorted(LORA_TARGETS[name]), "rank_pattern": {},
-                "alpha_pattern": {}, "lora_dropout": 0.0, "bias": "none", "use_dora": False, "use_rslora": False,
-                "lora_bias": False,
-            }  # fmt: skip
-            metadata |= {f"{name}.{key}": value for key, value in plain.items()}
+            weights |= {published_name(name, key): value.detach().float().cpu().clone() for key, value in state.items()}
+            said = lora_metadata(rank, LORA_TARGETS[name])
+            metadata |= {f"{name}.{key}": value for key, value in said.items()}
         return weights, metadata
 
     try:
@@ -240,7 +237,7 @@ def fit_identity_weights(
     alphas_cumprod: torch.Tensor,
     prediction_type: str,
     examples: Sequence[FitExample],
-    rows: Sequence[torch.Tensor],
+    rows: Sequence[Mapping[str, torch.Tensor]],
     settings: FitSettings,
     generator: torch.Generator | None,
     on_step: Callable[[FitProgress], bool],
@@ -252,7 +249,7 @@ def fit_identity_weights(
 
     Args:
         alphas_cumprod: (T,), the scheduler's.
-        rows: (D,) for each example, where its token starts.
+        rows: for each example, text encoder's name -> (D,), where its token starts.
         on_step: called after each step; returning False ends the fit there.
 
     Raises:
@@ -272,15 +269,18 @@ def fit_identity_weights(
     else:
         tuned = _no_weights()
 
-    learned = [nn.Parameter(row.detach().clone().float().to(device)) for row in rows]
+    learned = [
+        {name: nn.Parameter(row.detach().clone().float().to(device)) for name, row in each.items()} for each in rows
+    ]
     progress: list[FitProgress] = []
     with (
         torch.enable_grad(),
         _frozen(components),
         tuned as (weights, harvest),
-        token_rows(text_encoder, {e.token_id: row for e, row in zip(examples, learned, strict=True)}),
+        token_rows(text_encoder, {e.token_id: r["text_encoder"] for e, r in zip(examples, learned, strict=True)}),
     ):
-        groups = [{"params": learned, "lr": rate if settings.method == "token" else TOKEN_LEARNING_RATE}]
+        trained_rows = [row for each in learned for row in each.values()]
+        groups = [{"params": trained_rows, "lr": rate if settings.method == "token" else TOKEN_LEARNING_RATE}]
         if weights:
             groups.append({"params": weights, "lr": rate})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -327,7 +327,8 @@ def fit_identity_weights(
             if on_step(progress[-1]) is False:
                 break
         held_weights, metadata = harvest()
-    return FitResult(tuple(row.detach().cpu() for row in learned), held_weights, metadata, tuple(progress))
+    fitted = tuple({name: row.detach().cpu() for name, row in each.items()} for each in learned)
+    return FitResult(fitted, held_weights, metadata, tuple(progress))
 
 
 def _example_control(example: FitExample, settings: FitSettings) -> SpatialControl:

@@ -29,6 +29,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from .atomic_folder import atomic_folder  # noqa: F401
 from .attention_control import (
     AttentionController,
     Controllers,
@@ -43,10 +44,14 @@ from .ddim_steps import NoiseSchedule, check_scheduler, noise_schedule
 from .edit_plan import plan_edits
 from .edit_sampling import BranchRows, EditSettings, check_share, sample_edits, sample_from_noise
 from .identity_adapter import IdentityAdapter, LearnedAttribute, LoadedIdentities, check_base, fingerprint
+from .identity_card import identity_card  # noqa: F401
+from .identity_files import read_identity  # noqa: F401
 from .identity_fitting import FitExample, FitProgress, FitSettings, fit_identity_weights
 from .identity_losses import cosine  # noqa: F401  diffusers copies only the files that this one names
 from .identity_token import initial_row, token_rows, with_tokens
 from .latent_inversion import INVERSIONS, Inversion, check_method, num_inversion_steps
+from .lora_format import lora_metadata  # noqa: F401
+from .low_rank import compress  # noqa: F401
 from .object_masks import feather, mask_to_picture, record_maps, threshold_map
 from .picture_inputs import load_mask, load_picture, picture_to_tensor, working_size
 from .pipeline_output import S2EditPipelineOutput
@@ -198,9 +203,9 @@ class S2EditPipeline(
     @contextmanager
     def _identity_rows(self) -> Iterator[None]:
         rows = {
-            self.tokenizer.convert_tokens_to_ids(token): row.to(self._execution_device)
+            self.tokenizer.convert_tokens_to_ids(token): rows["text_encoder"].to(self._execution_device)
             for adapter, _ in self._loaded.adapters.values()
-            for token, (row, _) in adapter.learned.items()
+            for token, (rows, _) in adapter.learned.items()
         }
         with token_rows(self.text_encoder, rows):
             yield
@@ -263,9 +268,10 @@ class S2EditPipeline(
         plain = self._plain_tokenizer if self._loaded.adapters else self.tokenizer
         tokenizer = _tokenizer_with(plain, [*self._learned_tokens, *adapter.learned])
         width = self.text_encoder.get_input_embeddings().weight.shape[1]
-        for name, (row, _) in adapter.learned.items():
-            if row.shape != (width,):
-                raise ValueError(f"The token {name!r} has {tuple(row.shape)} numbers; this model's have {width}.")
+        for name, (rows, _) in adapter.learned.items():
+            shapes = {part: tuple(row.shape) for part, row in rows.items()}
+            if shapes != {"text_encoder": (width,)}:
+                raise ValueError(f"The token {name!r} has rows of {shapes}; this model's text encoder has {width}.")
         self._loaded.add(adapter, scale, self._components_with_weights())
         self._plain_tokenizer, self.tokenizer = plain, tokenizer
         return adapter.token
@@ -543,7 +549,7 @@ class S2EditPipeline(
                 object_mask = mask_at(one.mask, *latents.shape[-2:])
             token_id = tokenizer.convert_tokens_to_ids(one.token)
             examples.append(FitExample(latents, one.prompt, one.prompt_with_token, token_id, object_mask))
-        rows = [initial_row(self.tokenizer, self.text_encoder, one.subject) for one in asked]
+        rows = [{"text_encoder": initial_row(self.tokenizer, self.text_encoder, one.subject)} for one in asked]
         assert settings.num_steps is not None
 
         with self.progress_bar(total=settings.num_steps) as bar:
@@ -595,7 +601,7 @@ class S2EditPipeline(
             subject=subject,
             source_prompt=prompt,
             method=method,
-            row=result.rows[0],
+            rows=result.rows[0],
             weights=result.weights,
             lora_metadata=result.lora_metadata,
             mask=masks[0],

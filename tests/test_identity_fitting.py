@@ -115,7 +115,7 @@ def example_of(pipe: S2EditPipeline, picture: Image.Image, half_mask: Any = None
 def fit(pipe: S2EditPipeline, example: FitExample, row: torch.Tensor, seed: int = 0, **settings: Any) -> Any:
     return fit_identity_weights(
         pipe.unet, pipe.text_encoder, pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, [example],
-        [row], FitSettings(**settings), torch.Generator().manual_seed(seed), lambda _: True,
+        [{"text_encoder": row}], FitSettings(**settings), torch.Generator().manual_seed(seed), lambda _: True,
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def test_detaching_the_sentence_takes_it_out_of_the_gradient(pipe: S2EditPipelin
 def test_what_a_method_tunes(pipe: S2EditPipeline, picture: Image.Image, method: str) -> None:
     example, row = example_of(pipe, picture)
     result = fit(pipe, example, row, method=method, num_steps=3)
-    assert float((result.rows[0] - row).abs().max()) > 1e-4
+    assert float((result.rows[0]["text_encoder"] - row).abs().max()) > 1e-4
     tuned = {name for name, tensor in result.weights.items() if float(tensor.abs().max()) > 0}
     names = {f"unet.{n}" for n, _ in pipe.unet.named_parameters()}
     names |= {f"text_encoder.{n}" for n, _ in pipe.text_encoder.named_parameters()}
@@ -209,9 +209,9 @@ def test_a_seed_decides_everything(pipe: S2EditPipeline, picture: Image.Image, m
     torch.manual_seed(2)
     again = fit(pipe, example, row, seed=5, method=method, num_steps=2)
     other = fit(pipe, example, row, seed=6, method=method, num_steps=2)
-    assert torch.equal(one.rows[0], again.rows[0]) and one.progress == again.progress
+    assert torch.equal(one.rows[0]["text_encoder"], again.rows[0]["text_encoder"]) and one.progress == again.progress
     assert all(torch.equal(one.weights[n], again.weights[n]) for n in one.weights)
-    assert not torch.equal(one.rows[0], other.rows[0])
+    assert not torch.equal(one.rows[0]["text_encoder"], other.rows[0]["text_encoder"])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -243,7 +243,9 @@ def test_fitting_fits(pipe: S2EditPipeline, picture: Image.Image, method: str) -
 
 def where_it_began(identity: Any) -> Any:
     """The identity with its weights left out and its row at the noun's: where the fit began."""
-    return replace(identity, method="token", weights={}, row=torch.zeros_like(identity.row))
+    return replace(
+        identity, method="token", weights={}, rows={n: torch.zeros_like(r) for n, r in identity.rows.items()}
+    )
 
 
 def test_a_loss_that_runs_away_is_named(pipe: S2EditPipeline, picture: Image.Image) -> None:
@@ -305,13 +307,13 @@ def test_two_tokens_are_tuned_jointly_each_with_its_own_controls(
     assert found.mask is not None and identity.mask is not None
     assert found.mask.shape == (12, 20) and identity.mask.shape == (16, 16)  # each at its own picture's size
     assert float(found.mask[:6].min()) == 1 and float(found.mask[6:].max()) == 0
-    for row, noun in ((identity.row, "lady"), (found.row, "hat")):
+    for row, noun in ((identity.rows["text_encoder"], "lady"), (found.rows["text_encoder"], "hat")):
         start = initial_row(pipe.tokenizer, pipe.text_encoder, noun)
         assert 1e-4 < float((row - start).abs().max()) < 0.2
     # saved, loaded, said in one prompt, taken out again
     identity.save_pretrained(tmp_path / "both")
     again = IdentityAdapter.from_pretrained(tmp_path / "both")
-    assert again.reference is not None and torch.equal(again.reference.row, found.row)
+    assert again.reference is not None and torch.equal(again.reference.rows["text_encoder"], found.rows["text_encoder"])
     assert torch.equal(again.reference.mask, found.mask)
     before = snapshot(pipe)
     pipe.load_identity(again)
@@ -331,7 +333,7 @@ def test_the_joint_loss_is_the_sum_of_both(pipe: S2EditPipeline, picture: Image.
         latents = torch.randn(1, 4, 16, 16 - 4 * i, generator=torch.Generator().manual_seed(i))
         tokens = [tokenize(tokenizer, text) for text in (prompt, insert_token(prompt, noun, token))]
         examples.append(FitExample(latents, *tokens, tokenizer.convert_tokens_to_ids(token), None))
-        rows.append(initial_row(pipe.tokenizer, pipe.text_encoder, noun))
+        rows.append({"text_encoder": initial_row(pipe.tokenizer, pipe.text_encoder, noun)})
 
     class Descent(torch.optim.SGD):
         def __init__(self, groups: Any, weight_decay: float) -> None:
@@ -353,8 +355,8 @@ def test_the_joint_loss_is_the_sum_of_both(pipe: S2EditPipeline, picture: Image.
         second = step([1], generator)
     for name in list(both.weights)[::7]:
         torch.testing.assert_close(both.weights[name], first.weights[name] + second.weights[name], rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(both.rows[0], first.rows[0], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(both.rows[1], second.rows[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(both.rows[0]["text_encoder"], first.rows[0]["text_encoder"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(both.rows[1]["text_encoder"], second.rows[0]["text_encoder"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
