@@ -31,7 +31,7 @@ from .identity_files import (
     read_identity,
     write_identity,
 )
-from .lora_format import lora_metadata, name_within
+from .lora_format import lora_metadata, name_within, pattern_name
 from .low_rank import compress
 from .picture_inputs import load_picture
 from .prompt_alignment import insert_token
@@ -163,7 +163,7 @@ class IdentityAdapter:
         return differences
 
     def _lora_scale(self, component: str, layer: str) -> float:
-        said = self.lora_metadata
+        said, layer = self.lora_metadata, pattern_name(layer)
         rank = said.get(f"{component}.rank_pattern", {}).get(layer, said[f"{component}.r"])
         alpha = said.get(f"{component}.alpha_pattern", {}).get(layer, said[f"{component}.lora_alpha"])
         return float(alpha / rank)
@@ -193,7 +193,7 @@ class IdentityAdapter:
         for path, (down, up) in found.factors.items():
             weights |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
             component, _, layer = path.partition(".")
-            ranks.setdefault(component, {})[layer] = len(down)
+            ranks.setdefault(component, {})[pattern_name(layer)] = len(down)
         metadata: dict[str, Any] = {}
         for component, each in ranks.items():
             ((usual, _),) = Counter(each.values()).most_common(1)
@@ -390,8 +390,9 @@ def fingerprint(module: nn.Module, originals: Mapping[str, torch.Tensor] | None 
 def check_base(adapter: IdentityAdapter, components: Mapping[str, nn.Module], loaded: LoadedIdentities) -> None:
     """Raises:
     ValueError: the identity was fitted to a base model with other components, or with other weights than
-        ``components`` have below ``loaded``.
+        ``components`` have below ``loaded``; or these are offloaded.
     """
+    _check_present(components)
     base = adapter.base_model or "another base model"
     if adapter.base_fingerprint and adapter.base_fingerprint.keys() != components.keys():
         raise ValueError(
@@ -404,6 +405,15 @@ def check_base(adapter: IdentityAdapter, components: Mapping[str, nn.Module], lo
             raise ValueError(
                 f"The identity {adapter.token!r} was fitted to {base!r}, whose {name} has other weights than this "
                 "pipeline's. Load that model, or fit the identity again here."
+            )
+
+
+def _check_present(components: Mapping[str, nn.Module]) -> None:
+    for name, module in components.items():
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(
+                f"The weights of the {name} are offloaded and can't be changed. Call pipe.remove_all_hooks() first, "
+                "and enable offloading again afterwards."
             )
 
 
@@ -457,7 +467,12 @@ class LoadedIdentities:
         self._lay(components)
 
     def remove(self, token: str, components: Mapping[str, nn.Module]) -> None:
-        """Lift one identity off; the others stay."""
+        """Lift one identity off; the others stay.
+
+        Raises:
+            ValueError: the weights are offloaded.
+        """
+        _check_present(components)
         self._lift(components)
         del self.adapters[token]
         self._lay(components)

@@ -28,6 +28,8 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image
 
+from .lora_format import pattern_name
+
 FORMAT_VERSION = 2
 CONFIG_FILE = "identity.json"
 CARD_FILE = "README.md"
@@ -527,7 +529,7 @@ def _lora_metadata(file: Path, metadata: Mapping[str, str], weights: Mapping[str
         raise ValueError(f"{file}: the LoRA's metadata lacks {sorted(wrong)[0][:80]!r}, or has it as none it may be.")
     for layer in {name.rsplit(".lora_", 1)[0] for name in weights}:
         component, _, inner = layer.partition(".")
-        rank = said[f"{component}.rank_pattern"].get(inner, said[f"{component}.r"])
+        rank = said[f"{component}.rank_pattern"].get(pattern_name(inner), said[f"{component}.r"])
         down, up = (weights.get(f"{layer}.lora_{part}.weight") for part in "AB")
         if down is None or up is None:
             raise ValueError(f"{file}: {layer} has one factor of its LoRA and lacks the other.")

@@ -20,6 +20,12 @@ def name_within(module: nn.Module, name: str) -> str:
     return name if hasattr(module, "text_model") else name.removeprefix("text_model.")
 
 
+def pattern_name(layer: str) -> str:
+    """What the metadata calls a text encoder's ``layer``: PEFT matches the ends of names, so without ``text_model`` it
+    finds the layer in every release."""
+    return layer.removeprefix("text_model.")
+
+
 def lora_metadata(rank: int, targets: Iterable[str]) -> dict[str, Any]:
     """A component's LoRA configuration with ``alpha = rank``: no more of it than old releases know."""
     return {

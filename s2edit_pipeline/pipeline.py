@@ -8,7 +8,7 @@ beside this one; here they are put in order.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -223,6 +223,7 @@ class S2EditPipeline(
         token: str | None = None,
         scale: float = 1.0,
         *,
+        mask: Any = None,
         reference_token: str | None = None,
         **kwargs: Any,
     ) -> str:
@@ -231,7 +232,9 @@ class S2EditPipeline(
         Args:
             identity: an ``IdentityAdapter``, a folder, or a Hub repository's name.
             token: another name for it.
-            scale: strength of its weights, 1 as fitted.
+            scale: strength of its weights, 1 as fitted, 0 as if they weren't there.
+            mask: where it is in the picture that will be edited, white inside; None: where it was in its own. Two
+                people in one picture, each fitted to a picture of their own, need it.
             reference_token: another name for its reference attribute's token.
             kwargs: for ``IdentityAdapter.from_pretrained``.
 
@@ -251,6 +254,8 @@ class S2EditPipeline(
         )
         if token is not None or reference_token is not None:
             adapter = adapter.renamed(token, reference_token)
+        if mask is not None:
+            adapter = replace(adapter, mask=load_mask(mask, None))
         if adapter.token in self._loaded.adapters:
             raise ValueError(
                 f"An identity {adapter.token!r} is loaded already. Give this one another name, "
@@ -749,7 +754,9 @@ class S2EditPipeline(
             prompt = self._source_prompt(prompt, self._fitting_tokens(prompt, asked))
             tokens, negative = self._tokenize(prompt), self._tokenize(negative_prompt)
             latents = self._encode_picture(picture, *size)
-            return self._invert(latents, tokens, method, schedule, guidance_scale, negative, generator, clip_skip)
+            found = self._invert(latents, tokens, method, schedule, guidance_scale, negative, generator, clip_skip)
+        self.maybe_free_model_hooks()
+        return found
 
     def _invert(
         self,
@@ -790,8 +797,7 @@ class S2EditPipeline(
             unconditional_embeds=found.unconditional_embeds,
             residuals=found.residuals,
             guidance_scale=guidance_scale if method == "null_text" else None,
-            identity=tokens[0] if tokens else None,
-            identity_digest=self._loaded.adapters[tokens[0]][0].digest if tokens else None,
+            identities={token: self._loaded.adapters[token][0].digest for token in tokens},
             base_model=self._base_name(),
         )
 
@@ -816,13 +822,13 @@ class S2EditPipeline(
                 f"num_inference_steps={steps}, but the inversion was made in {inversion.num_inference_steps}; "
                 f"leave it out, or call pipe.invert(..., num_inference_steps={steps})."
             )
-        if inversion.identity is not None:
-            adapter, _ = self._loaded.adapters.get(inversion.identity, (None, 1.0))
-            if adapter is None or adapter.digest != inversion.identity_digest:
+        for token, digest in inversion.identities.items():
+            adapter, _ = self._loaded.adapters.get(token, (None, 1.0))
+            if adapter is None or adapter.digest != digest:
                 loaded = "another identity is" if adapter is not None else "it isn't"
                 raise ValueError(
-                    f"The inversion was made with the identity {inversion.identity!r}, and {loaded} loaded under that "
-                    "name. Pass the same one, identity=..., or invert again without it."
+                    f"The inversion was made with the identity {token!r}, and {loaded} loaded under that name. "
+                    "Pass the same one, identity=..., or invert again without it."
                 )
         if inversion.prompt != source_prompt:
             raise ValueError(

@@ -299,11 +299,38 @@ except Exception as error:
     assert fresh(hub, elsewhere, read, "{}", token=None).strip() == "RepositoryNotFoundError"
 
 
+REFUSED = """
+import sys
+from s2edit_pipeline import IdentityAdapter
+try:
+    IdentityAdapter.from_pretrained(sys.argv[1])
+    print("loaded")
+except ValueError as error:
+    print(error)
+"""
+
+
 def test_only_an_identitys_own_files_are_fetched(hub: Hub, fitted: IdentityAdapter, tmp_path: Path) -> None:
     files = {p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()}
-    hub.add("me/odd", {**files, "evil.pkl": b"no", "pytorch_model.bin": b"no", "deep/evil.safetensors": b"no"})
-    fresh(hub, tmp_path, "from s2edit_pipeline import IdentityAdapter; IdentityAdapter.from_pretrained('me/odd')")
-    assert not [r for r in hub.requests if "/resolve/" in r and ("evil" in r or "pytorch_model" in r)]
+    hub.add("me/odd", {**files, "notes.txt": b"no", "deep/other.safetensors": b"no", "video.mp4": b"no"})
+    assert fresh(hub, tmp_path, REFUSED, "me/odd").strip() == "loaded"
+    fetched = [r.split("/resolve/")[1].split("/", 1)[1] for r in hub.requests if "/resolve/" in r]
+    assert set(fetched) == set(files) - {"README.md"}
+
+
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ({"deep/evil.pkl": b"no"}, "me/odd holds deep/evil.pkl, of a kind that can run code"),
+        ({"mask.png": bytes(5 * 2**20)}, "me/odd: mask.png has 5,242,880 bytes; an identity's has at most 4,194,304"),
+    ],
+)
+def test_a_dangerous_repository_is_refused_before_anything_is_fetched(
+    hub: Hub, fitted: IdentityAdapter, tmp_path: Path, added: dict[str, bytes], said: str
+) -> None:
+    hub.add("me/odd", {**{p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()}, **added})
+    assert said in fresh(hub, tmp_path, REFUSED, "me/odd")
+    assert not [request for request in hub.requests if "/resolve/" in request]
 
 
 CUSTOM = """

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -319,4 +320,4 @@ def test_its_card_names_what_it_is_and_shows_its_pictures(make_identity: Any, tm
     shown = re.findall(r"!\[.*?\]\((.*?)\)", card)
     assert shown == ["preview_1.png", "mask.png"] and "a [I] lady, smiling" in card
     with Image.open(tmp_path / "ada" / "preview_1.png") as saved:
-        assert list(saved.getdata()) == list(picture.getdata())
+        assert np.array_equal(np.asarray(saved), np.asarray(picture))

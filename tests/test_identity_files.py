@@ -54,7 +54,7 @@ def folders(_tiny: Any, picture: Any, half_mask: Any) -> dict[str, Files]:
             hat = LearnedAttribute("[A]", "hat", "a hat", {"text_encoder": torch.ones(32)}, torch.ones(4, 4))
             identity = IdentityAdapter(**{**identity.__dict__, "reference": hat})
         with tempfile.TemporaryDirectory() as folder:
-            identity.save_pretrained(folder, kept_energy=1.0, max_bytes=80_000)
+            identity.save_pretrained(folder, kept_energy=1.0, max_bytes=250_000)
             made[kind] = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
     return made
 
