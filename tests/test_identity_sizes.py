@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from s2edit_pipeline.avatars import load_avatars
+from s2edit_pipeline.avatars.world import render, sample_person
 from s2edit_pipeline.identity_adapter import IdentityAdapter
 from s2edit_pipeline.identity_fitting import LORA_TARGETS, FitSettings
 from s2edit_pipeline.lora_format import lora_metadata, published_name
@@ -83,3 +86,24 @@ def test_a_full_fine_tuning_is_five_megabytes_at_most(components: dict[str, torc
     print(f"{size(tmp_path / 'ada'):,} bytes, {seconds:.0f} s, kept energy {found.measures['kept_energy']:.3f}")
     assert 4_000_000 < size(tmp_path / "ada") <= 5_000_000
     assert seconds < 120
+
+
+@pytest.mark.slow
+def test_a_compressed_fine_tuning_edits_as_the_exact_one(tmp_path: Path) -> None:
+    """Run with ``-m slow``: a held-out person, the method's own settings; how far apart the two edits are."""
+    pipe = load_avatars()
+    pipe.set_progress_bar_config(disable=True)
+    picture = render(sample_person(3, "held_out"))
+    prompt = "a photo of a surprised man with short curly black hair and a moustache and a green sweater"
+    fitted = pipe.fit_identity(picture, prompt, "man", method="full", generator=torch.Generator().manual_seed(0))
+    edits = {}
+    for name, exact in (("exact", True), ("compressed", False)):
+        fitted.save_pretrained(tmp_path / name, exact=exact)
+        identity = IdentityAdapter.from_pretrained(tmp_path / name)
+        target = prompt.replace("surprised", "smiling [I]")
+        edits[name] = pipe(target, picture, identity=identity, num_inference_steps=25, output_type="np").images
+        print(f"{name}: {size(tmp_path / name):,} bytes, kept energy {identity.measures.get('kept_energy', 1)}")
+    error = np.square(edits["exact"] - edits["compressed"]).mean()
+    print(f"PSNR between the edits {-10 * np.log10(error):.1f} dB")
+    assert size(tmp_path / "compressed") <= 1_000_000
+    assert -10 * np.log10(error) > 30
