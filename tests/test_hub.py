@@ -24,6 +24,7 @@ from PIL import Image
 
 import s2edit_pipeline
 from s2edit_pipeline import IdentityAdapter, S2EditPipeline, load_avatars
+from s2edit_pipeline.cli import main
 
 TOKEN = "hf_fetched_by_nobody"
 SOURCE, TARGET = "a photo of a sad lady", "a photo of a smiling [I] lady"
@@ -231,6 +232,7 @@ EDIT = """
 import sys, numpy, torch
 from PIL import Image
 from s2edit_pipeline import IdentityAdapter, S2EditPipeline, load_avatars
+from s2edit_pipeline.cli import main
 model, repo, picture, out, options = sys.argv[1:]
 pipe = S2EditPipeline.from_pretrained(model)
 token = pipe.load_identity(repo, **eval(options))
@@ -286,18 +288,20 @@ def test_revisions_private_repositories_and_pull_requests(hub: Hub, fitted: Iden
     read = """
 import sys
 from s2edit_pipeline import IdentityAdapter
-try:
-    print(IdentityAdapter.from_pretrained("me/ada", **eval(sys.argv[1])).token)
-except Exception as error:
-    print(type(error).__name__)
+for options in sys.argv[1:]:
+    try:
+        print(IdentityAdapter.from_pretrained("me/ada", **eval(options)).token)
+    except Exception as error:
+        print(type(error).__name__)
 """
-    assert fresh(hub, tmp_path, read, "{}").strip() == "[I]"
-    assert fresh(hub, tmp_path, read, "dict(revision='refs/pr/1')").strip() == "[Ada]"
-    assert fresh(hub, tmp_path, read, f"dict(revision='{first}')").strip() == "[I]"
-    assert fresh(hub, tmp_path, read, f"dict(token='{TOKEN}')", token=None).strip() == "[I]"
+    asked = ["{}", "dict(revision='refs/pr/1')", f"dict(revision='{first}')", "dict(revision='nowhere')"]
+    assert fresh(hub, tmp_path, read, *asked).split() == ["[I]", "[Ada]", "[I]", "RevisionNotFoundError"]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    assert fresh(hub, elsewhere, read, "{}", token=None).strip() == "RepositoryNotFoundError"
+    asked = ["{}", f"dict(token='{TOKEN}')", "dict(cache_dir='other')", f"dict(cache_dir='other', token='{TOKEN}')"]
+    found = fresh(hub, elsewhere, read, *asked, "dict(cache_dir='other', local_files_only=True)", token=None).split()
+    assert found == ["RepositoryNotFoundError", "[I]", "RepositoryNotFoundError", "[I]", "[I]"]
+    assert (elsewhere / "other" / "models--me--ada").is_dir()
 
 
 REFUSED = """
@@ -370,17 +374,17 @@ def test_the_published_pipeline_edits_without_the_package(hub: Hub, fitted: Iden
     fresh(hub, tmp_path, CUSTOM, *arguments)
     assert np.array_equal(np.load(tmp_path / "there.npy"), np.load(tmp_path / "here.npy"))
     # and from the same files in a folder
-    fresh(hub, tmp_path, PUBLISH, "--out", "assembled")
+    assert main(["publish", "--out", str(tmp_path / "assembled")]) == 0
     fresh(hub, tmp_path, CUSTOM, arguments[0], str(tmp_path / "assembled"), *arguments[2:4], "local.npy")
     assert np.array_equal(np.load(tmp_path / "local.npy"), np.load(tmp_path / "here.npy"))
 
 
 def test_the_published_avatars_are_a_model_of_their_own(hub: Hub, tmp_path: Path) -> None:
-    """One argument, the repository: model and code come from there, as a private pull request was merged."""
-    fresh(hub, tmp_path, PUBLISH, "--repo-id", "me/avatars", "--avatars", "--private")
+    """One argument, the repository: model and code come from there."""
+    fresh(hub, tmp_path, PUBLISH, "--repo-id", "me/avatars", "--avatars", "--private", "--create-pr")
     assert hub.private["me/avatars"] is True
-    fresh(hub, tmp_path, PUBLISH, "--repo-id", "me/avatars", "--avatars", "--create-pr")
-    assert hub.branches["me/avatars", "main"] == 1 and hub.branches["me/avatars", "refs/pr/1"] == 2
+    assert hub.branches["me/avatars", "main"] == 0 and hub.branches["me/avatars", "refs/pr/1"] == 1
+    hub.branches["me/avatars", "main"] = 1  # the pull request is merged
     pipe = load_avatars()
     pipe.set_progress_bar_config(disable=True)
     picture = Image.linear_gradient("L").resize((128, 128)).convert("RGB")

@@ -53,8 +53,11 @@ def folders(_tiny: Any, picture: Any, half_mask: Any) -> dict[str, Files]:
         if kind == "composition":
             hat = LearnedAttribute("[A]", "hat", "a hat", {"text_encoder": torch.ones(32)}, torch.ones(4, 4))
             identity = IdentityAdapter(**{**identity.__dict__, "reference": hat})
+        some = ("unet.conv_in", "unet.mid_block", "text_encoder.text_model.encoder.layers.0.self_attn")
+        weights = {name: tensor for name, tensor in identity.weights.items() if name.startswith(some)}
+        identity = IdentityAdapter(**{**identity.__dict__, "weights": weights})
         with tempfile.TemporaryDirectory() as folder:
-            identity.save_pretrained(folder, kept_energy=1.0, max_bytes=250_000)
+            identity.save_pretrained(folder, kept_energy=0.9, max_bytes=10**6)
             made[kind] = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
     return made
 
@@ -161,7 +164,7 @@ ATTACKS: list[tuple[str, Callable[[Files], Files], str]] = [
     (
         "a wrong shape",
         lambda f: sealed(with_tensors(f, LORA_FILE, lambda t: first(t, lambda x: x[:, :1].clone()))),
-        r"\w+.lora_\w.weight' is|lora_A|the model's is",
+        "the model's is",
     ),
     (
         "a wrong rank",
@@ -370,6 +373,22 @@ def test_links_and_pipes_are_not_followed(folders: dict[str, Files], tmp_path: P
         (blobs / str(i)).write_bytes(data)
         (cached / name).symlink_to(Path("..") / ".." / "blobs" / str(i))
     assert IdentityAdapter.from_pretrained(cached).token == "[I]"
+
+
+def test_nothing_else_is_ever_opened(folders: dict[str, Files], tmp_path: Path) -> None:
+    """Watched by the interpreter itself: not even a harmless file that is no part of an identity."""
+    place = put({**folders["composition"], "notes.txt": b"x", "film.mp4": b"x", "config.yaml": b"x"}, tmp_path / "ada")
+    opened: set[str] = set()
+    watching = True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and str(arguments[0]).startswith(str(place)):
+            opened.add(os.path.relpath(str(arguments[0]), place))
+
+    sys.addaudithook(watch)  # there is no taking it out again
+    IdentityAdapter.from_pretrained(place)
+    watching = False
+    assert opened == {CONFIG_FILE, LORA_FILE, *TOKEN_FILES, *MASK_FILES}
 
 
 def test_what_cannot_be_read_again_is_not_saved(tmp_path: Path) -> None:
