@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import s2edit_pipeline
@@ -57,13 +58,25 @@ class Hub:
 
 
 def card_errors(card: str) -> list[dict[str, str]]:
-    """The Hub's own rule for base models, and that there is front matter at all."""
+    """The Hub's own rules, as far as these cards go: front matter, its types, names of licences and base models."""
     matter = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
     if matter is None:
         return [{"message": "no front matter"}]
-    bases = re.findall(r"^base_model: *(.*)$", matter[1], flags=re.MULTILINE)
-    wrong = [base for base in bases if not re.fullmatch(r"[\w.-]+/[\w.-]+", base)]
-    return [{"message": f'"base_model" with value {base!r} is not valid'} for base in wrong]
+    said = yaml.safe_load(matter[1])
+    listed = lambda value: value if isinstance(value, list) else [value]  # noqa: E731
+    rules = {
+        "license": lambda v: v in ("apache-2.0", "other", "cc-by-4.0"),
+        "library_name": lambda v: v == "diffusers",
+        "pipeline_tag": lambda v: v in ("image-to-image", "text-to-image"),
+        "base_model": lambda v: all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) for name in listed(v)),
+        "base_model_relation": lambda v: v in ("adapter", "finetune", "quantized", "merge"),
+        "tags": lambda v: isinstance(v, list) and all(isinstance(tag, str) for tag in v),
+        "instance_prompt": lambda v: isinstance(v, str),
+        "widget": lambda v: all({"text", "output"} == set(w) and isinstance(w["output"]["url"], str) for w in v),
+    }
+    wrong = [name for name, value in said.items() if name not in rules or not rules[name](value)]
+    wrong += [name for name in ("license", "library_name", "tags") if name not in said]
+    return [{"message": f'"{name}" with value {said.get(name)!r} is not valid'} for name in wrong]
 
 
 def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -260,10 +273,22 @@ def fitted(pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, tm
 def test_a_pushed_identity_makes_the_same_edit_in_a_strangers_process(
     hub: Hub, fitted: IdentityAdapter, tmp_path: Path
 ) -> None:
-    address = fresh(hub, tmp_path, PUSH, "ada", "me/ada", "dict(commit_message='Ada, smiling')").strip()
+    hub.add("me/ada", {"weight_differences.safetensors": b"of an earlier identity", "notes.txt": b"kept"})
+    address = fresh(
+        hub,
+        tmp_path,
+        PUSH,
+        "ada",
+        "me/ada",
+        "dict(commit_message='Ada, smiling', previews={'[I], a lady': 'picture.png'})",
+    ).strip()
     assert address.startswith(f"{hub.address}/me/ada/commit/") and hub.messages == ["Ada, smiling"]
     _, files = hub.commits["me/ada"][-1]
-    assert set(files) - {".gitattributes"} == {p.name for p in (tmp_path / "ada").iterdir()}
+    assert set(files) - {".gitattributes"} == {
+        "notes.txt",
+        "preview_1.png",
+        *(p.name for p in (tmp_path / "ada").iterdir()),
+    }
     assert all(files[p.name] == p.read_bytes() for p in (tmp_path / "ada").iterdir() if p.name != "README.md")
     assert b'pipe.load_identity("me/ada")' in files["README.md"]
     assert any("lfs" in request for request in hub.requests)  # the weights went the large files' way

@@ -77,6 +77,9 @@ def test_a_lora_identity_is_what_diffusers_own_loader_reads(
     """The weights of the file through diffusers' load_lora_weights, against our own laying on."""
     identity = make_identity()
     identity.save_pretrained(tmp_path / "ada")
+    names = load_file(str(tmp_path / "ada" / LORA_FILE))
+    encoders = [name for name in names if not name.startswith("unet.")]
+    assert encoders and all(name.startswith("text_encoder.text_model.encoder.") for name in encoders)  # as ever was
     x, context = noise(1, 4, 16, 16), noise(1, 9, 32)
     pipe.load_identity(identity)
     with torch.no_grad():

@@ -68,7 +68,17 @@ def test_each_matrix_gets_its_best_approximation(differences: dict[str, torch.Te
         error = float((exact - up.double().flatten(1) @ down.double().flatten(1)).square().sum())
         left_out = float(values[rank:].square().sum())
         assert left_out <= error * (1 + 1e-9)
-        assert error <= left_out * 1.01 + 1e-5 * float(exact.square().sum())  # float16, and no full decomposition
+        assert error <= left_out * 1.01 + 1e-5 * float(exact.square().sum())  # float16
+
+
+def test_sampled_triples_are_nearly_the_best() -> None:
+    """So few of so many that the matrix isn't decomposed in full (Halko et al. 2011)."""
+    differences = {"unet.wide.weight": decaying(400, 300, seed=2, decay=0.9)}
+    down, up = compress(differences, 1.0, max_bytes=8_000).factors["unet.wide"]
+    exact = differences["unet.wide.weight"].double()
+    left_out = float(torch.linalg.svdvals(exact)[len(down) :].square().sum())
+    error = float((exact - up.double() @ down.double()).square().sum())
+    assert 4 <= len(down) <= 5 and left_out <= error <= 1.01 * left_out
 
 
 def test_shapes_are_loras(differences: dict[str, torch.Tensor]) -> None:
@@ -95,13 +105,19 @@ def test_the_bytes_are_a_limit_and_go_where_the_energy_is(differences: dict[str,
     assert compress(differences, 1.0, max_bytes=10).kept_energy == 0.0
 
 
+def test_the_most_energy_a_byte_comes_first() -> None:
+    small, large = decaying(16, 16, seed=0, decay=0.01), decaying(512, 512, seed=1, decay=0.01, scale=1.2e-2)
+    found = compress({"unet.small.weight": small, "unet.large.weight": large}, 1.0, max_bytes=2_500)
+    assert set(found.factors) == {"unet.small"}  # the larger one's energy is more, and costs 32 times as much
+
+
 def test_no_random_number_is_taken_from_the_caller(differences: dict[str, torch.Tensor]) -> None:
     torch.manual_seed(3)
     wanted = torch.rand(2)
     torch.manual_seed(3)
-    first = compress(differences, 0.9, max_bytes=10**9)
+    first = compress(differences, 0.9, max_bytes=4_000)  # so few triples that they are sampled for
     assert torch.equal(torch.rand(2), wanted)
-    second = compress(differences, 0.9, max_bytes=10**9)
+    second = compress(differences, 0.9, max_bytes=4_000)
     for layer in first.factors:
         assert all(torch.equal(a, b) for a, b in zip(first.factors[layer], second.factors[layer], strict=True))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 from huggingface_hub import ModelCard
 
 import s2edit_pipeline
@@ -70,12 +73,24 @@ def test_a_name_with_a_dot_is_refused_before_anything_is_sent() -> None:
         publish("me/s2edit.pipeline")
 
 
-def test_a_wheel_holds_what_is_published(tmp_path: Path) -> None:
-    """Built by the project's own backend, as pip would."""
-    hatchling = pytest.importorskip("hatchling.builders.wheel")
-    (built,) = hatchling.WheelBuilder(str(PACKAGE.parent)).build(directory=str(tmp_path), versions=["standard"])
+def test_an_installed_wheel_publishes_the_same_files(tmp_path: Path) -> None:
+    """Built by the project's own backend, as pip would, and run from where it was unpacked."""
+    (built,) = WheelBuilder(str(PACKAGE.parent)).build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(built) as wheel:
-        card = wheel.read("s2edit_pipeline/model_card/README.md")
-        licence = wheel.read("s2edit_pipeline/LICENSE")
-    assert card == (PACKAGE.parent / "model_card" / "README.md").read_bytes()
-    assert licence == (PACKAGE.parent / "LICENSE").read_bytes()
+        wheel.extractall(tmp_path / "site")
+    script = """
+import s2edit_pipeline, sys
+from s2edit_pipeline.cli import main
+print(s2edit_pipeline.__file__)
+sys.exit(main(["publish", "--out", sys.argv[1]]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "installed")],
+        cwd=tmp_path / "site",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and str(tmp_path / "site") in done.stdout, done.stderr
+    assemble(tmp_path / "here")
+    here, installed = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("here", "installed"))
+    assert here == installed
