@@ -57,7 +57,7 @@ _MOST_MASK_SIDE = 4096
 _MOST_FILES = 1000
 _CAN_RUN_CODE = (
     ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".dill", ".msgpack", ".h5", ".keras",
-    ".py", ".pyc", ".ipynb", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".jar", ".zip", ".tar", ".gz", ".7z",
+    ".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".jar",
 )  # fmt: skip
 _DTYPES = {"F32": (torch.float32, 4), "F16": (torch.float16, 2), "BF16": (torch.bfloat16, 2)}
 
