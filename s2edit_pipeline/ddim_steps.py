@@ -36,11 +36,18 @@ def check_scheduler(scheduler: Any) -> None:
     """Raises:
     ValueError: ``scheduler`` doesn't describe a variance-preserving diffusion with discrete timesteps.
     """
-    name = type(scheduler).__name__
-    if getattr(scheduler, "alphas_cumprod", None) is None or not hasattr(scheduler.config, "num_train_timesteps"):
+    name, config = type(scheduler).__name__, scheduler.config
+    why = None
+    if getattr(scheduler, "alphas_cumprod", None) is None or not hasattr(config, "num_train_timesteps"):
+        why = f"{name} has no alphas_cumprod: it is not a discrete diffusion schedule"
+    elif config.get("timestep_type", "discrete") != "discrete":
+        why = f"{name} has timestep_type={config['timestep_type']!r}: its noise levels are not the discrete timesteps'"
+    elif config.get("use_flow_sigmas"):
+        why = f"{name} has use_flow_sigmas=True: it is made for flow matching"
+    if why is not None:
         raise ValueError(
-            f"{name} has no alphas_cumprod: it is not a discrete diffusion schedule, so DDIM inversion has no meaning "
-            "there. Load one that has: pipe.scheduler = DDIMScheduler.from_pretrained(model, subfolder='scheduler')."
+            f"{why}, so DDIM inversion has no meaning there. Load one that has: "
+            "pipe.scheduler = DDIMScheduler.from_pretrained(model, subfolder='scheduler')."
         )
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
@@ -74,6 +81,24 @@ def noise_schedule(scheduler: Any, num_inference_steps: int) -> NoiseSchedule:
         )
     alphas = torch.cat([ddim.final_alpha_cumprod.reshape(1).double(), ddim.alphas_cumprod[timesteps].double()])
     return NoiseSchedule(alphas, timesteps, scheduler.config.get("prediction_type", "epsilon"))
+
+
+def check_finite(latents: torch.Tensor, doing: str, step: int) -> None:
+    """Raises:
+    FloatingPointError: ``latents`` hold NaN or infinity; the message names what was being done, and the step.
+    """
+    if not bool(torch.isfinite(latents).all()):
+        fix = "float32 (or bfloat16)" if latents.dtype == torch.float16 else "float32"
+        raise FloatingPointError(
+            f"The latents are no numbers any more (NaN or infinity) at step {step} of {doing}; the model works in "
+            f"{latents.dtype}. Load it in {fix}: from_pretrained(..., dtype=torch.float32)."
+        )
+
+
+def gradient_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Loss scaling for what is differentiated through a model of ``dtype``: float16 has no gradients below 6e-8;
+    other dtypes need none. A step whose scaled gradients overflow is left out, and the scale halved."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def _roots(alpha_bar: torch.Tensor | float, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

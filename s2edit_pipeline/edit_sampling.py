@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .attention_control import MapRecorder, PromptToPrompt
-from .ddim_steps import NoiseSchedule, ddim_move, ddpm_mean
+from .ddim_steps import NoiseSchedule, check_finite, ddim_move, ddpm_mean
 from .latent_inversion import Inversion, guided
 from .object_masks import edit_region
 
@@ -192,6 +192,7 @@ def sample_edits(
             source_output = guided(output[1:2], output[0:1], guidance_scale)
             source = ddim_move(source, source_output, a, a_next, schedule.prediction_type)
 
+        check_finite(x, "the edit", first - k)
         for i, confinement in enumerate(confinements):
             if confinement is None or step + 1 < confinement.start * schedule.num_steps:
                 continue
@@ -224,6 +225,7 @@ def sample_from_noise(
         unconditional, conditional = output.chunk(2)
         output = guided(unconditional, conditional, guidance_scale, guidance_rescale)
         x = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], schedule.prediction_type)
+        check_finite(x, "the drawing", step)
         try:
             replaced = on_step(step, k, x)
         except StopIteration:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +11,20 @@ import peft
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel
 
 from .attention_control import SpatialControl, attention_control
-from .ddim_steps import add_noise, training_target
+from .ddim_steps import add_noise, gradient_scaler, training_target
 from .identity_losses import cosine, reconstruction_loss, semantic_loss
 from .identity_token import embedding_table, token_rows
 from .lora_format import lora_metadata, published_name
 from .prompt_alignment import TokenizedPrompt
+from .prompt_encoding import encode_prompts
 
+_CLIP_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 LORA_TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
-    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    "text_encoder": _CLIP_PROJECTIONS,
+    "text_encoder_2": _CLIP_PROJECTIONS,
 }
 _DEFAULTS = {"full": (60, 2e-5), "lora": (60, 1e-3), "token": (100, 5e-3)}
 """method -> (num_steps, learning_rate)"""
@@ -34,7 +36,7 @@ class FitSettings:
     """How to fit. Where it says *ours* the paper leaves it open or does without.
 
     Attributes:
-        method: "full" tunes U-Net and text encoder (the paper's), "lora" low-rank adapters on both (ours),
+        method: "full" tunes U-Net and text encoders (the paper's), "lora" low-rank adapters on both (ours),
             "token" the embedding row alone (textual inversion, Gal et al. 2022).
         num_steps, learning_rate: None takes the method's own.
         batch_size: noise levels a step, spread evenly over all of them.
@@ -80,8 +82,9 @@ class FitExample:
         latents: (1, C, h, w).
         prompt: P, without the token.
         prompt_with_token: P~, with it.
-        token_id: the token's id in the tokenizer that made the prompts.
+        token_id: the token's id in the first tokenizer that made the prompts.
         mask: (h, w) ``M_obj``, or None without spatial control.
+        size_ids: (1, 6), what SDXL is told of the picture's size; others ignore it.
     """
 
     latents: torch.Tensor
@@ -89,10 +92,17 @@ class FitExample:
     prompt_with_token: TokenizedPrompt
     token_id: int
     mask: torch.Tensor | None
+    size_ids: torch.Tensor | None = None
 
     @property
     def token_positions(self) -> tuple[int, ...]:
         return tuple(torch.nonzero(self.prompt_with_token.input_ids[0] == self.token_id)[:, 0].tolist())
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """Text encoder's name -> the token's id there."""
+        at = self.token_positions[0]
+        return {name: int(ids[0, at]) for name, ids in self.prompt_with_token.ids.items()}
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ class ReferenceAttribute:
 @dataclass(frozen=True)
 class FitProgress:
     """What a step measured: the loss's two terms, means over the examples, and for each example the cosine
-    of its sentence and its token, with its sign."""
+    of its sentence and its token, with its sign (the mean over text encoders)."""
 
     step: int
     reconstruction_loss: float
@@ -162,14 +172,14 @@ def _frozen(components: Mapping[str, nn.Module]) -> Iterator[None]:
 @contextmanager
 def _full_weights(components: Mapping[str, nn.Module]) -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
     """All weights, trained as float32 copies; the original tensors are put back, not written to."""
-    table = embedding_table(components["text_encoder"]).weight
+    tables = [embedding_table(module).weight for name, module in components.items() if name != "unet"]
     held = [
         (published_name(name, inner), p, p.data)
         for name, module in components.items()
         for inner, p in module.named_parameters()
-        if p is not table  # [I]'s own row is trained; the words' rows stay
+        if not any(p is table for table in tables)  # [I]'s own row is trained; the words' rows stay
     ]
-    words = table.data
+    words = [table.data for table in tables]
 
     def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {name: (p.data - original.float()).cpu() for name, p, original in held}, {}
@@ -178,10 +188,12 @@ def _full_weights(components: Mapping[str, nn.Module]) -> Iterator[tuple[list[nn
         for _, parameter, original in held:
             parameter.data = original.float().clone()
             parameter.requires_grad_(True)
-        table.data = words.float()
+        for table in tables:
+            table.data = table.data.float()
         yield [p for _, p, _ in held], harvest
     finally:
-        table.data = words
+        for table, original in zip(tables, words, strict=True):
+            table.data = original
         for _, parameter, original in held:
             parameter.data = original
 
@@ -233,7 +245,7 @@ def _no_weights() -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
 
 def fit_identity_weights(
     unet: UNet2DConditionModel,
-    text_encoder: CLIPTextModel,
+    text_encoders: Mapping[str, nn.Module],
     alphas_cumprod: torch.Tensor,
     prediction_type: str,
     examples: Sequence[FitExample],
@@ -245,9 +257,13 @@ def fit_identity_weights(
     """Minimise ``L = L_recons + lambda L_semantic`` over the tokens' rows and what ``settings.method`` tunes.
 
     Several examples, each with a token and a mask of its own, are tuned jointly: their losses are added
-    (S2Edit, composition). Whatever happens, ``unet`` and ``text_encoder`` are afterwards as they were, to the bit.
+    (S2Edit, composition). Whatever happens, ``unet`` and ``text_encoders`` are afterwards as they were, to the bit.
+
+    What is trained is float32, with its optimizer, whatever the model's own dtype; what is frozen stays as it is. In
+    float16 the loss is scaled (Micikevicius et al. 2018, section 3.2), as its gradients would vanish below 6e-8.
 
     Args:
+        text_encoders: "text_encoder", and with SDXL "text_encoder_2" -> the module.
         alphas_cumprod: (T,), the scheduler's.
         rows: for each example, text encoder's name -> (D,), where its token starts.
         on_step: called after each step; returning False ends the fit there.
@@ -255,7 +271,7 @@ def fit_identity_weights(
     Raises:
         FloatingPointError: the loss is no number any more; the message names the step.
     """
-    components: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
+    components: dict[str, nn.Module] = {"unet": unet, **text_encoders}
     device = examples[0].latents.device
     num_train, batch = len(alphas_cumprod), settings.batch_size
     draw_on = "cpu" if generator is None else generator.device
@@ -273,17 +289,16 @@ def fit_identity_weights(
         {name: nn.Parameter(row.detach().clone().float().to(device)) for name, row in each.items()} for each in rows
     ]
     progress: list[FitProgress] = []
-    with (
-        torch.enable_grad(),
-        _frozen(components),
-        tuned as (weights, harvest),
-        token_rows(text_encoder, {e.token_id: r["text_encoder"] for e, r in zip(examples, learned, strict=True)}),
-    ):
+    with torch.enable_grad(), _frozen(components), tuned as (weights, harvest), ExitStack() as rows_in_place:
+        for name, encoder in text_encoders.items():
+            held = {e.token_ids[name]: each[name] for e, each in zip(examples, learned, strict=True)}
+            rows_in_place.enter_context(token_rows(encoder, held))
         trained_rows = [row for each in learned for row in each.values()]
         groups = [{"params": trained_rows, "lr": rate if settings.method == "token" else TOKEN_LEARNING_RATE}]
         if weights:
             groups.append({"params": weights, "lr": rate})
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        scaler = gradient_scaler(device, unet.dtype)
 
         def losses(example: FitExample) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             """(L_recons, L_semantic, cosine) at ``batch`` noise levels."""
@@ -293,18 +308,26 @@ def fit_identity_weights(
             x0 = example.latents.float().expand(batch, -1, -1, -1)
             epsilon = torch.randn(x0.shape, generator=generator, device=draw_on).to(device)
 
-            ids = torch.cat([example.prompt.input_ids, example.prompt_with_token.input_ids]).to(device)
-            embedded = text_encoder(ids).last_hidden_state
-            sentence = embedded[0, example.prompt.eos]  # e_P: P's end token
-            if settings.detach_sentence:
-                sentence = sentence.detach()
-            token = embedded[1, list(example.token_positions)]  # e_[I]
+            encoded = encode_prompts(text_encoders, [example.prompt, example.prompt_with_token], device)
+            semantics, angles = [], []
+            for output in encoded.outputs.values():
+                sentence = output[0, example.prompt.eos]  # e_P: P's end token
+                if settings.detach_sentence:
+                    sentence = sentence.detach()
+                token = output[1, list(example.token_positions)]  # e_[I]
+                semantics.append(semantic_loss(sentence, token))
+                angles.append(cosine(sentence, token).mean())
             alpha_bar = alphas_cumprod[t]
             noised = add_noise(x0, epsilon, alpha_bar).to(unet.dtype)
-            context = embedded[1:].to(unet.dtype).expand(batch, -1, -1)
-            output = unet(noised, t.to(device), encoder_hidden_states=context).sample
+            context = encoded.embeds[1:].to(unet.dtype).expand(batch, -1, -1)
+            added = None
+            if encoded.pooled is not None:
+                assert example.size_ids is not None
+                both = encoded.pooled[1:].to(unet.dtype), example.size_ids.to(device, unet.dtype)
+                added = dict(zip(("text_embeds", "time_ids"), (one.expand(batch, -1) for one in both), strict=True))
+            output = unet(noised, t.to(device), encoder_hidden_states=context, added_cond_kwargs=added).sample
             reconstruction = reconstruction_loss(output, training_target(x0, epsilon, alpha_bar, prediction_type))
-            return reconstruction, semantic_loss(sentence, token), cosine(sentence, token).mean()
+            return reconstruction, torch.stack(semantics).sum(), torch.stack(angles).mean()
 
         for step in range(settings_steps):
             optimizer.zero_grad(set_to_none=True)
@@ -316,11 +339,12 @@ def fit_identity_weights(
                     if not bool(torch.isfinite(loss)):
                         raise FloatingPointError(
                             f"The loss is {loss.item()} at step {step}; lower learning_rate (it is {rate:g}) or load "
-                            "the model in float32."
+                            "the model in float32 (or bfloat16): from_pretrained(..., dtype=torch.float32)."
                         )
-                    loss.backward()
+                    scaler.scale(loss).backward()
                 measured.append((reconstruction.item(), semantic.item(), angle.item()))
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             reconstructions, semantics, angles = zip(*measured, strict=True)
             n = len(examples)
             progress.append(FitProgress(step, sum(reconstructions) / n, sum(semantics) / n, angles))

@@ -13,7 +13,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from .ddim_steps import NoiseSchedule, add_noise, ddim_move, ddpm_mean
+from .ddim_steps import NoiseSchedule, add_noise, check_finite, ddim_move, ddpm_mean, gradient_scaler
 
 Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 OnStep = Callable[[int], None]
@@ -93,6 +93,7 @@ def ddim_trajectory(
         output = denoise(path[-1], max(k, 1), prompt_embeds)
         a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k + 1]
         path.append(ddim_move(path[-1], output, a, a_next, schedule.prediction_type))
+        check_finite(path[-1], "the inversion", k)
         on_step(k)
     return torch.cat(path)
 
@@ -142,14 +143,17 @@ def _null_text(
     """Null-text inversion (Mokady et al. 2023, algorithm 1), with its published settings.
 
     The pivot is the DDIM trajectory at guidance 1; from the noise down, the unconditional embedding of each
-    step is optimised until the guided step meets the pivot, and is the next step's start.
+    step is optimised until the guided step meets the pivot, and is the next step's start. The embedding, its
+    optimizer and the latents on the way down are float32 at least; the U-Net keeps its own dtype, and in float16 the
+    loss is scaled.
     """
     pivot = ddim_trajectory(denoise, latents, schedule, prompt_embeds, on_step)
-    n = schedule.num_steps
-    x, null, found = pivot[n:], negative_embeds.detach().float(), []
+    n, precise = schedule.num_steps, torch.promote_types(pivot.dtype, torch.float32)
+    x, null, found = pivot[n:].to(precise), negative_embeds.detach().float(), []
+    scaler = gradient_scaler(pivot.device, pivot.dtype)
     for i, k in enumerate(range(n, 0, -1)):
         a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
-        wanted = pivot[k - 1 : k]
+        wanted = pivot[k - 1 : k].to(precise)
         with torch.no_grad():
             conditional = denoise(x, k, prompt_embeds)
 
@@ -169,14 +173,16 @@ def _null_text(
             optimizer = torch.optim.Adam([null], lr=1e-2 * (1 - i / (2 * n)))
             for _ in range(num_inner_steps):
                 loss = F.mse_loss(step_down(null).float(), wanted.float())
-                (null.grad,) = torch.autograd.grad(loss, [null])
-                optimizer.step()
+                (null.grad,) = torch.autograd.grad(scaler.scale(loss), [null])
+                scaler.step(optimizer)
+                scaler.update()
                 if loss.item() < 1e-5 + i * 2e-5:
                     break
         null = null.detach()
         found.append(null)
         with torch.no_grad():
             x = step_down(null)
+        check_finite(x, "null-text inversion's way down", i)
         on_step(n + i)
     return WayUp(pivot, torch.cat(found[::-1]))
 
@@ -207,6 +213,7 @@ def _edit_friendly(
         output = denoise(path[k], k, prompt_embeds)
         a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
         mean, _ = ddpm_mean(path[k], output, a, a_next, schedule.prediction_type)
+        check_finite(mean, "the inversion", k - 1)
         residuals.append(path[k - 1] - mean)
         on_step(k - 1)
     return WayUp(torch.cat(path), residuals=torch.cat(residuals))

@@ -25,12 +25,20 @@ class Word:
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt as the text encoder sees it: ``input_ids`` (1, L) padded, its words, and where it ends (``eos``)."""
+    """A prompt as the text encoder sees it: ``input_ids`` (1, L) padded, its words, and where it ends (``eos``);
+    ``input_ids_2`` is what SDXL's second text encoder gets: the same tokens, padded and numbered its own way."""
 
     text: str
     input_ids: torch.Tensor
     words: tuple[Word, ...]
     eos: int
+    input_ids_2: torch.Tensor | None = None
+
+    @property
+    def ids(self) -> dict[str, torch.Tensor]:
+        """Text encoder's name -> (1, L)."""
+        ids = {"text_encoder": self.input_ids}
+        return ids if self.input_ids_2 is None else {**ids, "text_encoder_2": self.input_ids_2}
 
     def find(self, phrase: str) -> tuple[int, ...]:
         """Token positions of every occurrence of ``phrase`` (one word, or several in a row).

@@ -47,12 +47,12 @@ def test_a_saved_pipeline_is_the_same_again(pipe: S2EditPipeline, arguments: Cal
 
 
 def test_optional_components_stay_none(pipe: S2EditPipeline, arguments: Call, tmp_path: Path) -> None:
-    assert set(pipe._optional_components) == {"safety_checker", "feature_extractor", "image_encoder"}
+    absent = {name for name in pipe._optional_components if getattr(pipe, name) is None}
+    assert absent == {"safety_checker", "feature_extractor", "image_encoder", "text_encoder_2", "tokenizer_2"}
     pipe.save_pretrained(tmp_path)
     loaded = S2EditPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    for name in pipe._optional_components:
-        assert getattr(loaded, name) is None
+    assert {name for name in pipe._optional_components if getattr(loaded, name) is None} == absent
     assert np.abs(loaded(**arguments()).images - pipe(**arguments()).images).max() < 1e-4
 
 
@@ -65,8 +65,9 @@ def test_a_needed_component_that_is_none_is_named(pipe: S2EditPipeline, argument
 
 
 def test_components_are_what_init_takes(pipe: S2EditPipeline, arguments: Call) -> None:
-    taken = set(inspect.signature(S2EditPipeline.__init__).parameters) - {"self", "requires_safety_checker"}
-    assert set(pipe.components) == taken
+    taken = set(inspect.signature(S2EditPipeline.__init__).parameters)
+    settings = {"self", "requires_safety_checker", "force_zeros_for_empty_prompt"}
+    assert set(pipe.components) == taken - settings - {"text_encoder_2", "tokenizer_2"}  # SDXL's
     again = S2EditPipeline(**pipe.components)
     again.set_progress_bar_config(disable=True)
     assert again.unet is pipe.unet

@@ -114,7 +114,8 @@ def example_of(pipe: S2EditPipeline, picture: Image.Image, half_mask: Any = None
 
 def fit(pipe: S2EditPipeline, example: FitExample, row: torch.Tensor, seed: int = 0, **settings: Any) -> Any:
     return fit_identity_weights(
-        pipe.unet, pipe.text_encoder, pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, [example],
+        pipe.unet, {"text_encoder": pipe.text_encoder}, pipe.scheduler.alphas_cumprod,
+        pipe.scheduler.config.prediction_type, [example],
         [{"text_encoder": row}], FitSettings(**settings), torch.Generator().manual_seed(seed), lambda _: True,
     )  # fmt: skip
 
@@ -224,7 +225,7 @@ def test_fitting_fits(pipe: S2EditPipeline, picture: Image.Image, method: str) -
 
     def loss() -> float:
         prompt = tokenize(pipe.tokenizer, "a photo of a sad [I] lady with glasses")
-        embeds = pipe._encode_prompt(prompt)
+        embeds = pipe._encode_prompts([prompt]).embeds
         latents = pipe._encode_picture(picture, 32, 32)
         generator, total = torch.Generator().manual_seed(4), 0.0
         for t in range(50, 1000, 100):
@@ -341,8 +342,9 @@ def test_the_joint_loss_is_the_sum_of_both(pipe: S2EditPipeline, picture: Image.
 
     def step(chosen: list[int], generator: torch.Generator) -> Any:
         return fit_identity_weights(
-            pipe.unet, pipe.text_encoder, pipe.scheduler.alphas_cumprod, "epsilon", [examples[i] for i in chosen],
-            [rows[i] for i in chosen], FitSettings(method="full", num_steps=1), generator, lambda _: True,
+            pipe.unet, {"text_encoder": pipe.text_encoder}, pipe.scheduler.alphas_cumprod, "epsilon",
+            [examples[i] for i in chosen], [rows[i] for i in chosen], FitSettings(method="full", num_steps=1),
+            generator, lambda _: True,
         )  # fmt: skip
 
     with pytest.MonkeyPatch.context() as patched:
