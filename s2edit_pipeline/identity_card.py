@@ -6,6 +6,7 @@ shows it.
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -93,8 +94,11 @@ def identity_card(
     """
     token, subject = next(iter(tokens.items()))
     source_prompt, example = (" ".join(text.split()) for text in (source_prompt, example))
-    pictures = [f"![{prompt}]({file})\n*{prompt}*" for prompt, file in previews.items()]
-    pictures += [f"![Where `{name}` looks]({file})\n*Where `{name}` looks*" for name, file in masks.items()]
+    pictures = [f"![{prompt}]({file})\n\n*{prompt}*" for prompt, file in previews.items()]
+    pictures += [  # a cell of the latents a pixel: shown larger
+        f'<img src="{file}" width="256" alt="where {html.escape(name)} looks">\n\n*Where `{name}` looks*'
+        for name, file in masks.items()
+    ]
     loads = ["`load_lora_weights`"] if reads_as_lora else []
     rows = {f"token `{name}`": f'before "{noun}"' for name, noun in list(tokens.items())[1:]} | dict(facts)
     return TEMPLATE.substitute(

@@ -320,7 +320,7 @@ def test_its_card_names_what_it_is_and_shows_its_pictures(make_identity: Any, tm
     assert 'instance_prompt: "a photo of a sad lady"' in card and "`[I]`" in card and "consent" in card
     assert 'license: "cc-by-4.0"' in card
     assert str(tmp_path) not in card
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", card)
-    assert shown == ["preview_1.png", "mask.png"] and "a [I] lady, smiling" in card
+    shown = re.findall(r'!\[.*?\]\((.*?)\)|src="(.*?)"', card)
+    assert ["".join(each) for each in shown] == ["preview_1.png", "mask.png"] and "a [I] lady, smiling" in card
     with Image.open(tmp_path / "ada" / "preview_1.png") as saved:
         assert np.array_equal(np.asarray(saved), np.asarray(picture))

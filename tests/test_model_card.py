@@ -45,7 +45,7 @@ def test_an_identitys_card_is_read_too(base: str) -> None:
     assert card.data.pipeline_tag == "image-to-image"
     assert card.data.get("widget") == [{"text": "a [I] lady", "output": {"url": "preview_1.png"}}]
     assert "lora" not in card.data.tags and {"s2edit", "textual_inversion"} <= set(card.data.tags)
-    for part in ("Intended use, consent and misuse", "Limits", "Credit", "(mask.png)", "(preview_1.png)"):
+    for part in ("Intended use, consent and misuse", "Limits", "Credit", '"mask.png"', "(preview_1.png)"):
         assert part in card.text
     assert "$" not in card.text.replace("$5", "")
 
