@@ -205,7 +205,7 @@ def _lora_weights(
     """PEFT's LoRA in every attention projection; afterwards the very modules that were there are back."""
     adapter = "s2edit_fit"
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    attributes = {name: set(vars(module)) for name, module in components.items()}
+    attached: list[tuple[nn.Module, str]] = []
     configs = {name: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS[name]) for name in components}
 
     def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -224,7 +224,9 @@ def _lora_weights(
             for name, module in components.items():
                 before = [(p, n, c) for p in module.modules() for n, c in p.named_children()]
                 replaced += before
+                attributes = set(vars(module))
                 peft.inject_adapter_in_model(configs[name], module, adapter_name=adapter)
+                attached += [(module, added) for added in set(vars(module)) - attributes]  # peft_config and the like
         trained = [p for module in components.values() for n, p in module.named_parameters() if f".{adapter}." in n]
         for parameter in trained:
             parameter.data = parameter.data.float()
@@ -233,9 +235,8 @@ def _lora_weights(
         for parent, child_name, child in replaced:
             if getattr(parent, child_name) is not child:
                 setattr(parent, child_name, child)
-        for name, module in components.items():
-            for added in set(vars(module)) - attributes[name]:  # peft_config and the like
-                delattr(module, added)
+        for module, added in attached:
+            delattr(module, added)
 
 
 @contextmanager

@@ -137,10 +137,11 @@ class S2EditPipeline(
 
     @property
     def components(self) -> dict[str, Any]:
-        """As every pipeline's, to make others of; without SDXL's second text encoder where there is none, so that
-        ``StableDiffusionPipeline(**pipe.components)`` works."""
+        """As every pipeline's, to make others of: what the stock pipeline of the other family alone knows is left out
+        where it is None, so that ``StableDiffusionPipeline(**pipe.components)`` works, or SDXL's."""
         held: dict[str, Any] = super().components
-        return {name: one for name, one in held.items() if one is not None or not name.endswith("_2")}
+        others = ("text_encoder_2", "tokenizer_2") if self.text_encoder_2 is None else ("safety_checker",)
+        return {name: one for name, one in held.items() if one is not None or name not in others}
 
     # -------------------------------------------------------------------- what callbacks read and set
 
