@@ -1,4 +1,4 @@
-"""The command line: ``s2edit demo``, ``s2edit measure``, ``s2edit train-avatars``."""
+"""The command line: ``s2edit demo``, ``s2edit measure``, ``s2edit publish``, ``s2edit train-avatars``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 
     demo.add_arguments(parser)
     parser.set_defaults(run=demo.run)
+
+
+def _publish(parser: argparse.ArgumentParser) -> None:
+    from . import publishing
+
+    publishing.add_arguments(parser)
+    parser.set_defaults(run=publishing.run)
 
 
 def _train_avatars(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +115,7 @@ def _save_sheet(report: BaseModelReport, path: str) -> None:
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (_demo, "fit an identity to a drawn face and edit it"),
     "measure": (_measure, "measure the base model, inversions, edits or compositions"),
+    "publish": (_publish, "push the pipeline to the Hub, where any diffusers script loads it from"),
     "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),
 }
 

@@ -3,39 +3,52 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import importlib.metadata
 import os
 import re
-import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from huggingface_hub import HfApi
 from torch import nn
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, FORMAT_VERSION)
-"""1 had the reference attribute's row in the identity's own token file."""
-CONFIG_FILE = "identity.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-TOKEN_FILE = "learned_embeds.safetensors"
-REFERENCE_TOKEN_FILE = "reference_embeds.safetensors"
-FULL_FILE = "weight_differences.safetensors"
-WEIGHT_FILES = (TOKEN_FILE, REFERENCE_TOKEN_FILE, LORA_FILE, FULL_FILE)
-MASK_FILE = "mask.png"
-REFERENCE_MASK_FILE = "reference_mask.png"
-CARD_FILE = "README.md"
-METHODS = ("full", "lora", "token")
-ROW_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""Text encoder -> its row's key in the file of a token that has several rows, as SDXL embeddings are published."""
+from .atomic_folder import atomic_folder
+from .identity_card import identity_card
+from .identity_files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MASK_FILES,
+    WEIGHT_FILES,
+    IdentityFiles,
+    fetch_identity,
+    read_identity,
+    write_identity,
+)
+from .lora_format import lora_metadata, name_within, pattern_name
+from .low_rank import compress
+from .picture_inputs import load_picture
+from .prompt_alignment import insert_token
+
+KEPT_ENERGY = 0.99
+MOST_BYTES = 4_800_000
+"""Of a full fine-tuning's low-rank differences: with token, mask and card 5 MB."""
+SMALLEST_SHARE = 50
+"""And no more than this part of the differences themselves, so that a small model's identity is small too."""
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {}
+    for name in ("s2edit-pipeline", "torch", "diffusers", "transformers", "peft"):
+        with suppress(importlib.metadata.PackageNotFoundError):  # this one may be a folder that diffusers loaded
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,9 @@ class IdentityAdapter:
         method: "full", "lora" or "token".
         rows: text encoder's name ("text_encoder", and with SDXL "text_encoder_2") -> (D,) float32, the token's row of
             its embedding table.
-        weights: for "lora" diffusers' LoRA state dict (``unet.….lora_A.weight``, ``text_encoder.…``), for "full"
-            the differences to the base model (``unet.…``, ``text_encoder.…``), for "token" nothing.
+        weights: for "lora" diffusers' LoRA state dict (``unet.….lora_A.weight``, ``text_encoder.text_model.…``), for
+            "full" the differences to the base model (``unet.…``, ``text_encoder.…``) or, :meth:`compressed`, low-rank
+            factors of them, for "token" nothing.
         lora_metadata: PEFT's rank, alpha and targets of each component, as diffusers writes them.
         mask: (h, w) float32 in [0, 1], ``M_obj`` at the latents' size, or None where spatial control was off.
         base_model: what the base model calls itself.
@@ -77,6 +91,7 @@ class IdentityAdapter:
         settings: what it was fitted with.
         measures: what was measured while fitting: losses and cosine at both ends, seconds.
         reference: the attribute of a reference picture that was fitted with it, or None.
+        library_versions: what it was fitted with, by package.
     """
 
     token: str
@@ -92,6 +107,7 @@ class IdentityAdapter:
     settings: Mapping[str, Any] = field(default_factory=dict)
     measures: Mapping[str, float] = field(default_factory=dict)
     reference: LearnedAttribute | None = None
+    library_versions: Mapping[str, str] = field(default_factory=_library_versions)
 
     def __repr__(self) -> str:
         return (
@@ -129,28 +145,84 @@ class IdentityAdapter:
         return renamed
 
     def weight_differences(self, component: str) -> dict[str, torch.Tensor]:
-        """Parameter name -> what is added to it in ``component`` ("unet" or "text_encoder"), float32.
+        """Parameter name -> what is added to it in ``component`` ("unet" or a text encoder), float32.
 
-        LoRA (Hu et al. 2021): ``W' = W + (alpha / r) B A``.
+        LoRA (Hu et al. 2021): ``W' = W + (alpha / r) B A``, a convolution's ``W`` as the matrix (out, in * kh * kw).
         """
         prefix = component + "."
         mine = {name.removeprefix(prefix): t for name, t in self.weights.items() if name.startswith(prefix)}
-        if self.method != "lora":
-            return {name: t.float() for name, t in mine.items()}
-        scale = self.lora_metadata[f"{component}.lora_alpha"] / self.lora_metadata[f"{component}.r"] if mine else 1.0
         differences = {}
-        for name, down in mine.items():
+        for name, tensor in mine.items():
             if name.endswith(".lora_A.weight"):
                 layer = name.removesuffix(".lora_A.weight")
-                up = mine[f"{layer}.lora_B.weight"]
-                differences[f"{layer}.weight"] = scale * (up.float() @ down.float())
+                down, up = tensor.float(), mine[f"{layer}.lora_B.weight"].float()
+                product = self._lora_scale(component, layer) * (up.flatten(1) @ down.flatten(1))
+                differences[f"{layer}.weight"] = product.reshape(len(up), *down.shape[1:])
+            elif not name.endswith(".lora_B.weight"):
+                differences[name] = tensor.float()
         return differences
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+    def _lora_scale(self, component: str, layer: str) -> float:
+        said, layer = self.lora_metadata, pattern_name(layer)
+        rank = said.get(f"{component}.rank_pattern", {}).get(layer, said[f"{component}.r"])
+        alpha = said.get(f"{component}.alpha_pattern", {}).get(layer, said[f"{component}.lora_alpha"])
+        return float(alpha / rank)
+
+    def compressed(self, kept_energy: float = KEPT_ENERGY, max_bytes: int | None = None) -> IdentityAdapter:
+        """A full fine-tuning as low-rank factors, which diffusers reads as a LoRA; see ``low_rank.compress``. Of
+        another method, or compressed already: itself.
+
+        Args:
+            kept_energy: share of the differences' sum of squares to keep, in (0, 1].
+            max_bytes: at most; None is 4.8 MB, or a fiftieth of the differences where that is less.
+
+        Returns:
+            The identity; ``measures["kept_energy"]`` says what share was kept.
+        """
+        if not 0 < kept_energy <= 1:
+            raise ValueError(f"kept_energy must be above 0 and at most 1, not {kept_energy!r}.")
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, not {max_bytes!r}.")
+        if self.method != "full" or "kept_energy" in self.measures:
+            return self
+        if max_bytes is None:
+            max_bytes = min(MOST_BYTES, sum(4 * t.numel() for t in self.weights.values()) // SMALLEST_SHARE)
+        found = compress(self.weights, kept_energy, max_bytes)
+        weights = dict(found.plain)
+        ranks: dict[str, dict[str, int]] = {}
+        for path, (down, up) in found.factors.items():
+            weights |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+            component, _, layer = path.partition(".")
+            ranks.setdefault(component, {})[pattern_name(layer)] = len(down)
+        metadata: dict[str, Any] = {}
+        for component, each in ranks.items():
+            ((usual, _),) = Counter(each.values()).most_common(1)
+            other = {layer: rank for layer, rank in each.items() if rank != usual}
+            said = lora_metadata(usual, list(each)) | {"rank_pattern": other, "alpha_pattern": other}
+            metadata |= {f"{component}.{name}": value for name, value in said.items()}
+        measures = {**self.measures, "kept_energy": round(found.kept_energy, 6)}
+        return replace(self, weights=weights, lora_metadata=metadata, measures=measures)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        exact: bool = False,
+        kept_energy: float = KEPT_ENERGY,
+        max_bytes: int | None = None,
+        previews: Mapping[str, Any] | None = None,
+        license: str = "other",
+    ) -> None:
         """Write the identity to the folder ``save_directory``: safetensors, JSON, a mask PNG and a card.
 
-        The folder is made beside its place and moved there whole, so a failure leaves what was there. A folder
-        that holds anything but an identity is never replaced.
+        The folder is made beside its place and takes it in one step: whenever the process is killed, what is there is
+        the old identity or the new one, whole. A folder that holds anything but an identity is never replaced.
+
+        Args:
+            exact: keep a full fine-tuning's differences to the last bit, gigabytes with a large model; otherwise
+                they are :meth:`compressed` with ``kept_energy`` and ``max_bytes``.
+            previews: prompt -> picture, for the card.
+            license: the Hub's name of a licence, for the card.
 
         Raises:
             ValueError: ``save_directory`` is a file, or a folder with other things in it.
@@ -158,44 +230,21 @@ class IdentityAdapter:
         target = Path(save_directory).resolve()  # "." can't be renamed, its place can
         if target.exists() and not target.is_dir():
             raise ValueError(f"{target} is a file; give a folder for the identity.")
-        if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_FILE).exists():
-            raise ValueError(f"{target} holds other files and no {CONFIG_FILE}; give a new folder, or an identity's.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            self._write(made)
-            made.chmod(0o755)
-            if target.is_dir() and any(target.iterdir()):
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-                try:
-                    os.rename(target, old / "identity")
-                    os.rename(made, target)
-                finally:
-                    if not target.exists():
-                        os.rename(old / "identity", target)
-                    shutil.rmtree(old)
-            else:
-                os.rename(made, target)  # onto an empty folder too
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+        foreign = [p.name for p in target.iterdir() if not _is_ours(p.name)] if target.is_dir() else []
+        if foreign:
+            raise ValueError(
+                f"{target} holds other files ({sorted(foreign)[0]}), which saving there would take away; "
+                "give a new folder, or an identity's."
+            )
+        saved = self if exact else self.compressed(kept_energy, max_bytes)
+        with atomic_folder(target) as folder:
+            saved._write(folder, previews or {}, license)
 
-    def _write(self, folder: Path) -> None:
-        # one file for each token: diffusers' load_textual_inversion takes files of one token alone
-        for file, (token, (rows, _)) in zip((TOKEN_FILE, REFERENCE_TOKEN_FILE), self.learned.items(), strict=False):
-            _write_rows(folder / file, token, rows)
-        held = {name: t.contiguous() for name, t in self.weights.items()}
-        if self.method == "lora":
-            save_file(held, str(folder / LORA_FILE), {"lora_adapter_metadata": json.dumps(dict(self.lora_metadata))})
-        elif self.method == "full":
-            save_file(held, str(folder / FULL_FILE))
-        for file, mask in zip((MASK_FILE, REFERENCE_MASK_FILE), (m for _, m in self.learned.values()), strict=False):
-            if mask is not None:
-                Image.fromarray((mask.numpy() * 255).round().astype(np.uint8)).save(folder / file)
+    def _write(self, folder: Path, previews: Mapping[str, Any], license: str, repository: str | None = None) -> None:
         reference = None
         if self.reference is not None:
             reference = {name: getattr(self.reference, name) for name in ("token", "subject", "source_prompt")}
         config = {
-            "format_version": FORMAT_VERSION,
             "token": self.token,
             "subject": self.subject,
             "source_prompt": self.source_prompt,
@@ -205,21 +254,42 @@ class IdentityAdapter:
             "base_fingerprint": dict(self.base_fingerprint),
             "settings": dict(self.settings),
             "measures": dict(self.measures),
+            "library_versions": dict(self.library_versions),
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        (folder / CARD_FILE).write_text(self._card(), "utf-8")
+        lora = {name: t for name, t in self.weights.items() if _is_lora(name)}
+        files = IdentityFiles(
+            config=config,
+            rows=tuple(rows for rows, _ in self.learned.values()),
+            masks=tuple(mask for _, mask in self.learned.values()),
+            lora=lora,
+            lora_metadata=self.lora_metadata,
+            differences={name: t for name, t in self.weights.items() if name not in lora},
+        )
+        pictures = {f"preview_{i}.png": load_picture(p, "previews") for i, p in enumerate(previews.values(), 1)}
+        card = self._card(dict(zip(previews, pictures, strict=True)), license, repository)
+        write_identity(folder, files, card, pictures)
 
-    def _card(self) -> str:
-        # the Hub takes nothing but a repository's name here
-        base = f"base_model: {self.base_model}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", self.base_model) else ""
-        return (
-            f"---\nlibrary_name: diffusers\n{base}tags:\n- s2edit\n- image-editing\n"
-            f"instance_prompt: {json.dumps(self.source_prompt)}\n---\n\n"
-            f'# An identity for S2EditPipeline\n\nToken `{self.token}` before the noun "{self.subject}", fitted to one '
-            f'picture described as "{self.source_prompt}" (method `{self.method}`).\n\n'
-            "```python\nfrom s2edit_pipeline import IdentityAdapter\n\n"
-            'identity = IdentityAdapter.from_pretrained("this folder or repository")\n```\n\n'
-            "Publish the identity of a person only with that person's consent.\n"
+    def _card(self, previews: Mapping[str, str], license: str, repository: str | None = None) -> str:
+        measured = {name.replace("_", " "): f"{value:.4g}" for name, value in self.measures.items()}
+        tokens = {self.token: self.subject}
+        if self.reference is not None:
+            tokens[self.reference.token] = self.reference.subject
+        return identity_card(
+            tokens=tokens,
+            source_prompt=self.source_prompt,
+            example=insert_token(self.source_prompt, self.subject, self.token),
+            method=self.method,
+            base_model=self.base_model,
+            facts=measured | {"fitted with": ", ".join(f"{n} {v}" for n, v in self.library_versions.items())},
+            masks={
+                token: file
+                for file, (token, (_, mask)) in zip(MASK_FILES, self.learned.items(), strict=False)
+                if mask is not None
+            },
+            previews=previews,
+            reads_as_lora=any(map(_is_lora, self.weights)),
+            license=license,
+            repository=repository,
         )
 
     @classmethod
@@ -235,78 +305,27 @@ class IdentityAdapter:
         """Load an identity from a folder or a Hub repository.
 
         Raises:
-            ValueError: the folder holds no identity, or one that is damaged or of a newer format; the message says
-                which file and what was expected.
+            ValueError: the folder holds no identity, or one that is damaged, of a newer format or has what an identity
+                may not have; the message says which file and what was expected.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            name = str(pretrained_model_name_or_path)
-            if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
-                raise ValueError(f"{name} is not a folder; give an identity's folder or a Hub repository's name.")
-            folder = Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    token=token,
-                    cache_dir=None if cache_dir is None else str(cache_dir),
-                    local_files_only=local_files_only,
-                    allow_patterns=[CONFIG_FILE, *WEIGHT_FILES, MASK_FILE, REFERENCE_MASK_FILE],
-                )
-            )
-        return cls._read(folder)
-
-    @classmethod
-    def _read(cls, folder: Path) -> IdentityAdapter:
-        if not (folder / CONFIG_FILE).is_file():
-            raise ValueError(f"{folder} holds no {CONFIG_FILE}: it is not an identity that save_pretrained wrote.")
-        try:
-            config = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-            version = config["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / CONFIG_FILE} is damaged ({error!r}); save the identity again.") from error
-        if version not in READABLE_VERSIONS:
-            raise ValueError(
-                f"{folder / CONFIG_FILE} has format version {version!r} and this release reads "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}: "
-                "pip install --upgrade s2edit-pipeline."
-            )
-        missing = {"token", "subject", "source_prompt", "method"} - set(config)
-        if missing or config["method"] not in METHODS:
-            raise ValueError(f"{folder / CONFIG_FILE} lacks {sorted(missing)} or has an unknown method; save it again.")
-        try:
-            rows = _read_rows(folder / TOKEN_FILE, config["token"])
-            weights: dict[str, torch.Tensor] = {}
-            metadata: dict[str, Any] = {}
-            if config["method"] == "lora":
-                with safe_open(str(folder / LORA_FILE), framework="pt") as opened:
-                    metadata = json.loads((opened.metadata() or {})["lora_adapter_metadata"])
-                    weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            elif config["method"] == "full":
-                weights = load_file(str(folder / FULL_FILE))
-            reference = None
-            if config.get("reference") is not None:
-                said = {name: config["reference"][name] for name in ("token", "subject", "source_prompt")}
-                reference = LearnedAttribute(
-                    **said,
-                    rows=_read_rows(folder / (TOKEN_FILE if version == 1 else REFERENCE_TOKEN_FILE), said["token"]),
-                    mask=_read_mask(folder / REFERENCE_MASK_FILE),
-                )
-            mask = _read_mask(folder / MASK_FILE)
-        except Exception as error:
-            raise ValueError(f"The identity in {folder} is damaged: {error!r}. Fetch or save it again.") from error
+        folder = fetch_identity(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        files = read_identity(folder)
+        said = dict(files.config)
+        reference = said.pop("reference")
+        if reference is not None:
+            reference = LearnedAttribute(**reference, rows=files.rows[1], mask=files.masks[1])
         return cls(
-            token=config["token"],
-            subject=config["subject"],
-            source_prompt=config["source_prompt"],
-            method=config["method"],
-            rows=rows,
-            weights=weights,
-            lora_metadata=metadata,
-            mask=mask,
-            base_model=config.get("base_model", ""),
-            base_fingerprint=config.get("base_fingerprint", {}),
-            settings=config.get("settings", {}),
-            measures=config.get("measures", {}),
+            **said,
+            rows=files.rows[0],
+            weights={**files.lora, **files.differences},
+            lora_metadata=files.lora_metadata,
+            mask=files.masks[0],
             reference=reference,
         )
 
@@ -318,37 +337,36 @@ class IdentityAdapter:
         token: str | bool | None = None,
         commit_message: str = "An identity for S2EditPipeline",
         create_pr: bool = False,
+        exact: bool = False,
+        kept_energy: float = KEPT_ENERGY,
+        max_bytes: int | None = None,
+        previews: Mapping[str, Any] | None = None,
+        license: str = "other",
     ) -> str:
-        """Upload the identity to the Hub repository ``repo_id``; returns the commit's address."""
+        """Upload the identity to the Hub repository ``repo_id``, in place of one that is there; returns the commit's
+        address. What isn't said here is as in :meth:`save_pretrained`."""
+        saved = self if exact else self.compressed(kept_energy, max_bytes)
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
-            self._write(Path(folder))
+            saved._write(Path(folder), previews or {}, license, repo_id)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                delete_patterns=[*WEIGHT_FILES, *MASK_FILES, "preview_*.png"],
             )
         return str(commit.commit_url)
 
 
-def _write_rows(file: Path, token: str, rows: Mapping[str, torch.Tensor]) -> None:
-    """One row under the token's name, as Stable Diffusion's learned words are published; several under ROW_KEYS, as
-    SDXL's are."""
-    keys = {name: token for name in rows} if len(rows) == 1 else ROW_KEYS
-    save_file({keys[name]: row.contiguous() for name, row in rows.items()}, str(file))
+def _is_lora(name: str) -> bool:
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
-def _read_rows(file: Path, token: str) -> dict[str, torch.Tensor]:
-    held = load_file(str(file))
-    keys = ROW_KEYS if set(ROW_KEYS.values()) <= held.keys() else {"text_encoder": token}
-    return {name: held[key].float().reshape(-1) for name, key in keys.items()}
-
-
-def _read_mask(file: Path) -> torch.Tensor | None:
-    """(h, w) float32 in [0, 1], or None where there is no file."""
-    if not file.exists():
-        return None
-    with Image.open(file) as picture:
-        return torch.from_numpy(np.asarray(picture.convert("L")) / np.float32(255))
+def _is_ours(file: str) -> bool:
+    known = (CONFIG_FILE, CARD_FILE, *WEIGHT_FILES, *MASK_FILES)
+    return file in known or re.fullmatch(r"preview_\d+\.png", file) is not None
 
 
 def fingerprint(module: nn.Module, originals: Mapping[str, torch.Tensor] | None = None) -> list[float]:
@@ -371,14 +389,31 @@ def fingerprint(module: nn.Module, originals: Mapping[str, torch.Tensor] | None 
 
 def check_base(adapter: IdentityAdapter, components: Mapping[str, nn.Module], loaded: LoadedIdentities) -> None:
     """Raises:
-    ValueError: the identity was fitted to a base model with other weights than ``components`` have below ``loaded``.
+    ValueError: the identity was fitted to a base model with other components, or with other weights than
+        ``components`` have below ``loaded``; or these are offloaded.
     """
+    _check_present(components)
+    base = adapter.base_model or "another base model"
+    if adapter.base_fingerprint and adapter.base_fingerprint.keys() != components.keys():
+        raise ValueError(
+            f"The identity {adapter.token!r} was fitted to {base!r}, of {' and '.join(adapter.base_fingerprint)}; this "
+            f"pipeline has {' and '.join(components)}. Load that model, or fit the identity again here."
+        )
     for name, wanted in adapter.base_fingerprint.items():
         found = fingerprint(components[name], loaded.originals(name))
         if len(wanted) != len(found) or not np.allclose(wanted, found, rtol=0.02, atol=1e-3):
             raise ValueError(
-                f"The identity {adapter.token!r} was fitted to {adapter.base_model or 'another base model'!r}, whose "
-                f"{name} has other weights than this pipeline's. Load that model, or fit the identity again here."
+                f"The identity {adapter.token!r} was fitted to {base!r}, whose {name} has other weights than this "
+                "pipeline's. Load that model, or fit the identity again here."
+            )
+
+
+def _check_present(components: Mapping[str, nn.Module]) -> None:
+    for name, module in components.items():
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ValueError(
+                f"The weights of the {name} are offloaded and can't be changed. Call pipe.remove_all_hooks() first, "
+                "and enable offloading again afterwards."
             )
 
 
@@ -387,6 +422,11 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     layer, _, leaf = name.rpartition(".")
     owner = module.get_submodule(layer)
     return getattr(getattr(owner, "base_layer", owner), leaf)
+
+
+def _changes(adapter: IdentityAdapter, component: str, module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameter name of ``module`` -> what is added to it."""
+    return {name_within(module, name): d for name, d in adapter.weight_differences(component).items()}
 
 
 class LoadedIdentities:
@@ -404,16 +444,19 @@ class LoadedIdentities:
         """Lay ``adapter`` over ``components``.
 
         Raises:
-            ValueError: it doesn't fit them (names or shapes); nothing is changed then.
+            ValueError: it doesn't fit them (components, names or shapes); nothing is changed then.
         """
+        foreign = {name.split(".")[0] for name in adapter.weights} - components.keys()
+        if foreign:
+            raise ValueError(f"The identity changes {', '.join(sorted(foreign))}, which this model doesn't have.")
         for component, module in components.items():
-            for name, difference in adapter.weight_differences(component).items():
+            for name, difference in _changes(adapter, component, module).items():
                 try:
                     held = _parameter(module, name)
                 except AttributeError:
-                    raise ValueError(
-                        f"The identity changes {component}.{name}, which this model doesn't have."
-                    ) from None
+                    held = None
+                if not isinstance(held, nn.Parameter):
+                    raise ValueError(f"The identity changes {component}.{name}, which this model doesn't have.")
                 if held.shape != difference.shape:
                     raise ValueError(
                         f"The identity's {component}.{name} is {tuple(difference.shape)}; "
@@ -424,7 +467,12 @@ class LoadedIdentities:
         self._lay(components)
 
     def remove(self, token: str, components: Mapping[str, nn.Module]) -> None:
-        """Lift one identity off; the others stay."""
+        """Lift one identity off; the others stay.
+
+        Raises:
+            ValueError: the weights are offloaded.
+        """
+        _check_present(components)
         self._lift(components)
         del self.adapters[token]
         self._lay(components)
@@ -440,7 +488,7 @@ class LoadedIdentities:
     def _lay(self, components: Mapping[str, nn.Module]) -> None:
         for adapter, scale in self.adapters.values():
             for component, module in components.items():
-                for name, difference in adapter.weight_differences(component).items():
+                for name, difference in _changes(adapter, component, module).items():
                     parameter = _parameter(module, name)
                     self._originals.setdefault((component, name), parameter.data)
                     changed = parameter.data.float() + scale * difference.to(parameter.device)

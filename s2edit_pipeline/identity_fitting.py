@@ -16,6 +16,7 @@ from .attention_control import SpatialControl, attention_control
 from .ddim_steps import add_noise, gradient_scaler, training_target
 from .identity_losses import cosine, reconstruction_loss, semantic_loss
 from .identity_token import embedding_table, token_rows
+from .lora_format import lora_metadata, published_name
 from .prompt_alignment import TokenizedPrompt
 from .prompt_encoding import encode_prompts
 
@@ -173,7 +174,7 @@ def _full_weights(components: Mapping[str, nn.Module]) -> Iterator[tuple[list[nn
     """All weights, trained as float32 copies; the original tensors are put back, not written to."""
     tables = [embedding_table(module).weight for name, module in components.items() if name != "unet"]
     held = [
-        (f"{name}.{inner}", p, p.data)
+        (published_name(name, inner), p, p.data)
         for name, module in components.items()
         for inner, p in module.named_parameters()
         if not any(p is table for table in tables)  # [I]'s own row is trained; the words' rows stay
@@ -212,13 +213,9 @@ def _lora_weights(
         metadata: dict[str, Any] = {}
         for name, module in components.items():
             state = peft.get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
-            weights |= {f"{name}.{key}": value.detach().float().cpu().clone() for key, value in state.items()}
-            plain = {
-                "r": rank, "lora_alpha": rank, "target_modules": sorted(LORA_TARGETS[name]), "rank_pattern": {},
-                "alpha_pattern": {}, "lora_dropout": 0.0, "bias": "none", "use_dora": False, "use_rslora": False,
-                "lora_bias": False,
-            }  # fmt: skip
-            metadata |= {f"{name}.{key}": value for key, value in plain.items()}
+            weights |= {published_name(name, key): value.detach().float().cpu().clone() for key, value in state.items()}
+            said = lora_metadata(rank, LORA_TARGETS[name])
+            metadata |= {f"{name}.{key}": value for key, value in said.items()}
         return weights, metadata
 
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from .attention_control import SpatialControl
 from .identity_adapter import IdentityAdapter, LoadedIdentities, check_base
 from .identity_token import token_rows, with_tokens
+from .picture_inputs import load_mask
 from .pipeline_parts import PipelineParts
 from .prompt_alignment import TokenizedPrompt, insert_token, split_words
 from .prompt_encoding import PromptEmbeds, encode_prompts, join
@@ -34,6 +36,7 @@ class IdentityLoading(PipelineParts):
         token: str | None = None,
         scale: float = 1.0,
         *,
+        mask: Any = None,
         reference_token: str | None = None,
         **kwargs: Any,
     ) -> str:
@@ -42,7 +45,9 @@ class IdentityLoading(PipelineParts):
         Args:
             identity: an ``IdentityAdapter``, a folder, or a Hub repository's name.
             token: another name for it.
-            scale: strength of its weights, 1 as fitted.
+            scale: strength of its weights, 1 as fitted, 0 as if they weren't there.
+            mask: where it is in the picture that will be edited, white inside; None: where it was in its own. Two
+                people in one picture, each fitted to a picture of their own, need it.
             reference_token: another name for its reference attribute's token.
             kwargs: for ``IdentityAdapter.from_pretrained``.
 
@@ -62,6 +67,8 @@ class IdentityLoading(PipelineParts):
         )
         if token is not None or reference_token is not None:
             adapter = adapter.renamed(token, reference_token)
+        if mask is not None:
+            adapter = replace(adapter, mask=load_mask(mask, None))
         if adapter.token in self._loaded.adapters:
             raise ValueError(
                 f"An identity {adapter.token!r} is loaded already. Give this one another name, "

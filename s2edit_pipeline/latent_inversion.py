@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -31,8 +31,7 @@ class Inversion:
         residuals: (N, C, h, w), for noise level k at k - 1: what has to be added to the DDPM step's mean there to
             arrive at the next latents ("edit_friendly"); or None: the steps are DDIM's.
         guidance_scale: that the unconditional embeddings were made for, or None where any will do.
-        identity: the fitted token that took part, or None.
-        identity_digest: which fitted row that token stood for, see ``IdentityAdapter.digest``.
+        identities: the fitted tokens that took part -> which fit each stood for, see ``IdentityAdapter.digest``.
         base_model: what the model calls itself.
     """
 
@@ -42,8 +41,7 @@ class Inversion:
     unconditional_embeds: torch.Tensor | None = None
     residuals: torch.Tensor | None = None
     guidance_scale: float | None = None
-    identity: str | None = None
-    identity_digest: str | None = None
+    identities: Mapping[str, str] = field(default_factory=dict)
     base_model: str = ""
 
     @property

@@ -77,8 +77,7 @@ class PictureEditing(IdentityLoading):
             unconditional_embeds=found.unconditional_embeds,
             residuals=found.residuals,
             guidance_scale=guidance_scale if method == "null_text" else None,
-            identity=tokens[0] if tokens else None,
-            identity_digest=self._loaded.adapters[tokens[0]][0].digest if tokens else None,
+            identities={token: self._loaded.adapters[token][0].digest for token in tokens},
             base_model=self._base_name(),
         )
 
@@ -103,13 +102,13 @@ class PictureEditing(IdentityLoading):
                 f"num_inference_steps={steps}, but the inversion was made in {inversion.num_inference_steps}; "
                 f"leave it out, or call pipe.invert(..., num_inference_steps={steps})."
             )
-        if inversion.identity is not None:
-            adapter, _ = self._loaded.adapters.get(inversion.identity, (None, 1.0))
-            if adapter is None or adapter.digest != inversion.identity_digest:
+        for token, digest in inversion.identities.items():
+            adapter, _ = self._loaded.adapters.get(token, (None, 1.0))
+            if adapter is None or adapter.digest != digest:
                 loaded = "another identity is" if adapter is not None else "it isn't"
                 raise ValueError(
-                    f"The inversion was made with the identity {inversion.identity!r}, and {loaded} loaded under that "
-                    "name. Pass the same one, identity=..., or invert again without it."
+                    f"The inversion was made with the identity {token!r}, and {loaded} loaded under that name. "
+                    "Pass the same one, identity=..., or invert again without it."
                 )
         if inversion.prompt != source_prompt:
             raise ValueError(

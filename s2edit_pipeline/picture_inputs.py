@@ -149,8 +149,9 @@ def picture_to_tensor(picture: Image.Image, height: int, width: int) -> torch.Te
     return torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1.0
 
 
-def load_mask(mask: Any, size: tuple[int, int], name: str = "mask") -> torch.Tensor:
-    """A mask of a picture of ``size`` (width, height) as (height, width) float32 in [0, 1]; white is inside.
+def load_mask(mask: Any, size: tuple[int, int] | None, name: str = "mask") -> torch.Tensor:
+    """A mask of a picture of ``size`` (width, height) as (height, width) float32 in [0, 1]; white is inside. With None
+    it keeps its own size.
 
     Args:
         mask: PIL picture, path, (H, W) array or tensor: bool, uint8, or floating point in [0, 1]. Its size may
@@ -178,7 +179,7 @@ def load_mask(mask: Any, size: tuple[int, int], name: str = "mask") -> torch.Ten
         else:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
     picture = picture.convert("L")
-    width, height = size
+    width, height = size = picture.size if size is None else size
     if abs(picture.width * height - picture.height * width) > 0.02 * picture.height * width:
         raise ValueError(
             f"{name} is {picture.width} x {picture.height} and the picture {width} x {height}: not the same shape. "

@@ -32,16 +32,21 @@ from transformers import (
 )
 
 # diffusers copies only the files that this one names, so the stages' own modules are named here as well
+from .atomic_folder import atomic_folder  # noqa: F401
 from .attention_control import attention_control  # noqa: F401
 from .ddim_steps import noise_schedule
 from .edit_plan import plan_edits  # noqa: F401
 from .edit_sampling import EditSettings, check_share
 from .identity_adapter import IdentityAdapter, LoadedIdentities
+from .identity_card import identity_card  # noqa: F401
+from .identity_files import read_identity  # noqa: F401
 from .identity_fitting import FitSettings
 from .identity_loading import IdentityLoading  # noqa: F401
 from .identity_losses import cosine  # noqa: F401
 from .identity_token import token_rows  # noqa: F401
 from .latent_inversion import Inversion, check_method
+from .lora_format import lora_metadata  # noqa: F401
+from .low_rank import compress  # noqa: F401
 from .noise_drawing import NoiseDrawing
 from .object_masks import mask_to_picture
 from .picture_editing import PictureEditing
@@ -296,9 +301,11 @@ class S2EditPipeline(
             tokens = self._tokenize(prompt)
             self._tokenize(negative_prompt or "")  # refused here if it is too long
             latents = self._encode_picture(picture, *size)
-            return self._invert(
+            found = self._invert(
                 latents, tokens, method, schedule, guidance_scale, negative_prompt, generator, clip_skip
             )
+        self.maybe_free_model_hooks()
+        return found
 
     @torch.no_grad()
     def __call__(

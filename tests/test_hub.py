@@ -20,10 +20,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import s2edit_pipeline
-from s2edit_pipeline import IdentityAdapter, S2EditPipeline
+from s2edit_pipeline import IdentityAdapter, S2EditPipeline, load_avatars
+from s2edit_pipeline.cli import main
 
 TOKEN = "hf_fetched_by_nobody"
 SOURCE, TARGET = "a photo of a sad lady", "a photo of a smiling [I] lady"
@@ -56,13 +58,25 @@ class Hub:
 
 
 def card_errors(card: str) -> list[dict[str, str]]:
-    """The Hub's own rule for base models, and that there is front matter at all."""
+    """The Hub's own rules, as far as these cards go: front matter, its types, names of licences and base models."""
     matter = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
     if matter is None:
         return [{"message": "no front matter"}]
-    bases = re.findall(r"^base_model: *(.*)$", matter[1], flags=re.MULTILINE)
-    wrong = [base for base in bases if not re.fullmatch(r"[\w.-]+/[\w.-]+", base)]
-    return [{"message": f'"base_model" with value {base!r} is not valid'} for base in wrong]
+    said = yaml.safe_load(matter[1])
+    listed = lambda value: value if isinstance(value, list) else [value]  # noqa: E731
+    rules = {
+        "license": lambda v: v in ("apache-2.0", "other", "cc-by-4.0"),
+        "library_name": lambda v: v == "diffusers",
+        "pipeline_tag": lambda v: v in ("image-to-image", "text-to-image"),
+        "base_model": lambda v: all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) for name in listed(v)),
+        "base_model_relation": lambda v: v in ("adapter", "finetune", "quantized", "merge"),
+        "tags": lambda v: isinstance(v, list) and all(isinstance(tag, str) for tag in v),
+        "instance_prompt": lambda v: isinstance(v, str),
+        "widget": lambda v: all({"text", "output"} == set(w) and isinstance(w["output"]["url"], str) for w in v),
+    }
+    wrong = [name for name, value in said.items() if name not in rules or not rules[name](value)]
+    wrong += [name for name in ("license", "library_name", "tags") if name not in said]
+    return [{"message": f'"{name}" with value {said.get(name)!r} is not valid'} for name in wrong]
 
 
 def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -230,7 +244,8 @@ print(IdentityAdapter.from_pretrained(folder).push_to_hub(repo, **eval(options))
 EDIT = """
 import sys, numpy, torch
 from PIL import Image
-from s2edit_pipeline import IdentityAdapter, S2EditPipeline
+from s2edit_pipeline import IdentityAdapter, S2EditPipeline, load_avatars
+from s2edit_pipeline.cli import main
 model, repo, picture, out, options = sys.argv[1:]
 pipe = S2EditPipeline.from_pretrained(model)
 token = pipe.load_identity(repo, **eval(options))
@@ -258,11 +273,24 @@ def fitted(pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, tm
 def test_a_pushed_identity_makes_the_same_edit_in_a_strangers_process(
     hub: Hub, fitted: IdentityAdapter, tmp_path: Path
 ) -> None:
-    address = fresh(hub, tmp_path, PUSH, "ada", "me/ada", "dict(commit_message='Ada, smiling')").strip()
+    hub.add("me/ada", {"weight_differences.safetensors": b"of an earlier identity", "notes.txt": b"kept"})
+    address = fresh(
+        hub,
+        tmp_path,
+        PUSH,
+        "ada",
+        "me/ada",
+        "dict(commit_message='Ada, smiling', previews={'[I], a lady': 'picture.png'})",
+    ).strip()
     assert address.startswith(f"{hub.address}/me/ada/commit/") and hub.messages == ["Ada, smiling"]
     _, files = hub.commits["me/ada"][-1]
-    assert set(files) - {".gitattributes"} == {p.name for p in (tmp_path / "ada").iterdir()}
-    assert all(files[p.name] == p.read_bytes() for p in (tmp_path / "ada").iterdir())
+    assert set(files) - {".gitattributes"} == {
+        "notes.txt",
+        "preview_1.png",
+        *(p.name for p in (tmp_path / "ada").iterdir()),
+    }
+    assert all(files[p.name] == p.read_bytes() for p in (tmp_path / "ada").iterdir() if p.name != "README.md")
+    assert b'pipe.load_identity("me/ada")' in files["README.md"]
     assert any("lfs" in request for request in hub.requests)  # the weights went the large files' way
     stranger = tmp_path / "stranger"
     stranger.mkdir()
@@ -271,8 +299,11 @@ def test_a_pushed_identity_makes_the_same_edit_in_a_strangers_process(
     assert np.array_equal(np.load(stranger / "there.npy"), np.load(tmp_path / "here.npy"))
     # once fetched, it loads without the network too
     hub.requests.clear()
-    fresh(hub, stranger, EDIT, *arguments, "dict(local_files_only=True)")
-    assert not [request for request in hub.requests if "ada" in request]
+    offline = (
+        "from s2edit_pipeline import IdentityAdapter as I; print(I.from_pretrained('me/ada', local_files_only=True))"
+    )
+    assert "token='[I]'" in fresh(hub, stranger, offline)
+    assert not hub.requests
 
 
 def test_revisions_private_repositories_and_pull_requests(hub: Hub, fitted: IdentityAdapter, tmp_path: Path) -> None:
@@ -285,25 +316,54 @@ def test_revisions_private_repositories_and_pull_requests(hub: Hub, fitted: Iden
     read = """
 import sys
 from s2edit_pipeline import IdentityAdapter
-try:
-    print(IdentityAdapter.from_pretrained("me/ada", **eval(sys.argv[1])).token)
-except Exception as error:
-    print(type(error).__name__)
+for options in sys.argv[1:]:
+    try:
+        print(IdentityAdapter.from_pretrained("me/ada", **eval(options)).token)
+    except Exception as error:
+        print(type(error).__name__)
 """
-    assert fresh(hub, tmp_path, read, "{}").strip() == "[I]"
-    assert fresh(hub, tmp_path, read, "dict(revision='refs/pr/1')").strip() == "[Ada]"
-    assert fresh(hub, tmp_path, read, f"dict(revision='{first}')").strip() == "[I]"
-    assert fresh(hub, tmp_path, read, f"dict(token='{TOKEN}')", token=None).strip() == "[I]"
+    asked = ["{}", "dict(revision='refs/pr/1')", f"dict(revision='{first}')", "dict(revision='nowhere')"]
+    assert fresh(hub, tmp_path, read, *asked).split() == ["[I]", "[Ada]", "[I]", "RevisionNotFoundError"]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    assert fresh(hub, elsewhere, read, "{}", token=None).strip() == "RepositoryNotFoundError"
+    asked = ["{}", f"dict(token='{TOKEN}')", "dict(cache_dir='other')", f"dict(cache_dir='other', token='{TOKEN}')"]
+    found = fresh(hub, elsewhere, read, *asked, "dict(cache_dir='other', local_files_only=True)", token=None).split()
+    assert found == ["RepositoryNotFoundError", "[I]", "RepositoryNotFoundError", "[I]", "[I]"]
+    assert (elsewhere / "other" / "models--me--ada").is_dir()
+
+
+REFUSED = """
+import sys
+from s2edit_pipeline import IdentityAdapter
+try:
+    IdentityAdapter.from_pretrained(sys.argv[1])
+    print("loaded")
+except ValueError as error:
+    print(error)
+"""
 
 
 def test_only_an_identitys_own_files_are_fetched(hub: Hub, fitted: IdentityAdapter, tmp_path: Path) -> None:
     files = {p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()}
-    hub.add("me/odd", {**files, "evil.pkl": b"no", "pytorch_model.bin": b"no", "deep/evil.safetensors": b"no"})
-    fresh(hub, tmp_path, "from s2edit_pipeline import IdentityAdapter; IdentityAdapter.from_pretrained('me/odd')")
-    assert not [r for r in hub.requests if "/resolve/" in r and ("evil" in r or "pytorch_model" in r)]
+    hub.add("me/odd", {**files, "notes.txt": b"no", "deep/other.safetensors": b"no", "video.mp4": b"no"})
+    assert fresh(hub, tmp_path, REFUSED, "me/odd").strip() == "loaded"
+    fetched = [r.split("/resolve/")[1].split("/", 1)[1] for r in hub.requests if "/resolve/" in r]
+    assert set(fetched) == set(files) - {"README.md"}
+
+
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ({"deep/evil.pkl": b"no"}, "me/odd holds deep/evil.pkl, of a kind that can run code"),
+        ({"mask.png": bytes(5 * 2**20)}, "me/odd: mask.png has 5,242,880 bytes; an identity's has at most 4,194,304"),
+    ],
+)
+def test_a_dangerous_repository_is_refused_before_anything_is_fetched(
+    hub: Hub, fitted: IdentityAdapter, tmp_path: Path, added: dict[str, bytes], said: str
+) -> None:
+    hub.add("me/odd", {**{p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()}, **added})
+    assert said in fresh(hub, tmp_path, REFUSED, "me/odd")
+    assert not [request for request in hub.requests if "/resolve/" in request]
 
 
 CUSTOM = """
@@ -323,13 +383,44 @@ numpy.save(out, edited.images.numpy())
 """
 
 
-def test_the_pipeline_loads_from_a_repository_without_the_package(
-    hub: Hub, fitted: IdentityAdapter, tmp_path: Path
-) -> None:
-    package = Path(s2edit_pipeline.__file__).parent
-    code = {p.name: p.read_bytes() for p in package.glob("*.py") if p.stem not in ("__init__", "cli", "demo")}
-    hub.add("me/s2edit", code)
+PUBLISH = """
+import sys
+from s2edit_pipeline.cli import main
+sys.exit(main(["publish", *sys.argv[1:]]))
+"""
+
+
+def test_the_published_pipeline_edits_without_the_package(hub: Hub, fitted: IdentityAdapter, tmp_path: Path) -> None:
+    hub.add("me/s2edit", {"earlier_module.py": b"1", "notes.txt": b"kept"})
+    printed = fresh(hub, tmp_path, PUBLISH, "--repo-id", "me/s2edit", "--commit-message", "First").strip()
+    name, files = hub.commits["me/s2edit"][-1]
+    assert printed == f"{hub.address}/me/s2edit/commit/{name}" and hub.messages == ["First"]
+    assert "earlier_module.py" not in files and files["notes.txt"] == b"kept"
+    assert b"base_model" in files["README.md"] and b'custom_pipeline="me/s2edit"' in files["README.md"]
     hub.add("me/ada", {p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()})
     arguments = (str(tmp_path / "model"), "me/s2edit", "me/ada", str(tmp_path / "picture.png"), "there.npy")
     fresh(hub, tmp_path, CUSTOM, *arguments)
     assert np.array_equal(np.load(tmp_path / "there.npy"), np.load(tmp_path / "here.npy"))
+    # and from the same files in a folder
+    assert main(["publish", "--out", str(tmp_path / "assembled")]) == 0
+    fresh(hub, tmp_path, CUSTOM, arguments[0], str(tmp_path / "assembled"), *arguments[2:4], "local.npy")
+    assert np.array_equal(np.load(tmp_path / "local.npy"), np.load(tmp_path / "here.npy"))
+
+
+def test_the_published_avatars_are_a_model_of_their_own(hub: Hub, tmp_path: Path) -> None:
+    """One argument, the repository: model and code come from there."""
+    fresh(hub, tmp_path, PUBLISH, "--repo-id", "me/avatars", "--avatars", "--private", "--create-pr")
+    assert hub.private["me/avatars"] is True
+    assert hub.branches["me/avatars", "main"] == 0 and hub.branches["me/avatars", "refs/pr/1"] == 1
+    hub.branches["me/avatars", "main"] = 1  # the pull request is merged
+    pipe = load_avatars()
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
+    picture.save(tmp_path / "picture.png")
+    identity = pipe.fit_identity(
+        picture, SOURCE, "lady", num_steps=1, mask=np.ones((128, 128), bool), method="token", batch_size=1
+    )
+    identity.save_pretrained(tmp_path / "ada")
+    wanted = pipe(TARGET, picture, identity=identity, num_inference_steps=3, output_type="latent").images
+    fresh(hub, tmp_path, CUSTOM, "me/avatars", "me/avatars", "ada", "picture.png", "there.npy")
+    assert np.array_equal(np.load(tmp_path / "there.npy"), wanted.numpy())

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors.torch import load_file
 
-from s2edit_pipeline.identity_adapter import (
-    CONFIG_FILE,
-    FULL_FILE,
-    LORA_FILE,
-    REFERENCE_TOKEN_FILE,
-    TOKEN_FILE,
-    IdentityAdapter,
-    LearnedAttribute,
-    LoadedIdentities,
-    fingerprint,
-)
+from s2edit_pipeline.identity_adapter import IdentityAdapter, LearnedAttribute, LoadedIdentities, fingerprint
+from s2edit_pipeline.identity_files import DIFFERENCES_FILE, LORA_FILE, TOKEN_FILES
 from s2edit_pipeline.pipeline import S2EditPipeline
 
 METHODS = ("lora", "full", "token")
@@ -63,7 +56,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 @pytest.mark.parametrize("method", METHODS)
 def test_saving_and_loading_is_a_round_trip(make_identity: Any, tmp_path: Path, method: str) -> None:
     identity = make_identity(method)
-    identity.save_pretrained(tmp_path / "ada")
+    identity.save_pretrained(tmp_path / "ada", exact=True)
     found = IdentityAdapter.from_pretrained(tmp_path / "ada")
     assert_same(dict(found.weights), dict(identity.weights))
     assert torch.equal(found.rows["text_encoder"], identity.rows["text_encoder"]) and torch.equal(
@@ -71,7 +64,7 @@ def test_saving_and_loading_is_a_round_trip(make_identity: Any, tmp_path: Path, 
     )
     for name in ("token", "subject", "source_prompt", "method", "base_model"):
         assert getattr(found, name) == getattr(identity, name) != "" or name == "base_model"
-    for name in ("lora_metadata", "base_fingerprint", "settings", "measures"):
+    for name in ("lora_metadata", "base_fingerprint", "settings", "measures", "library_versions"):
         assert dict(getattr(found, name)) == dict(getattr(identity, name))
     assert not [p for p in tmp_path.iterdir() if p.name != "ada"]
     files = {p.name for p in (tmp_path / "ada").iterdir()}
@@ -84,6 +77,9 @@ def test_a_lora_identity_is_what_diffusers_own_loader_reads(
     """The weights of the file through diffusers' load_lora_weights, against our own laying on."""
     identity = make_identity()
     identity.save_pretrained(tmp_path / "ada")
+    names = load_file(str(tmp_path / "ada" / LORA_FILE))
+    encoders = [name for name in names if not name.startswith("unet.")]
+    assert encoders and all(name.startswith("text_encoder.text_model.encoder.") for name in encoders)  # as ever was
     x, context = noise(1, 4, 16, 16), noise(1, 9, 32)
     pipe.load_identity(identity)
     with torch.no_grad():
@@ -134,7 +130,7 @@ def test_stock_pipelines_load_the_learned_words(
     identity.save_pretrained(tmp_path / "ada")
     found = IdentityAdapter.from_pretrained(tmp_path / "ada")
     assert found.reference is not None and identity.reference is not None
-    tokens = (("[I]", TOKEN_FILE, identity, found), ("[A]", REFERENCE_TOKEN_FILE, identity.reference, found.reference))
+    tokens = zip(("[I]", "[A]"), TOKEN_FILES, (identity, identity.reference), (found, found.reference), strict=True)
     for token, file, wanted, again in tokens:
         assert_same(dict(again.rows), dict(wanted.rows))
         if len(encoders) == 1:
@@ -149,22 +145,6 @@ def test_stock_pipelines_load_the_learned_words(
     assert found.digest == identity.digest
     moved = {**identity.rows, encoders[-1]: identity.rows[encoders[-1]] + 1}
     assert replace(identity, rows=moved).digest != identity.digest  # every row counts
-
-
-def test_what_the_last_release_wrote_is_read(tmp_path: Path) -> None:
-    """Format version 1: both tokens' rows in one file."""
-    identity = composed("text_encoder")
-    assert identity.reference is not None
-    identity.save_pretrained(tmp_path / "ada")
-    config = json.loads((tmp_path / "ada" / CONFIG_FILE).read_text())
-    (tmp_path / "ada" / CONFIG_FILE).write_text(json.dumps({**config, "format_version": 1}))
-    (tmp_path / "ada" / REFERENCE_TOKEN_FILE).unlink()
-    row, reference_row = identity.rows["text_encoder"], identity.reference.rows["text_encoder"]
-    save_file({"[I]": row, "[A]": reference_row[None]}, str(tmp_path / "ada" / TOKEN_FILE))
-    found = IdentityAdapter.from_pretrained(tmp_path / "ada")
-    assert found.reference is not None
-    assert torch.equal(found.rows["text_encoder"], row)
-    assert torch.equal(found.reference.rows["text_encoder"], reference_row)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -194,8 +174,11 @@ def test_scale_is_the_strength_of_the_weights(pipe: S2EditPipeline, make_identit
     for scale in (0.25, -1.0, 0.0):
         pipe.load_identity(identity, scale=scale)
         found = state(pipe)
-        for name, difference in differences.items():
+        for published, difference in differences.items():
+            name = published.replace(".text_model.", ".")
             torch.testing.assert_close(found[name], before[name] + scale * difference)
+        if scale == 0:
+            assert_same(found, before)  # as if none were loaded
         pipe.unload_identity()
 
 
@@ -265,7 +248,7 @@ def test_saving_never_leaves_half_an_identity(
         raise OSError("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", fail)
+        patched.setattr(Path, "write_text", fail)  # when all else is written
         with pytest.raises(OSError, match="disk full"):
             second.save_pretrained(place)
     assert IdentityAdapter.from_pretrained(place).method == "token"
@@ -273,60 +256,18 @@ def test_saving_never_leaves_half_an_identity(
     second.save_pretrained(place)  # and now over it
     assert IdentityAdapter.from_pretrained(place).method == "lora"
     assert [p.name for p in tmp_path.iterdir()] == ["ada"]
-    assert (place / LORA_FILE).exists() and not (place / FULL_FILE).exists()
+    assert (place / LORA_FILE).exists() and not (place / DIFFERENCES_FILE).exists()
 
 
 def test_other_peoples_folders_are_never_replaced(make_identity: Any, tmp_path: Path) -> None:
     identity = make_identity("token")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match="holds other files"):
+    with pytest.raises(ValueError, match=r"holds other files \(mine.txt\)"):
         identity.save_pretrained(tmp_path / "photos")
     with pytest.raises(ValueError, match="is a file"):
         identity.save_pretrained(tmp_path / "photos" / "mine.txt")
     assert (tmp_path / "photos" / "mine.txt").read_text() == "precious"
-
-
-def spoil_json(folder: Path) -> None:
-    (folder / CONFIG_FILE).write_text("{")
-
-
-def newer_format(folder: Path) -> None:
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, "format_version": 99}))
-
-
-def no_method(folder: Path) -> None:
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, "method": "magic"}))
-
-
-def cut_weights(folder: Path) -> None:
-    (folder / LORA_FILE).write_bytes((folder / LORA_FILE).read_bytes()[:-100])
-
-
-def no_row(folder: Path) -> None:
-    row = load_file(str(folder / TOKEN_FILE))["[I]"]
-    save_file({"[X]": row}, str(folder / TOKEN_FILE))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (spoil_json, "is damaged"),
-        (newer_format, "format version 99 and this release reads 1.*upgrade"),
-        (no_method, "unknown method"),
-        (cut_weights, "is damaged"),
-        (no_row, "is damaged"),
-        (lambda folder: (folder / CONFIG_FILE).unlink(), "holds no identity.json"),
-        (lambda folder: (folder / LORA_FILE).unlink(), "is damaged"),
-    ],
-)
-def test_damaged_identities_are_named(make_identity: Any, tmp_path: Path, spoil: Any, said: str) -> None:
-    make_identity().save_pretrained(tmp_path / "ada")
-    spoil(tmp_path / "ada")
-    with pytest.raises(ValueError, match=said):
-        IdentityAdapter.from_pretrained(tmp_path / "ada")
 
 
 def test_a_place_that_is_not_there(tmp_path: Path) -> None:
@@ -336,8 +277,50 @@ def test_a_place_that_is_not_there(tmp_path: Path) -> None:
         IdentityAdapter.from_pretrained("./nobody")
 
 
-def test_its_card_names_what_it_is(make_identity: Any, tmp_path: Path) -> None:
-    make_identity("token").save_pretrained(tmp_path / "ada")
+def test_a_full_fine_tuning_is_saved_small_and_says_what_it_lost(make_identity: Any, tmp_path: Path) -> None:
+    identity = make_identity("full")
+    identity.save_pretrained(tmp_path / "small", max_bytes=200_000)
+    identity.save_pretrained(tmp_path / "exact", exact=True)
+    small, exact = (IdentityAdapter.from_pretrained(tmp_path / name) for name in ("small", "exact"))
+    assert_same(dict(exact.weights), dict(identity.weights))
+    assert "kept_energy" not in exact.measures
+    total = lost = 0.0
+    for component in ("unet", "text_encoder"):
+        left = small.weight_differences(component)
+        for name, wanted in identity.weight_differences(component).items():
+            total += float(wanted.double().square().sum())
+            lost += float((wanted - left.get(name, torch.zeros(()))).double().square().sum())
+    assert small.measures["kept_energy"] == pytest.approx(1 - lost / total, abs=1e-5)
+    assert 0.05 < small.measures["kept_energy"] < 0.99
+    assert sum(file.stat().st_size for file in (tmp_path / "small").iterdir()) < 220_000
+    assert f"{small.measures['kept_energy']:.4g}" in (tmp_path / "small" / "README.md").read_text()
+    assert small.compressed() is small
+    for wrong in ({"kept_energy": 0.0}, {"kept_energy": 1.5}, {"max_bytes": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            identity.save_pretrained(tmp_path / "small", **wrong)
+
+
+def test_everything_that_is_kept_is_laid_on(pipe: S2EditPipeline, make_identity: Any, tmp_path: Path) -> None:
+    """With bytes enough the low-rank differences are the differences, up to float16."""
+    identity = make_identity("full")
+    identity.save_pretrained(tmp_path / "ada", kept_energy=1.0, max_bytes=10**8)
+    pipe.load_identity(identity)
+    wanted = state(pipe)
+    pipe.unload_identity()
+    pipe.load_identity(tmp_path / "ada")
+    for name, tensor in state(pipe).items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=2e-4)
+
+
+def test_its_card_names_what_it_is_and_shows_its_pictures(make_identity: Any, tmp_path: Path, picture: Any) -> None:
+    make_identity("token").save_pretrained(
+        tmp_path / "ada", previews={"a [I] lady, smiling": picture}, license="cc-by-4.0"
+    )
     card = (tmp_path / "ada" / "README.md").read_text()
     assert 'instance_prompt: "a photo of a sad lady"' in card and "`[I]`" in card and "consent" in card
+    assert 'license: "cc-by-4.0"' in card
     assert str(tmp_path) not in card
+    shown = re.findall(r'!\[.*?\]\((.*?)\)|src="(.*?)"', card)
+    assert ["".join(each) for each in shown] == ["preview_1.png", "mask.png"] and "a [I] lady, smiling" in card
+    with Image.open(tmp_path / "ada" / "preview_1.png") as saved:
+        assert np.array_equal(np.asarray(saved), np.asarray(picture))

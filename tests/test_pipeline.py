@@ -306,7 +306,7 @@ def test_the_token_is_put_into_the_source_by_itself(
     assert pipe.identities == ()  # only for the call
     token = pipe.load_identity(identity)
     inversion = pipe.invert(picture, SOURCE, num_inference_steps=3)
-    assert inversion.prompt == "a photo of a sad [I] lady with glasses" and inversion.identity == "[I]"
+    assert inversion.prompt == "a photo of a sad [I] lady with glasses" and list(inversion.identities) == ["[I]"]
     for same in ({"identity": token}, {"identity": None}, {"inversion": inversion}):
         call = {**arguments, **same}
         if "inversion" in same:

@@ -1,0 +1,139 @@
+"""The card that is saved with an identity: valid Hub front matter, what it is, how to load it, consent.
+
+The template is here, not in a file of its own, because diffusers copies modules alone; ``model_card/identity.md``
+shows it.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from string import Template
+from typing import Any
+
+TEMPLATE = Template("""\
+---
+$front_matter
+---
+
+# $title
+
+An identity for [S2EditPipeline](https://pypi.org/project/s2edit-pipeline): the token `$token` before the noun
+"$subject", fitted to **one** picture that was described as
+
+> $source_prompt
+
+$pictures
+## Use
+
+```text
+from s2edit_pipeline import S2EditPipeline
+
+pipe = S2EditPipeline.from_pretrained("$base_model")
+pipe.load_identity("$repository")
+edited = pipe($example, image=image, source_prompt=$quoted_source_prompt).images[0]
+```
+
+Plain diffusers reads it too, without the mask: $plain_diffusers
+
+## What it is
+
+| | |
+|---|---|
+| fitted to | `$base_model` |
+| method | `$method` |
+$rows
+
+Only safetensors, JSON, PNG and Markdown, each checked by size and SHA-256 when it is loaded. Nothing in it is run.
+
+## Intended use, consent and misuse
+
+Editing pictures of this subject, by people whom the subject has allowed to. An identity holds what distinguishes a
+person: treat it as you would treat the photograph. Publish it only with that person's consent, and take it down when
+they withdraw it. Not for likenesses meant to deceive, defame, harass or sexualise; not as evidence of anything. Say
+that an edited picture is edited.
+
+## Limits
+
+It knows one picture, from one side and in one light. It works with the base model that it was fitted to and with no
+other, and brings that model's limits and biases along. The longer a fit, the more the picture resists its edits.
+
+## Credit
+
+*S²Edit: Text-Guided Image Editing with Precise Semantic and Spatial Control* (2025).
+""")
+
+
+def identity_card(
+    *,
+    tokens: Mapping[str, str],
+    source_prompt: str,
+    example: str,
+    method: str,
+    base_model: str,
+    facts: Mapping[str, Any],
+    masks: Mapping[str, str],
+    previews: Mapping[str, str],
+    reads_as_lora: bool,
+    license: str,
+    repository: str | None = None,
+) -> str:
+    """The card's text.
+
+    Args:
+        tokens: token -> its noun; the identity's own first, then the reference attribute's.
+        example: a prompt with the token.
+        facts: further rows of the table.
+        masks: token -> its mask's file.
+        previews: prompt -> its picture's file.
+        reads_as_lora: ``load_lora_weights`` reads it, not ``load_textual_inversion`` alone.
+        license: as the Hub names licences.
+        repository: its name on the Hub, if known.
+    """
+    token, subject = next(iter(tokens.items()))
+    source_prompt, example = (" ".join(text.split()) for text in (source_prompt, example))
+    pictures = [f"![{prompt}]({file})\n\n*{prompt}*" for prompt, file in previews.items()]
+    pictures += [  # a cell of the latents a pixel: shown larger
+        f'<img src="{file}" width="256" alt="where {html.escape(name)} looks">\n\n*Where `{name}` looks*'
+        for name, file in masks.items()
+    ]
+    loads = ["`load_lora_weights`"] if reads_as_lora else []
+    rows = {f"token `{name}`": f'before "{noun}"' for name, noun in list(tokens.items())[1:]} | dict(facts)
+    return TEMPLATE.substitute(
+        front_matter=_front_matter(source_prompt, base_model, previews, reads_as_lora, license),
+        title=repository or f"The identity {token}",
+        token=token,
+        subject=subject,
+        source_prompt=source_prompt,
+        quoted_source_prompt=_quoted(source_prompt),
+        pictures="".join(f"{picture}\n\n" for picture in pictures),
+        base_model=base_model or "the base model that it was fitted to",
+        repository=repository or "this folder or repository",
+        example=_quoted(example),
+        plain_diffusers=" and ".join([*loads, "`load_textual_inversion`"]) + ".",
+        method=method,
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+    )
+
+
+def _front_matter(
+    source_prompt: str, base_model: str, previews: Mapping[str, str], reads_as_lora: bool, license: str
+) -> str:
+    lines = ["library_name: diffusers", f"license: {_quoted(license)}", "pipeline_tag: image-to-image"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):  # the Hub takes nothing but a repository's name here
+        lines += [f"base_model: {base_model}", "base_model_relation: adapter"]
+    tags: Sequence[str] = ("s2edit", "image-editing", "personalization", "diffusers", "textual_inversion")
+    lines += ["tags:", *(f"- {tag}" for tag in [*tags, *(["lora"] if reads_as_lora else [])])]
+    lines += [f"instance_prompt: {_quoted(source_prompt)}"]
+    if previews:
+        lines += ["widget:"]
+        for prompt, file in previews.items():
+            lines += [f"- text: {_quoted(prompt)}", "  output:", f"    url: {_quoted(file)}"]
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """As JSON, whose strings are YAML's and Python's too, whatever is in them."""
+    return json.dumps(text, ensure_ascii=False)
