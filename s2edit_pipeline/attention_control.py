@@ -91,20 +91,9 @@ class ControlledAttnProcessor:
         if is_cross and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
 
-        query, key, value = (
-            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        scores = (query @ key.transpose(-1, -2)) * attn.scale
-        if attention_mask is not None:
-            scores = scores + attention_mask
-        probs = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        probs = _probabilities(attn, hidden_states, context, attention_mask)
         probs = self.controller(probs, site)  # the seam
-        hidden_states = (probs @ value).transpose(1, 2).flatten(2)
+        hidden_states = (probs @ _split_heads(attn, attn.to_v(context))).transpose(1, 2).flatten(2)
 
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         if is_picture:
@@ -113,6 +102,31 @@ class ControlledAttnProcessor:
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
+
+
+def _split_heads(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """(batch, length, channels) to (batch, heads, length, channels of a head)."""
+    return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+def _probabilities(
+    attn: Any, hidden_states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """(batch, heads, queries, keys): ``softmax(Q K^T / sqrt(d))``, the softmax in float32.
+
+    Scores and probabilities are the largest tensors that an edit makes. So what led to them is let go as soon as it
+    has served, before a controller makes its own copy of them.
+    """
+    query, key = _split_heads(attn, attn.to_q(hidden_states)), _split_heads(attn, attn.to_k(context))
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    scores = (query * attn.scale) @ key.transpose(-1, -2)
+    del query, key
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(hidden_states.dtype)
 
 
 _PLAIN_PROCESSORS = {

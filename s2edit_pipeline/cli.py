@@ -55,11 +55,12 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("base-model", "inversions", "edits", "compositions"))
+    parser.add_argument("what", choices=("base-model", "inversions", "edits", "confinement", "compositions", "memory"))
     parser.add_argument("--model", help="a diffusers folder of the avatars family; the embedded model otherwise")
     parser.add_argument("--captions", type=int, default=256, help="base-model: pictures drawn (%(default)s)")
-    parser.add_argument("--people", type=int, default=4, help="inversions, compositions: how many (%(default)s)")
-    parser.add_argument("--steps", type=int, help="inference steps (30, 50, 25 and 25)")
+    parser.add_argument("--people", type=int, default=4, help="how many, but for base-model and edits (%(default)s)")
+    parser.add_argument("--steps", type=int, help="inference steps (30, 50, 25, 25, 25 and 4)")
+    parser.add_argument("--setting", action="append", help="edits: only these rows; give as many as you like")
     parser.add_argument("--sheet", help="base-model, compositions: also save the first pictures, to this PNG")
 
     def run(args: argparse.Namespace) -> int:
@@ -76,17 +77,36 @@ def _measure(parser: argparse.ArgumentParser) -> None:
         if args.what == "edits":
             from .evaluation import edit_table
 
-            print(edit_table.table(edit_table.measure_edits(pipe, num_inference_steps=args.steps or 25)), flush=True)
+            names = args.setting or list(edit_table.SETTINGS)
+            print(edit_table.table(edit_table.measure_edits(pipe, names, num_inference_steps=args.steps or 25)))
+            return 0
+        if args.what == "confinement":
+            from .evaluation import edit_table
+            from .evaluation.counterfactual import varied_edits
+
+            rows = edit_table.measure_edits(
+                pipe,
+                ["the defaults", "not confined"],
+                people=range(args.people),
+                edits_of=varied_edits,
+                num_inference_steps=args.steps or 25,
+            )
+            print(edit_table.table(rows))
+            return 0
+        if args.what == "memory":
+            from .evaluation import peak_memory
+
+            print(peak_memory.table(peak_memory.measure_memory(pipe, num_inference_steps=args.steps or 4)))
             return 0
         if args.what == "compositions":
             from .evaluation import composition
 
-            rows = composition.measure_compositions(
+            composed = composition.measure_compositions(
                 pipe, composition.composition_pairs(args.people), num_inference_steps=args.steps or 25
             )
-            print(composition.table(rows))
+            print(composition.table(composed))
             if args.sheet:
-                composition.sheet(rows).save(args.sheet)
+                composition.sheet(composed).save(args.sheet)
             return 0
         from .evaluation.base_model import measure_base_model
 
@@ -114,7 +134,7 @@ def _save_sheet(report: BaseModelReport, path: str) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (_demo, "fit an identity to a drawn face and edit it"),
-    "measure": (_measure, "measure the base model, inversions, edits or compositions"),
+    "measure": (_measure, "measure the base model, inversions, edits, confinement, compositions or memory"),
     "publish": (_publish, "push the pipeline to the Hub, where any diffusers script loads it from"),
     "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),
 }

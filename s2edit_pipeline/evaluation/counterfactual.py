@@ -73,6 +73,20 @@ def demo_edits(person: Person) -> list[CounterfactualEdit]:
     return edits
 
 
+def varied_edits(person: Person) -> list[CounterfactualEdit]:
+    """Six to eight edits of ``person``: the demo's, two more expressions, the clothes' colour and the background."""
+    edits = demo_edits(person)
+    moods = [mood for mood in ("angry", "surprised", "sad") if mood != person.expression]
+    more = [{"expression": mood} for mood in moods]
+    more.append({"clothes_color": "purple" if person.clothes_color != "purple" else "green"})
+    more.append({"background": "green" if person.background != "green" else "pink"})
+    targets = {edit.target for edit in edits}
+    for changes in more:
+        if person.edited(**changes) not in targets:
+            edits.append(counterfactual(person, " ".join(changes.values()), **changes))
+    return edits[:8]
+
+
 @dataclass(frozen=True)
 class Grade:
     """PSNR to the truth in dB: over the whole picture, inside the pixels that truly change, and outside them;

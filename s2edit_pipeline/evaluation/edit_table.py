@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..avatars.autoencoder_training import reconstruct
 from ..avatars.captions import describe
-from ..avatars.world import render, sample_person
+from ..avatars.world import Person, changed_pixels, render, sample_person
 from ..prompt_alignment import insert_token
 from .attribute_classifier import load_attribute_classifier
-from .counterfactual import demo_edits, grade
+from .counterfactual import CounterfactualEdit, demo_edits, grade
+from .picture_metrics import psnr
 
 PEOPLE = (3, 12, 5, 18, 9, 21)
 """Held-out people, on whom the defaults were chosen too."""
@@ -52,7 +54,8 @@ SETTINGS: Mapping[str, Setting] = {
 
 @dataclass(frozen=True)
 class EditRow:
-    """Means over the edits: PSNR to the truth in dB, whole, inside the pixels that truly change and outside them; the
+    """Means over the edits: PSNR to the truth in dB, whole, inside the pixels that truly change and outside them, where
+    the truth is the picture itself; ``autoencoder_outside``, what the autoencoder alone would score there; the
     share ``done`` of edits whose attribute the classifier then reads; |cos(e_P, e_[I])| at the fit's ends, or None;
     the median ``seconds`` of one person's inversion and edits."""
 
@@ -61,6 +64,7 @@ class EditRow:
     inside: float
     outside: float
     unedited_inside: float
+    autoencoder_outside: float
     done: float
     cosines: tuple[float, float] | None
     seconds: float
@@ -71,6 +75,7 @@ def measure_edits(
     names: Sequence[str] = tuple(SETTINGS),
     *,
     people: Sequence[int] = PEOPLE,
+    edits_of: Callable[[Person], list[CounterfactualEdit]] = demo_edits,
     num_inference_steps: int = 25,
     seed: int = 0,
     num_steps: int | None = None,
@@ -85,7 +90,7 @@ def measure_edits(
     rows = []
     for name in names:
         setting = SETTINGS[name]
-        scores, done, cosines, seconds = [], [], [], []
+        scores, own, done, cosines, seconds = [], [], [], [], []
         for number in tqdm(people, desc=name, leave=False):
             person = sample_person(number, "held_out")
             picture, prompt = render(person), describe(person).text
@@ -99,7 +104,8 @@ def measure_edits(
                     )
                 identity = fitted[key]
                 cosines.append([abs(identity.measures[f"cosine_{end}"]) for end in ("first", "last")])
-            edits = demo_edits(person)
+            edits = edits_of(person)
+            returned = reconstruct(pipe.vae, np.asarray(picture)[None])[0]
             targets = [edit.target_prompt for edit in edits]
             if identity is not None:
                 targets = [insert_token(target, person.noun, identity.token) for target in targets]
@@ -118,14 +124,15 @@ def measure_edits(
             read = classifier.predict(np.stack([np.asarray(image) for image in result.images]))
             for edit, image, found in zip(edits, result.images, read, strict=True):
                 scores.append(astuple(grade(edit, image)))
+                own.append(psnr(returned, picture, ~changed_pixels(person, edit.target)))
                 changed = [n for n in found if getattr(edit.target, n) != getattr(edit.person, n)]
                 done.append(all(found[n] == getattr(edit.target, n) for n in changed))
         whole, inside, outside, unedited = np.mean(scores, 0)
         ends = (float(np.mean([c[0] for c in cosines])), float(np.mean([c[1] for c in cosines]))) if cosines else None
         rows.append(
             EditRow(
-                name, float(whole), float(inside), float(outside), float(unedited), float(np.mean(done)), ends,
-                float(np.median(seconds)),
+                name, float(whole), float(inside), float(outside), float(unedited), float(np.mean(own)),
+                float(np.mean(done)), ends, float(np.median(seconds)),
             )
         )  # fmt: skip
     return rows
@@ -142,4 +149,5 @@ def table(rows: Sequence[EditRow]) -> str:
         scores = f"{r.whole:.2f} | {r.inside:.2f} | {r.outside:.2f} | {r.done:.2f}"
         lines.append(f"| {r.name} | {scores} | {cosines} | {r.seconds:.1f} |")
     lines.append(f"| (the picture as it was) | | {rows[0].unedited_inside:.2f} | | 0.00 | | |")
+    lines.append(f"| (the autoencoder alone) | | | {rows[0].autoencoder_outside:.2f} | | | |")
     return "\n".join(lines)

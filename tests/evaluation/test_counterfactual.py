@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from s2edit_pipeline.avatars.world import changed_pixels, render, sample_person
-from s2edit_pipeline.evaluation.counterfactual import counterfactual, demo_edits, grade
+from s2edit_pipeline.evaluation.counterfactual import counterfactual, demo_edits, grade, varied_edits
 
 
 def test_demo_edits_make_sense_for_everyone() -> None:
@@ -52,3 +52,12 @@ def test_inside_and_outside_are_the_changed_pixels_and_the_rest() -> None:
     got = grade(edit, Image.fromarray(spoiled.astype(np.uint8)))
     assert got.inside == float("inf")
     assert got.outside == pytest.approx(20 * np.log10(255 / 10))
+
+
+def test_varied_edits_are_six_or_more_and_each_another() -> None:
+    for seed in range(40):
+        person = sample_person(seed, "held_out")
+        edits = varied_edits(person)
+        assert 6 <= len(edits) <= 8
+        assert len({edit.target for edit in edits} | {person}) == len(edits) + 1
+        assert all(changed_pixels(person, edit.target).any() for edit in edits)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from s2edit_pipeline import load_avatars
 from s2edit_pipeline.evaluation.counterfactual import demo_edits, grade
@@ -11,7 +13,7 @@ from s2edit_pipeline.evaluation.edit_table import PEOPLE, SETTINGS, measure_edit
 
 def test_rows_are_graded_against_the_drawings_and_share_their_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     from s2edit_pipeline.avatars.captions import describe
-    from s2edit_pipeline.avatars.world import render, sample_person
+    from s2edit_pipeline.avatars.world import changed_pixels, render, sample_person
 
     pipe = load_avatars()
     pipe.set_progress_bar_config(disable=True)
@@ -29,7 +31,14 @@ def test_rows_are_graded_against_the_drawings_and_share_their_fits(monkeypatch: 
     ]
     wanted = sum(grade(e, image).inside for e, image in zip(edits, images, strict=True)) / len(edits)
     assert rows[1].inside == pytest.approx(wanted, abs=0.05)
-    assert table(rows).count("\n") == len(names) + 2
+    assert table(rows).count("\n") == len(names) + 3
+    # the autoencoder alone, outside each edit
+    with torch.no_grad():
+        x = torch.from_numpy(np.asarray(render(person)).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        back = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample[0].permute(1, 2, 0)
+    error = (np.round(127.5 * (back.clamp(-1, 1).numpy() + 1)) - np.asarray(render(person))) ** 2
+    own = [10 * np.log10(255**2 / error[~changed_pixels(person, e.target)].mean()) for e in edits]
+    assert rows[0].autoencoder_outside == pytest.approx(np.mean(own), abs=0.01)
     assert pipe.identities == ()
 
 

@@ -1,0 +1,133 @@
+"""How much memory an edit takes at its peak, against diffusers' own pipeline sampling the same batch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+SOURCE = "a photo of a surprised man with short curly black hair and a moustache and a green sweater"
+TARGETS = (
+    "a photo of a smiling man with short curly black hair and a moustache and a green sweater",
+    "a photo of a surprised man with short curly black hair and a moustache and glasses and a green sweater",
+    "a photo of a surprised man with short curly red hair and a moustache and a green sweater",
+)
+
+
+class _Allocations(TorchDispatchMode):
+    """Adds up the storages that operators return for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: set[int] = set()
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.held -= size
+
+    def __torch_dispatch__(  # type: ignore[no-untyped-def]
+        self, func, types, args=(), kwargs=None
+    ):
+        # what goes in was there before: weights, or a tensor that was counted when it was made
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._known and key not in given:
+                    self._known.add(key)
+                    self.held += size
+                    weakref.finalize(storage, self._release, key, size)
+        self.peak = max(self.peak, self.held)
+        return result
+
+
+@contextmanager
+def tracked_allocations(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Gives a function that tells the peak, in bytes, of what was allocated since the context began; on CUDA the
+    allocator's own count, elsewhere that of the tensors that PyTorch's operators return."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: int(torch.cuda.max_memory_allocated(device)) - before
+        return
+    with _Allocations() as counted:
+        yield lambda: counted.peak
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """``edit`` and ``stock`` are peaks in bytes, weights left out; ``rows`` of both U-Net batches."""
+
+    name: str
+    rows: int
+    edit: int
+    stock: int
+
+    @property
+    def ratio(self) -> float:
+        return self.edit / self.stock
+
+
+def measure_memory(
+    pipe: Any,
+    size: int | None = None,
+    num_inference_steps: int = 4,
+    numbers: Sequence[int] = (1, 3),
+    output_type: str = "latent",
+) -> list[MemoryRow]:
+    """Peaks of an edit with 1 and 3 targets, for a source that is pinned ("direct") and one that runs free ("ddim").
+
+    The U-Net's batch is the same on both sides. A pinned source and ``n`` targets are ``2 n + 1`` rows, against as
+    many pictures sampled unguided; a free source has another one, ``2 n + 2``, against ``n + 1`` guided pictures.
+
+    Args:
+        size: of the picture in pixels; None takes the model's own.
+        output_type: "latent" leaves the autoencoder out on both sides, "pil" doesn't.
+    """
+    stock = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    side = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    y, x = np.mgrid[0:side, 0:side] / side
+    picture = Image.fromarray((np.stack([x, y, 1 - x * y], -1) * 255).astype(np.uint8))
+    shape: dict[str, Any] = {"height": side, "width": side}
+    rows = []
+    for method in ("direct", "ddim"):
+        inversion = pipe.invert(picture, SOURCE, method, num_inference_steps, **shape)
+        for n in numbers:
+            pictures, scale = (2 * n + 1, 1.0) if method == "direct" else (n + 1, 4.5)
+            with tracked_allocations(pipe.unet.device) as peak:
+                pipe(
+                    list(TARGETS[:n]), picture, SOURCE, inversion=inversion, guidance_stop=1.0, output_type=output_type
+                )
+                edit = peak()
+            with tracked_allocations(pipe.unet.device) as peak:
+                stock(
+                    [SOURCE] * pictures,
+                    output_type=output_type,
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=scale,
+                    **shape,
+                )
+                sampled = peak()
+            rows.append(MemoryRow(f"{method}, {n} target{'s' * (n > 1)}", pictures * (1 + (scale > 1)), edit, sampled))
+    return rows
+
+
+def table(rows: Sequence[MemoryRow]) -> str:
+    """A Markdown table."""
+    lines = ["| edit | U-Net rows | edit, MB | stock sampling, MB | ratio |", "|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row.name} | {row.rows} | {row.edit / 1e6:.1f} | {row.stock / 1e6:.1f} | {row.ratio:.2f} |")
+    return "\n".join(lines)

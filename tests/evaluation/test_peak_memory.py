@@ -1,0 +1,38 @@
+"""Peaks of tracked allocations: counted right, and an edit's beside stock sampling's."""
+
+from __future__ import annotations
+
+import torch
+
+from s2edit_pipeline import load_avatars
+from s2edit_pipeline.evaluation.peak_memory import measure_memory, table, tracked_allocations
+
+CPU = torch.device("cpu")
+
+
+def test_the_peak_is_what_lives_at_once() -> None:
+    weight = torch.ones(1000)  # was there before: not counted
+    with tracked_allocations(CPU) as peak:
+        a = weight * 2  # 4,000 bytes
+        view = a[:500].view(5, 100)  # no memory of its own
+        del a
+        b = weight + 1  # 8,000: the view holds on to the first
+        del view, b
+        weight.mul_(1)  # in place
+        c = [weight + i for i in range(2)]  # 8,000 again
+    assert peak() == 8000
+    del c
+    with tracked_allocations(CPU) as peak:
+        d = torch.zeros(10, dtype=torch.float64)
+        assert peak() == 80 == d.nbytes
+
+
+def test_an_edit_takes_hardly_more_than_stock_sampling() -> None:
+    pipe = load_avatars()
+    pipe.set_progress_bar_config(disable=True)
+    rows = measure_memory(pipe, num_inference_steps=2)
+    assert [row.rows for row in rows] == [3, 7, 4, 8]
+    for row in rows:
+        # activations grow with the batch: megabytes, and no less than the skip connections' share of it
+        assert row.stock > 2e6 * row.rows and 1.0 < row.ratio <= 1.3, row
+    assert table(rows).count("\n") == 5
