@@ -33,9 +33,15 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=2400, help="(default: %(default)s)")
     parser.add_argument("--denoiser-steps", type=int, default=3800, help="(default: %(default)s)")
     parser.add_argument("--device", help="where to train (default: a CUDA device if there is one)")
+    parser.add_argument("--curves", help="plot the logs of --out to this PNG instead of training")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
 
     def run(args: argparse.Namespace) -> int:
+        if args.curves:
+            from .evaluation.training_curves import plot_training
+
+            plot_training(args.out, args.curves)
+            return 0
         from .avatars.recipe import train_avatars
 
         model = train_avatars(

@@ -22,8 +22,9 @@ DEFAULT_PERSON = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="s2edit-demo", help="folder for sheet, pictures and identity (%(default)s)")
     parser.add_argument(
-        "--person", type=int, default=DEFAULT_PERSON, help="number of the held-out person (%(default)s)"
+        "--person", type=int, default=DEFAULT_PERSON, help="number of the held-out subject (%(default)s)"
     )
+    parser.add_argument("--kind", choices=("person", "creature"), default="person", help="of subject (%(default)s)")
     parser.add_argument("--image", help="a picture of yours, with --prompt, --subject and --edit")
     parser.add_argument("--prompt", help="what your picture shows: 'a photo of a lady with glasses'")
     parser.add_argument("--subject", help="the noun in it whose identity is kept: 'lady'")
@@ -83,12 +84,12 @@ def _run(args: argparse.Namespace, started: float) -> None:
         targets, names, graded = list(args.edit), list(args.edit), [None] * len(args.edit)
     else:
         from .avatars.captions import describe
-        from .avatars.world import render, sample_person
+        from .avatars.world import render, sample
         from .evaluation.counterfactual import demo_edits
 
-        person = sample_person(args.person, "held_out")
-        picture, prompt, subject = render(person), describe(person).text, person.noun
-        edits = demo_edits(person)
+        avatar = sample(args.kind, args.person, "held_out")
+        picture, prompt, subject = render(avatar), describe(avatar).text, avatar.noun
+        edits = demo_edits(avatar)
         targets, names, graded = [e.target_prompt for e in edits], [e.name for e in edits], list(edits)
 
     # before anything is loaded or fitted

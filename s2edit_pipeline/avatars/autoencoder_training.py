@@ -262,11 +262,11 @@ def train_autoencoder(
         state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state_dict()}
         checkpoint.save({**state, "step": step, "seconds": time.time() - start})
         average.swap()
-        shown = validation.images[:64]
+        shown = validation.images[:: max(1, len(validation.images) // 32)][:32]
         result = reconstruct(vae, shown)
         average.swap()
         log.write(step=step, psnr=mean_psnr(shown, result), seconds=time.time() - start)
-        sheet = np.concatenate([np.concatenate(list(rows[::8][:8]), 1) for rows in (shown, result)], 0)
+        sheet = np.concatenate([np.concatenate(list(rows[::4][:8]), 1) for rows in (shown, result)], 0)
         Image.fromarray(sheet).save(folder / "autoencoder.png")
 
     last = num_steps if stop_at is None else min(stop_at, num_steps)

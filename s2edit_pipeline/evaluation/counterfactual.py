@@ -8,21 +8,21 @@ import numpy as np
 from PIL import Image
 
 from ..avatars.captions import describe
-from ..avatars.world import Person, changed_pixels, render
+from ..avatars.world import Creature, Person, Subject, changed_pixels, render
 from .picture_metrics import psnr
 
 
 @dataclass(frozen=True)
 class CounterfactualEdit:
-    """An edit of ``person``: its ``name``, the ``target`` person, and the prompts before and after."""
+    """An edit of ``subject``: its ``name``, the ``target`` subject, and the prompts before and after."""
 
     name: str
-    person: Person
-    target: Person
+    subject: Subject
+    target: Subject
 
     @property
     def source_prompt(self) -> str:
-        return describe(self.person).text
+        return describe(self.subject).text
 
     @property
     def target_prompt(self) -> str:
@@ -33,31 +33,47 @@ class CounterfactualEdit:
         return render(self.target)
 
 
-def counterfactual(person: Person, name: str, **changes: str) -> CounterfactualEdit:
-    """The edit that changes these named attributes of ``person``.
+def counterfactual(subject: Subject, name: str, **changes: str) -> CounterfactualEdit:
+    """The edit that changes these named attributes of ``subject``.
 
     Raises:
         ValueError: nothing would change, or ``changes`` names what no caption can say.
     """
-    target = person.edited(**changes)
-    if target == person:
-        raise ValueError(f"The edit {name!r} changes nothing: the person has {changes} already.")
-    return CounterfactualEdit(name, person, target)
+    target = subject.edited(**changes)
+    if target == subject:
+        raise ValueError(f"The edit {name!r} changes nothing: the subject has {changes} already.")
+    return CounterfactualEdit(name, subject, target)
 
 
-def demo_edits(person: Person) -> list[CounterfactualEdit]:
-    """Up to four edits of ``person``: something on the nose, another expression, hair, and a removal.
+def demo_edits(subject: Subject) -> list[CounterfactualEdit]:
+    """Up to four edits of ``subject``: something on the nose, another expression, hair or fur, and a removal.
 
     None uncovers what the picture hides: under a hat, neither the hair nor a beard's colour could be known.
     """
     edits = []
-    if person.glasses == "none":
-        edits.append(counterfactual(person, "glasses on", glasses="glasses"))
+    if subject.glasses == "none":
+        edits.append(counterfactual(subject, "glasses on", glasses="glasses"))
     else:
-        worn = "sunglasses" if person.glasses == "glasses" else "glasses"
-        edits.append(counterfactual(person, f"{worn} instead", glasses=worn))
-    mood = "smiling" if person.expression != "smiling" else "surprised"
-    edits.append(counterfactual(person, mood, expression=mood))
+        worn = "sunglasses" if subject.glasses == "glasses" else "glasses"
+        edits.append(counterfactual(subject, f"{worn} instead", glasses=worn))
+    mood = "smiling" if subject.expression != "smiling" else "surprised"
+    edits.append(counterfactual(subject, mood, expression=mood))
+    return edits + (_creature_edits(subject) if isinstance(subject, Creature) else _person_edits(subject))
+
+
+def _creature_edits(creature: Creature) -> list[CounterfactualEdit]:
+    color = "blue" if creature.fur_color != "blue" else "orange"
+    edits = [counterfactual(creature, f"{color} fur", fur_color=color)]
+    if creature.pattern != "none":
+        edits.append(counterfactual(creature, f"no {creature.pattern}", pattern="none"))
+    else:
+        edits.append(counterfactual(creature, "dots", pattern="dots"))
+    return edits
+
+
+def _person_edits(person: Subject) -> list[CounterfactualEdit]:
+    assert isinstance(person, Person)
+    edits = []
     if person.noun == "man" and person.facial_hair != "beard" and person.hair_visible:
         edits.append(counterfactual(person, "a beard", facial_hair="beard"))
     elif person.hair_visible and person.hair != "bald":
@@ -73,8 +89,9 @@ def demo_edits(person: Person) -> list[CounterfactualEdit]:
     return edits
 
 
-def varied_edits(person: Person) -> list[CounterfactualEdit]:
+def varied_edits(person: Subject) -> list[CounterfactualEdit]:
     """Six to eight edits of ``person``: the demo's, two more expressions, the clothes' colour and the background."""
+    assert isinstance(person, Person)
     edits = demo_edits(person)
     moods = [mood for mood in ("angry", "surprised", "sad") if mood != person.expression]
     more = [{"expression": mood} for mood in moods]
@@ -104,11 +121,11 @@ def grade(edit: CounterfactualEdit, edited: Image.Image) -> Grade:
     Raises:
         ValueError: the sizes differ.
     """
-    return grade_against(edit.person, edit.target, edited)
+    return grade_against(edit.subject, edit.target, edited)
 
 
-def grade_against(person: Person, target: Person, edited: Image.Image) -> Grade:
-    """:func:`grade` for any two people: ``person`` was edited, ``target`` is what should have come out."""
+def grade_against(person: Subject, target: Subject, edited: Image.Image) -> Grade:
+    """:func:`grade` for any two subjects: ``person`` was edited, ``target`` is what should have come out."""
     truth = np.asarray(render(target))
     changed = changed_pixels(person, target)
     picture = np.asarray(edited.convert("RGB"))

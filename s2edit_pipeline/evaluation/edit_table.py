@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..avatars.autoencoder_training import reconstruct
 from ..avatars.captions import describe
-from ..avatars.world import Person, changed_pixels, render, sample_person
+from ..avatars.world import Subject, changed_pixels, render, sample_person
 from ..prompt_alignment import insert_token
 from .attribute_classifier import load_attribute_classifier
 from .counterfactual import CounterfactualEdit, demo_edits, grade
@@ -75,7 +75,7 @@ def measure_edits(
     names: Sequence[str] = tuple(SETTINGS),
     *,
     people: Sequence[int] = PEOPLE,
-    edits_of: Callable[[Person], list[CounterfactualEdit]] = demo_edits,
+    edits_of: Callable[[Subject], list[CounterfactualEdit]] = demo_edits,
     num_inference_steps: int = 25,
     seed: int = 0,
     num_steps: int | None = None,
@@ -125,7 +125,7 @@ def measure_edits(
             for edit, image, found in zip(edits, result.images, read, strict=True):
                 scores.append(astuple(grade(edit, image)))
                 own.append(psnr(returned, picture, ~changed_pixels(person, edit.target)))
-                changed = [n for n in found if getattr(edit.target, n) != getattr(edit.person, n)]
+                changed = [n for n in found if getattr(edit.target, n) != getattr(edit.subject, n)]
                 done.append(all(found[n] == getattr(edit.target, n) for n in changed))
         whole, inside, outside, unedited = np.mean(scores, 0)
         ends = (float(np.mean([c[0] for c in cosines])), float(np.mean([c[1] for c in cosines]))) if cosines else None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from s2edit_pipeline.avatars.world import changed_pixels, render, sample_person
+from s2edit_pipeline.avatars.world import changed_pixels, render, sample_creature, sample_person
 from s2edit_pipeline.evaluation.counterfactual import counterfactual, demo_edits, grade, varied_edits
 
 
@@ -17,10 +17,22 @@ def test_demo_edits_make_sense_for_everyone() -> None:
         assert len(edits) >= 3 or not person.hair_visible
         for edit in edits:
             assert edit.source_prompt != edit.target_prompt
-            assert changed_pixels(edit.person, edit.target).any()
+            assert changed_pixels(edit.subject, edit.target).any()
             assert person.noun in edit.target_prompt
             # what no word names stays
             assert (edit.target.skin, edit.target.print, edit.target.mark) == (person.skin, person.print, person.mark)
+
+
+def test_demo_edits_make_sense_for_every_creature() -> None:
+    for seed in range(60):
+        creature = sample_creature(seed, "held_out")
+        edits = demo_edits(creature)
+        assert len({edit.target for edit in edits} | {creature}) == 5
+        for edit in edits:
+            assert changed_pixels(creature, edit.target).any() and creature.noun in edit.target_prompt
+            assert (edit.target.mark, edit.target.eyes, edit.target.ears) == (
+                creature.mark, creature.eyes, creature.ears,
+            )  # fmt: skip
 
 
 def test_an_edit_that_changes_nothing_is_refused() -> None:
@@ -46,7 +58,7 @@ def test_inside_and_outside_are_the_changed_pixels_and_the_rest() -> None:
     person = sample_person(3, "held_out")
     edit = counterfactual(person, "smile", expression="smiling")
     truth = np.asarray(edit.truth()).astype(int)
-    changed = changed_pixels(edit.person, edit.target)
+    changed = changed_pixels(edit.subject, edit.target)
     spoiled = truth.copy()
     spoiled[~changed] = np.where(spoiled[~changed] > 127, spoiled[~changed] - 10, spoiled[~changed] + 10)
     got = grade(edit, Image.fromarray(spoiled.astype(np.uint8)))
