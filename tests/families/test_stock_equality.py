@@ -155,7 +155,8 @@ def test_folders_and_pipelines_come_and_go(
     ]
     for again in loaded:
         again.set_progress_bar_config(disable=True)
-        assert torch.equal(again(**arguments).images, wanted)
+        # the same weights at other addresses may be summed in another order
+        torch.testing.assert_close(again(**arguments).images, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_tokenizers_that_disagree_are_refused(make_family: Callable[..., S2EditPipeline]) -> None:
