@@ -7,6 +7,7 @@ import errno
 import glob
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     made, lock = _make_locked(target)
     try:
         yield made
-        made.chmod(0o755)
+        made.chmod(stat.S_IMODE(target.stat().st_mode) if target.is_dir() else 0o777 & ~_umask())
         for entry in [*made.rglob("*"), made]:
             _flush(entry)
         if target.is_dir():
@@ -50,6 +51,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # there is no asking without setting
+    os.umask(mask)
+    return mask
 
 
 def _make_locked(target: Path) -> tuple[Path, int | None]:

@@ -162,6 +162,19 @@ class IdentityAdapter:
                 differences[name] = tensor.float()
         return differences
 
+    def changed_shapes(self, component: str) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape of what :meth:`weight_differences` gives, without making it."""
+        prefix = component + "."
+        mine = {name.removeprefix(prefix): t for name, t in self.weights.items() if name.startswith(prefix)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in mine.items():
+            if name.endswith(".lora_A.weight"):
+                layer = name.removesuffix(".lora_A.weight")
+                shapes[f"{layer}.weight"] = (len(mine[f"{layer}.lora_B.weight"]), *tensor.shape[1:])
+            elif not name.endswith(".lora_B.weight"):
+                shapes[name] = tuple(tensor.shape)
+        return shapes
+
     def _lora_scale(self, component: str, layer: str) -> float:
         said, layer = self.lora_metadata, pattern_name(layer)
         rank = said.get(f"{component}.rank_pattern", {}).get(layer, said[f"{component}.r"])
@@ -230,7 +243,8 @@ class IdentityAdapter:
         target = Path(save_directory).resolve()  # "." can't be renamed, its place can
         if target.exists() and not target.is_dir():
             raise ValueError(f"{target} is a file; give a folder for the identity.")
-        foreign = [p.name for p in target.iterdir() if not _is_ours(p.name)] if target.is_dir() else []
+        found = [p.name for p in target.iterdir()] if target.is_dir() else []
+        foreign = found if CONFIG_FILE not in found else [name for name in found if not _is_ours(name)]
         if foreign:
             raise ValueError(
                 f"{target} holds other files ({sorted(foreign)[0]}), which saving there would take away; "
@@ -450,21 +464,20 @@ class LoadedIdentities:
         if foreign:
             raise ValueError(f"The identity changes {', '.join(sorted(foreign))}, which this model doesn't have.")
         for component, module in components.items():
-            for name, difference in _changes(adapter, component, module).items():
+            # shapes first: a small file's factors can multiply out to more than the machine holds
+            for saved_name, shape in adapter.changed_shapes(component).items():
+                name = name_within(module, saved_name)
                 try:
                     held = _parameter(module, name)
                 except AttributeError:
                     held = None
                 if not isinstance(held, nn.Parameter):
                     raise ValueError(f"The identity changes {component}.{name}, which this model doesn't have.")
-                if held.shape != difference.shape:
+                if held.shape != shape:
                     raise ValueError(
-                        f"The identity's {component}.{name} is {tuple(difference.shape)}; "
-                        f"the model's is {tuple(held.shape)}."
+                        f"The identity's {component}.{name} is {shape}; the model's is {tuple(held.shape)}."
                     )
-        self._lift(components)
-        self.adapters[adapter.token] = (adapter, scale)
-        self._lay(components)
+        self._replace({**self.adapters, adapter.token: (adapter, scale)}, components)
 
     def remove(self, token: str, components: Mapping[str, nn.Module]) -> None:
         """Lift one identity off; the others stay.
@@ -473,9 +486,19 @@ class LoadedIdentities:
             ValueError: the weights are offloaded.
         """
         _check_present(components)
-        self._lift(components)
-        del self.adapters[token]
-        self._lay(components)
+        self._replace({name: held for name, held in self.adapters.items() if name != token}, components)
+
+    def _replace(self, adapters: dict[str, tuple[IdentityAdapter, float]], components: Mapping[str, nn.Module]) -> None:
+        """Lay ``adapters`` in place of those that are there; after an exception these are there again."""
+        held, self.adapters = self.adapters, adapters
+        try:
+            self._lift(components)
+            self._lay(components)
+        except BaseException:
+            self._lift(components)
+            self.adapters = held
+            self._lay(components)
+            raise
 
     @torch.no_grad()
     def _lift(self, components: Mapping[str, nn.Module]) -> None:

@@ -173,8 +173,8 @@ def fetch_identity(
             listed = {e.path: getattr(e, "size", None) for e in itertools.islice(tree, _MOST_FILES + 1)}
         except (RepositoryNotFoundError, RevisionNotFoundError, ValueError):
             raise  # no such repository, or not for this user
-        except Exception:
-            listed = {}  # no Hub to be reached: what was fetched before will do, and is checked like any other
+        except Exception:  # no Hub to be reached: what was fetched before will do, and is checked like any other
+            listed, local_files_only = {}, True
         _check_names(listed, name)
         for file, size in listed.items():
             if size is not None and size > _MOST_BYTES.get(file, math.inf):

@@ -127,10 +127,19 @@ class IdentityLoading(PipelineParts):
         if identity is None:
             yield None
             return
-        for token, (adapter, _) in self._loaded.adapters.items():
-            if identity is adapter or (isinstance(identity, str) and identity == token):
-                yield token
-                return
+        digest = getattr(identity, "digest", None)  # the same fit under whatever name, mask or strength it was loaded
+        loaded = [
+            token
+            for token, (adapter, _) in self._loaded.adapters.items()
+            if adapter.digest == digest or (isinstance(identity, str) and identity == token)
+        ]
+        if len(loaded) > 1:
+            raise ValueError(
+                f"This identity is loaded more than once, as {' and '.join(loaded)}; say which: identity={loaded[0]!r}."
+            )
+        if loaded:
+            yield loaded[0]
+            return
         token = self.load_identity(identity)
         try:
             yield token

@@ -98,7 +98,7 @@ def publish(
 ) -> str:
     """Push the pipeline to the Hub repository ``repo_id``, made if need be; returns the commit's address.
 
-    Modules of an earlier version that are gone now are taken out of the repository; other files stay.
+    Other files of the repository stay: a module of an earlier version that nothing names any more is never loaded.
 
     Raises:
         ValueError: the name is none that the Hub takes, or one that diffusers can't load code from.
@@ -121,7 +121,6 @@ def publish(
             folder_path=folder,
             commit_message=commit_message,
             create_pr=create_pr,
-            delete_patterns="*.py",
         )
     return str(commit.commit_url)
 

@@ -365,10 +365,10 @@ class Watch:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, torch.Tensor]]:
     """What every cross-attention layer makes of its probabilities, wherever the package controls attention."""
     from s2edit_pipeline import attention_control as seam
-    from s2edit_pipeline import identity_fitting, pipeline
+    from s2edit_pipeline import identity_fitting, picture_editing, pipeline
 
     seen: list[tuple[str, int, torch.Tensor]] = []
-    for module in (identity_fitting, pipeline):
+    for module in (identity_fitting, picture_editing, pipeline):
         monkeypatch.setattr(
             module,
             "attention_control",

@@ -17,11 +17,14 @@ def test_train_avatars_passes_its_options_on(monkeypatch, capsys):
         return Path(folder) / "model"
 
     monkeypatch.setattr(recipe, "train_avatars", train)
-    options = "--pictures 7 --autoencoder-steps 5 --denoiser-steps 3 --device cpu --seed 2".split()
+    options = "--pictures 7 --creatures 4 --autoencoder-steps 5 --denoiser-steps 3 --device cpu --seed 2".split()
+    options += ["--start-from", "there"]
     assert main(["train-avatars", "--out", "here", *options]) == 0
     assert main(["train-avatars", "--out", "here"]) == 0
     given = {"num_pictures": 7, "autoencoder_steps": 5, "denoiser_steps": 3, "device": "cpu", "seed": 2}
+    given |= {"num_creatures": 4, "start_from": "there"}
     plain = {"num_pictures": 16000, "autoencoder_steps": 2400, "denoiser_steps": 3800, "device": None, "seed": 0}
+    plain |= {"num_creatures": 12000, "start_from": None}
     assert calls == [("here", given), ("here", plain)]
     assert str(Path("here") / "model") in capsys.readouterr().out
 

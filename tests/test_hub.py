@@ -391,11 +391,11 @@ sys.exit(main(["publish", *sys.argv[1:]]))
 
 
 def test_the_published_pipeline_edits_without_the_package(hub: Hub, fitted: IdentityAdapter, tmp_path: Path) -> None:
-    hub.add("me/s2edit", {"earlier_module.py": b"1", "notes.txt": b"kept"})
+    hub.add("me/s2edit", {"scripts/train.py": b"1", "notes.txt": b"kept"})
     printed = fresh(hub, tmp_path, PUBLISH, "--repo-id", "me/s2edit", "--commit-message", "First").strip()
     name, files = hub.commits["me/s2edit"][-1]
     assert printed == f"{hub.address}/me/s2edit/commit/{name}" and hub.messages == ["First"]
-    assert "earlier_module.py" not in files and files["notes.txt"] == b"kept"
+    assert files["scripts/train.py"] == b"1" and files["notes.txt"] == b"kept"
     assert b"base_model" in files["README.md"] and b'custom_pipeline="me/s2edit"' in files["README.md"]
     hub.add("me/ada", {p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()})
     arguments = (str(tmp_path / "model"), "me/s2edit", "me/ada", str(tmp_path / "picture.png"), "there.npy")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,9 +267,89 @@ def test_other_peoples_folders_are_never_replaced(make_identity: Any, tmp_path: 
     (tmp_path / "photos" / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match=r"holds other files \(mine.txt\)"):
         identity.save_pretrained(tmp_path / "photos")
+    for name in ("mask.png", "README.md", "pytorch_lora_weights.safetensors"):  # named as ours, and no identity
+        (tmp_path / name[:4]).mkdir()
+        (tmp_path / name[:4] / name).write_text("precious")
+        with pytest.raises(ValueError, match=f"holds other files .{name}."):
+            identity.save_pretrained(tmp_path / name[:4])
+        assert (tmp_path / name[:4] / name).read_text() == "precious"
     with pytest.raises(ValueError, match="is a file"):
         identity.save_pretrained(tmp_path / "photos" / "mine.txt")
     assert (tmp_path / "photos" / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no modes")
+def test_who_may_read_it_is_the_callers_to_say(make_identity: Any, tmp_path: Path) -> None:
+    identity = make_identity("token")
+    held = os.umask(0o077)
+    try:
+        identity.save_pretrained(tmp_path / "ada")
+    finally:
+        os.umask(held)
+    assert stat.S_IMODE((tmp_path / "ada").stat().st_mode) == 0o700
+    identity.save_pretrained(tmp_path / "ada")  # under another umask: the folder's own mode stays
+    assert stat.S_IMODE((tmp_path / "ada").stat().st_mode) == 0o700
+    identity.save_pretrained(tmp_path / "bob")
+    assert stat.S_IMODE((tmp_path / "bob").stat().st_mode) == 0o777 & ~held
+
+
+def test_factors_that_multiply_out_to_more_than_the_model_are_refused(make_identity: Any, pipe: S2EditPipeline) -> None:
+    identity = make_identity("lora")
+    name = next(n for n in identity.weights if n.endswith(".lora_A.weight"))
+    other = name.replace(".lora_A.", ".lora_B.")
+    huge = {**identity.weights, name: torch.zeros(1, 400_000), other: torch.zeros(400_000, 1)}
+    before = state(pipe)
+    with pytest.raises(ValueError, match=r"is \(400000, 400000\); the model's is"):  # 640 GB
+        pipe.load_identity(replace(identity, weights=huge))
+    assert_same(state(pipe), before)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_shapes_are_told_without_multiplying(make_identity: Any, method: str) -> None:
+    identity = make_identity(method)
+    for one in (identity, identity.compressed(max_bytes=100_000)):
+        for component in ("unet", "text_encoder"):
+            made = {name: tuple(d.shape) for name, d in one.weight_differences(component).items()}
+            assert made and one.changed_shapes(component) == made
+
+
+def test_an_exception_half_way_leaves_what_was_loaded(
+    make_identity: Any, pipe: S2EditPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make_identity("lora"), make_identity("lora", semantic_weight=0.5)
+    bare = state(pipe)
+    pipe.load_identity(first)
+    before = state(pipe)
+    held = IdentityAdapter.weight_differences
+
+    def break_down(self: IdentityAdapter, component: str) -> dict[str, torch.Tensor]:
+        if self.token == "[J]" and component == "text_encoder":
+            raise MemoryError("no more")
+        return held(self, component)
+
+    monkeypatch.setattr(IdentityAdapter, "weight_differences", break_down)
+    with pytest.raises(MemoryError):
+        pipe.load_identity(second, token="[J]")
+    assert_same(state(pipe), before)
+    assert pipe.identities == ("[I]",)
+    pipe.unload_identity()
+    assert_same(state(pipe), bare)
+
+
+def test_an_identity_that_is_loaded_is_not_laid_twice(
+    make_identity: Any, pipe: S2EditPipeline, picture: Any, half_mask: Any
+) -> None:
+    identity = make_identity("lora")
+    arguments = {"image": picture, "num_inference_steps": 2, "output_type": "latent"}
+    pipe.load_identity(identity, token="[J]", mask=half_mask)
+    before = state(pipe)
+    wanted = pipe("a photo of a smiling [J] lady", **arguments).images
+    found = pipe("a photo of a smiling [J] lady", identity=identity, **arguments).images
+    assert torch.equal(found, wanted) and pipe.identities == ("[J]",)
+    assert_same(state(pipe), before)
+    pipe.load_identity(identity)
+    with pytest.raises(ValueError, match=r"loaded more than once, as \[J\] and \[I\]; say which: identity='\[J\]'"):
+        pipe("a photo of a smiling [J] lady", identity=identity, **arguments)
 
 
 def test_a_place_that_is_not_there(tmp_path: Path) -> None:

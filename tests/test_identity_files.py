@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load, save
 
+from s2edit_pipeline import identity_files
 from s2edit_pipeline.identity_adapter import IdentityAdapter, LearnedAttribute
 from s2edit_pipeline.identity_files import (
     CONFIG_FILE,
@@ -581,3 +582,16 @@ def test_killed_at_sixty_random_moments_it_is_the_old_or_the_new(folders: dict[s
     kills, both, left, after = map(int, done.stdout.split())
     assert (kills, both, after) == (60, 2, 0)  # each identity was seen, and what was left behind is gone
     assert left > 0  # and something was: it was killed in the midst
+
+
+def test_where_the_hub_cannot_be_looked_at_nothing_new_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def out_of_order(*_: Any, **__: Any) -> None:
+        raise OSError("503")
+
+    monkeypatch.setattr(identity_files.HfApi, "list_repo_tree", out_of_order)
+    monkeypatch.setattr(identity_files, "snapshot_download", lambda *_, **more: asked.append(more) or "fetched")
+    monkeypatch.setattr(identity_files.constants, "HF_HUB_OFFLINE", False)
+    assert identity_files.fetch_identity("me/ada") == Path("fetched")
+    assert asked[0]["local_files_only"] is True

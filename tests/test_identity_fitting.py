@@ -183,7 +183,8 @@ def test_what_a_method_tunes(pipe: S2EditPipeline, picture: Image.Image, method:
     assert float((result.rows[0]["text_encoder"] - row).abs().max()) > 1e-4
     tuned = {name for name, tensor in result.weights.items() if float(tensor.abs().max()) > 0}
     names = {f"unet.{n}" for n, _ in pipe.unet.named_parameters()}
-    names |= {f"text_encoder.{n}" for n, _ in pipe.text_encoder.named_parameters()}
+    # as transformers 4 calls them, so that older stacks read what is saved
+    names |= {f"text_encoder.text_model.{n}" for n, _ in pipe.text_encoder.named_parameters()}
     if method == "token":
         assert not result.weights
     elif method == "full":
