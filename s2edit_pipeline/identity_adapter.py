@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,31 +149,33 @@ class IdentityAdapter:
 
         LoRA (Hu et al. 2021): ``W' = W + (alpha / r) B A``, a convolution's ``W`` as the matrix (out, in * kh * kw).
         """
-        prefix = component + "."
-        mine = {name.removeprefix(prefix): t for name, t in self.weights.items() if name.startswith(prefix)}
         differences = {}
-        for name, tensor in mine.items():
-            if name.endswith(".lora_A.weight"):
-                layer = name.removesuffix(".lora_A.weight")
-                down, up = tensor.float(), mine[f"{layer}.lora_B.weight"].float()
-                product = self._lora_scale(component, layer) * (up.flatten(1) @ down.flatten(1))
-                differences[f"{layer}.weight"] = product.reshape(len(up), *down.shape[1:])
-            elif not name.endswith(".lora_B.weight"):
+        for name, tensor, up in self._changed(component):
+            if up is None:
                 differences[name] = tensor.float()
+            else:
+                product = up.float().flatten(1) @ tensor.float().flatten(1)
+                scale = self._lora_scale(component, name.removesuffix(".weight"))
+                differences[name] = (scale * product).reshape(len(up), *tensor.shape[1:])
         return differences
 
     def changed_shapes(self, component: str) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape of what :meth:`weight_differences` gives, without making it."""
+        return {
+            name: tuple(tensor.shape) if up is None else (len(up), *tensor.shape[1:])
+            for name, tensor, up in self._changed(component)
+        }
+
+    def _changed(self, component: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+        """(parameter name, difference, None), or of a LoRA (parameter name, A, B)."""
         prefix = component + "."
         mine = {name.removeprefix(prefix): t for name, t in self.weights.items() if name.startswith(prefix)}
-        shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in mine.items():
             if name.endswith(".lora_A.weight"):
                 layer = name.removesuffix(".lora_A.weight")
-                shapes[f"{layer}.weight"] = (len(mine[f"{layer}.lora_B.weight"]), *tensor.shape[1:])
+                yield f"{layer}.weight", tensor, mine[f"{layer}.lora_B.weight"]
             elif not name.endswith(".lora_B.weight"):
-                shapes[name] = tuple(tensor.shape)
-        return shapes
+                yield name, tensor, None
 
     def _lora_scale(self, component: str, layer: str) -> float:
         said, layer = self.lora_metadata, pattern_name(layer)

@@ -25,10 +25,10 @@ from .drawing import (
     TRAIN_SHADES,
     Subject,
     check_split,
-    differs,
     rasterize,
     rgb,
     shade,
+    where_any_differ,
 )
 
 SPECIES = ("cat", "dog", "monster")
@@ -91,11 +91,6 @@ class Creature(Subject):
     @property
     def noun(self) -> str:  # type: ignore[override]
         return self.species
-
-    def plain(self, attribute: str) -> dict[str, Any]:
-        if attribute == "background" or attribute.endswith("_color"):
-            return {attribute.removesuffix("_color") + "_shade": 0}
-        return {}
 
     def shows(self, attribute: str) -> bool:
         """Only headwear that is there has a colour."""
@@ -380,7 +375,4 @@ def _expression_region(species: str, size: int) -> np.ndarray:
     bare = replace(
         sample_creature(0), species=species, fur_color="grey", glasses="none", headwear="none", pattern="none"
     )
-    faces = [replace(bare, expression=e).draw(size) for e in EXPRESSIONS]
-    region = np.any([differs(face, faces[0]) for face in faces], axis=0)
-    region.setflags(write=False)
-    return region
+    return where_any_differ([replace(bare, expression=e).draw(size) for e in EXPRESSIONS])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -87,8 +87,10 @@ class Subject:
     background_shade: int
 
     def plain(self, attribute: str) -> dict[str, Any]:
-        """What else a new value of ``attribute`` settles, since a word can't say it."""
-        raise NotImplementedError
+        """What else a new value of ``attribute`` settles, since a word can't say it: a colour's plainest shade."""
+        if attribute == "background" or attribute.endswith("_color"):
+            return {attribute.removesuffix("_color") + "_shade": 0}
+        return {}
 
     def shows(self, attribute: str) -> bool:
         """Whether the picture tells the value of ``attribute``."""
@@ -149,6 +151,13 @@ def render(subject: Subject, size: int = IMAGE_SIZE) -> Image.Image:
 def differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(size, size) bool: where two drawings differ by more than the faint rim of an edge."""
     return np.abs(a.astype(np.int16) - b).max(-1) > 12
+
+
+def where_any_differ(drawings: Sequence[np.ndarray]) -> np.ndarray:
+    """(size, size) bool, not to be written to: where any of the drawings differs from the first."""
+    region: np.ndarray = np.any([differs(drawing, drawings[0]) for drawing in drawings], axis=0)
+    region.setflags(write=False)
+    return region
 
 
 def part_masks(subject: Subject, size: int = IMAGE_SIZE) -> dict[str, np.ndarray]:

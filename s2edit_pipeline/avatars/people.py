@@ -26,9 +26,9 @@ from .drawing import (
     TRAIN_SHADES,
     Subject,
     check_split,
-    differs,
     rasterize,
     shade,
+    where_any_differ,
 )
 
 NOUNS = ("lady", "man")
@@ -128,9 +128,7 @@ class Person(Subject):
             return {"cut": 0}
         if attribute == "clothes":
             return {"garment": 0, "print": "none"}
-        if attribute == "background" or attribute.endswith("_color"):
-            return {attribute.removesuffix("_color") + "_shade": 0}
-        return {}
+        return super().plain(attribute)
 
     def shows(self, attribute: str) -> bool:
         """Headwear hides hair, and only hair and headwear that are there have a colour."""
@@ -283,7 +281,4 @@ def _options(person: Person, hidden: str | None) -> dict[str, Any]:
 def _expression_region(size: int) -> np.ndarray:
     """(size, size) bool: where any two expressions differ; the same on every face."""
     bare = replace(sample_person(0), hair="bald", cut=0, headwear="none", glasses="none", facial_hair="none")
-    faces = [replace(bare, expression=e).draw(size) for e in EXPRESSIONS]
-    region = np.any([differs(face, faces[0]) for face in faces], axis=0)
-    region.setflags(write=False)
-    return region
+    return where_any_differ([replace(bare, expression=e).draw(size) for e in EXPRESSIONS])

@@ -7,9 +7,7 @@ linear code of the pictures, known before any training.
 from __future__ import annotations
 
 import copy
-import functools
 import json
-import operator
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,11 +21,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import autoencoder_training, denoiser_training
 from .autoencoder_training import build_autoencoder, fit_linear_code, to_tensor, train_autoencoder
-from .dataset import load_pictures
+from .dataset import PictureSet, load_pictures
 from .denoiser_training import build_scheduler, build_text_encoder, build_unet, train_denoiser
 from .tokenizer import save_tokenizer
 from .training import Checkpoint
-from .world import KINDS
 
 STAGES = ("autoencoder", "denoiser")
 AUTOENCODER_LEARNING_RATE, DENOISER_LEARNING_RATE = 2e-3, 8e-4
@@ -74,19 +71,14 @@ def train_avatars(
     folder = Path(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cache, masks = folder / "pictures", "denoiser" in stages
-    pictures = load_pictures(num_pictures, masks=masks, cache=cache)
-    if num_creatures:
-        pictures += load_pictures(num_creatures, kind="creature", masks=masks, cache=cache)
+    pictures = _both_kinds(num_pictures, num_creatures, masks=masks, cache=cache)
     started = None if start_from is None else Path(start_from)
     gentler = 1.0 if started is None else 0.5
     if "autoencoder" in stages:
-        held_out = [
-            load_pictures(_VALIDATION_COUNT, "held_out", kind=kind, first=_VALIDATION_FIRST, cache=cache)
-            for kind in (KINDS if num_creatures else KINDS[:1])
-        ]
+        creatures = _VALIDATION_COUNT if num_creatures else 0
         train_autoencoder(
             pictures,
-            functools.reduce(operator.add, held_out),
+            _both_kinds(_VALIDATION_COUNT, creatures, split="held_out", first=_VALIDATION_FIRST, cache=cache),
             folder,
             num_steps=autoencoder_steps,
             learning_rate=gentler * AUTOENCODER_LEARNING_RATE,
@@ -124,6 +116,12 @@ def train_avatars(
         return None
     export_checkpoint(folder, folder / "model")
     return folder / "model"
+
+
+def _both_kinds(people: int, creatures: int, **settings: Any) -> PictureSet:
+    """People, and creatures behind them if there are any; ``settings`` as ``load_pictures`` takes them."""
+    pictures = load_pictures(people, **settings)
+    return pictures + load_pictures(creatures, kind="creature", **settings) if creatures else pictures
 
 
 def _tokenizer(folder: Path) -> CLIPTokenizer:
