@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.pipeline import S2EditPipeline
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # and a process of theirs adds up in the same order
 
 PROMPT = "a photo of a smiling lady with glasses"
 

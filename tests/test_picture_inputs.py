@@ -190,7 +190,7 @@ HALF[:, :4] = True
         Image.fromarray(HALF.astype(np.uint8) * 255).convert("RGB"),
         np.kron(HALF, np.ones((3, 3), bool)),  # another size, the same shape
     ],
-    ids=lambda x: f"{type(x).__name__}-{getattr(x, 'dtype', getattr(x, 'mode', ''))}-{getattr(x, 'size', '')}",
+    ids=lambda x: f"{type(x).__name__}-{getattr(x, 'dtype', getattr(x, 'mode', ''))}-{np.shape(x)}",
 )
 def test_the_same_mask_in_every_form(mask: Any) -> None:
     found = load_mask(mask, (8, 6))
