@@ -11,7 +11,7 @@ import torch
 from .ddim_steps import NoiseSchedule, check_finite, ddim_move, ddpm_mean
 from .edit_control import BranchRows, EditControl
 from .latent_inversion import Inversion, guided
-from .object_masks import edit_region
+from .object_masks import changed_cells, edit_region
 
 Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 DenoiseBranches = Callable[[torch.Tensor, int, torch.Tensor, BranchRows], torch.Tensor]
@@ -19,8 +19,9 @@ DenoiseBranches = Callable[[torch.Tensor, int, torch.Tensor, BranchRows], torch.
 
 @dataclass(frozen=True)
 class EditSettings:
-    """What a caller asks of an edit; the fields are the arguments of ``S2EditPipeline.__call__``, and
-    ``confine_from`` the share of the steps after which the source is kept outside the edit.
+    """What a caller asks of an edit; the fields are the arguments of ``S2EditPipeline.__call__``, and two shares of the
+    steps: after ``confine_from`` the source is kept outside the edit, after ``settle_from`` also where the edit changed
+    nothing much.
 
     Raises:
         ValueError: a number out of its range, or options that don't go together.
@@ -38,13 +39,16 @@ class EditSettings:
     keep_words: Sequence[str] | str | None = None
     blend_threshold: float = 0.4
     confine_from: float = 0.2
+    change_threshold: float = 0.2
+    settle_from: float = 0.8
 
     def __post_init__(self) -> None:
         scale = self.guidance_scale
         if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
             raise ValueError(f"guidance_scale must be a number of at least 0, not {scale!r}.")
-        for name in ("guidance_rescale", "guidance_stop", "self_replace_steps", "confine_from"):
+        for name in ("guidance_rescale", "guidance_stop", "self_replace_steps", "confine_from", "settle_from"):
             check_share(name, getattr(self, name))
+        check_share("change_threshold", self.change_threshold)
         check_share("blend_threshold", self.blend_threshold, open_ended=True)
         if not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength!r}.")
@@ -132,7 +136,8 @@ def sample_edits(
             by plain guidance. From the share ``guidance_stop`` of the steps on, the targets go unguided
             (Kynkäänniemi et al. 2024: at low noise guidance only burns colours). ``strength`` is the share of the
             noise levels that the edit goes through; it starts from the trajectory's latents there.
-        confinements: one for each target; None lets it change everywhere.
+        confinements: one for each target; None lets it change everywhere. Where a region's cells came out nearly as
+            they were, they are at last the source's again.
         on_step: called with (step, noise level, target latents) after each; may return other latents, and
             stops the edit by raising ``StopIteration``.
     """
@@ -182,6 +187,8 @@ def sample_edits(
             if confinement is None or step + 1 < confinement.start * schedule.num_steps:
                 continue
             region = _region(confinement, control, i, size).to(x)
+            if step + 1 >= settings.settle_from * schedule.num_steps:
+                region = region * changed_cells(x[i], source[0], settings.change_threshold)
             regions[i] = region
             x = torch.cat([x[:i], torch.where(region > 0.5, x[i : i + 1], source), x[i + 1 :]])
         try:

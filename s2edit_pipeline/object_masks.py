@@ -103,6 +103,13 @@ def edit_region(word_maps: Sequence[torch.Tensor], threshold: float) -> torch.Te
     return region
 
 
+def changed_cells(edited: torch.Tensor, source: torch.Tensor, threshold: float) -> torch.Tensor:
+    """(h, w) of 0 and 1: the cells of ``edited`` (C, h, w) that differ from ``source`` by at least the share
+    ``threshold`` of the most that any does. An edit changes some cells much; a drift of the tone many a little."""
+    change = (edited - source).square().mean(0).sqrt()
+    return (change >= threshold * change.max()).to(edited)
+
+
 def feather(region: torch.Tensor, height: int, width: int, radius: int) -> torch.Tensor:
     """``region`` (h, w) of 0 and 1 as (height, width) weights in [0, 1]: 1 inside, falling to 0 over ``radius``
     pixels within its border, and exactly 0 outside."""

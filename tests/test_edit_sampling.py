@@ -51,7 +51,7 @@ def edit(
     confinements: list[Confinement | None],
     on_step: Any = lambda *_: None,
     guidance_stop: float = 1.0,
-    strength: float = 1.0,
+    **settings: Any,
 ) -> Any:
     nothing = EditControl(
         lambda rows: SpatialControl({}, [{}] * rows.total),
@@ -59,10 +59,9 @@ def edit(
         (99, 1),
         Reweighting([None] * 2),
     )
+    chosen = EditSettings(guidance_scale=SCALE, guidance_stop=guidance_stop, **{"change_threshold": 0.0, **settings})
     return sample_edits(
-        denoise, SCHEDULE, inversion, EMBEDS, TARGETS, NULL,
-        EditSettings(guidance_scale=SCALE, guidance_stop=guidance_stop, strength=strength), nothing, confinements,
-        on_step,
+        denoise, SCHEDULE, inversion, EMBEDS, TARGETS, NULL, chosen, nothing, confinements, on_step
     )  # fmt: skip
 
 
@@ -120,6 +119,29 @@ def test_outside_its_region_a_target_is_the_source_to_the_bit() -> None:
         if step + 1 >= 0.5 * N:
             x = x * region + inversion.trajectory[k - 1] * (1 - region)
     torch.testing.assert_close(found.targets[:1], x)
+    torch.testing.assert_close(found.targets[1:], alone(inversion.trajectory[-1:], TARGETS[1:], [NULL] * N)[-1])
+
+
+def test_at_last_what_drifted_a_little_is_the_source_again() -> None:
+    """Naive: from ``settle_from`` of the steps on, cells that changed less than the share ``change_threshold`` of the
+    most changed one are laid over with the source too."""
+    region = torch.zeros(4, 4)
+    region[:3] = 1
+    inversion, confined = inverted("direct"), Confinement((), (), region, 0.4, start=0.5)
+    found = edit(inversion, [confined, None], change_threshold=0.5, settle_from=0.8)
+    x, allowed = inversion.trajectory[-1:], region
+    for step, k in enumerate(range(N, 0, -1)):
+        u, c = denoise(x, k, NULL), denoise(x, k, TARGETS[:1])
+        x = move(x, u + SCALE * (c - u), k)
+        source = inversion.trajectory[k - 1 : k]
+        if step + 1 >= 0.8 * N:
+            change = (x - source).square().mean((0, 1)).sqrt()
+            allowed = region * (change >= 0.5 * change.max())
+        if step + 1 >= 0.5 * N:
+            x = torch.where(allowed > 0, x, source)
+    torch.testing.assert_close(found.targets[:1], x)
+    assert found.regions[0] is not None and 0 < found.regions[0].sum() < 12
+    assert torch.equal(found.regions[0], allowed.double())
     torch.testing.assert_close(found.targets[1:], alone(inversion.trajectory[-1:], TARGETS[1:], [NULL] * N)[-1])
 
 

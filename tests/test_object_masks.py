@@ -15,6 +15,7 @@ from scipy import ndimage
 from s2edit_pipeline.attention_control import MapRecorder
 from s2edit_pipeline.ddim_steps import NoiseSchedule
 from s2edit_pipeline.object_masks import (
+    changed_cells,
     edit_region,
     feather,
     gaussian_smooth,
@@ -102,6 +103,19 @@ def test_masks_as_pictures_are_black_and_white_at_the_size_asked_for() -> None:
     assert set(np.unique(values)) == {0, 255}
     assert values[:, :28].min() == 255 and values[:, 32:].max() == 0
     assert np.array_equal(np.asarray(mask_to_picture(mask, (6, 4))), (mask.numpy() * 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
+def test_cells_that_changed_little_beside_the_most_changed_one_are_left_out(threshold: float) -> None:
+    source, edited = noise(3, 4, 5), noise(3, 4, 5) * 1.5 + 0.1
+    found = changed_cells(edited, source, threshold)
+    change = [
+        [math.sqrt(sum((float(edited[c, y, x]) - float(source[c, y, x])) ** 2 for c in range(3)) / 3) for x in range(5)]
+        for y in range(4)
+    ]
+    most = max(max(row) for row in change)
+    assert found.tolist() == [[float(value >= threshold * most * (1 - 1e-6)) for value in row] for row in change]
+    assert changed_cells(source, source, 0.2).sum() == 20  # nothing changed: nothing to tell apart
 
 
 def test_maps_are_recorded_at_each_level_from_the_noised_picture() -> None:
