@@ -13,13 +13,21 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
-from .ddim_steps import NoiseSchedule, add_noise, check_finite, ddim_move, ddpm_mean, gradient_scaler
+from .ddim_steps import (
+    NoiseSchedule,
+    add_noise,
+    check_finite,
+    ddim_move,
+    ddpm_mean,
+    gradient_scaler,
+    split_prediction,
+)
 from .source_attention import SourceAttention
 
 Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 OnStep = Callable[[int], None]
 
-PINNED = ("direct", "edit_friendly")
+PINNED = ("direct", "fixed_point", "edit_friendly")
 """The methods whose source branch is held to the stored trajectory."""
 
 
@@ -28,7 +36,7 @@ class Inversion:
     """A picture on its way to noise.
 
     Attributes:
-        method: "ddim", "null_text", "negative_prompt", "direct" or "edit_friendly".
+        method: "ddim", "null_text", "negative_prompt", "direct", "fixed_point" or "edit_friendly".
         prompt: the source prompt, with the identity's token where there is one.
         trajectory: (N + 1, C, h, w), the latents at each noise level, the picture itself first.
         unconditional_embeds: (N, L, D), for noise level k at k - 1; or None: the empty (or negative) prompt's.
@@ -119,6 +127,40 @@ def _bare(
     """DDIM inversion alone. Whether the source is pinned to it ("direct") or runs free ("ddim") is the edit's affair:
     the offset of Ju et al. 2023 (PnP Inversion, algorithm 1) is, written out, "use the stored latents"."""
     return WayUp(ddim_trajectory(denoise, latents, schedule, prompt_embeds, on_step))
+
+
+@torch.no_grad()
+def _fixed_point(
+    denoise: Denoise,
+    latents: torch.Tensor,
+    schedule: NoiseSchedule,
+    prompt_embeds: torch.Tensor,
+    negative_embeds: torch.Tensor,
+    guidance_scale: float,
+    generator: torch.Generator | None,
+    on_step: OnStep,
+    *,
+    num_iterations: int = 4,
+) -> WayUp:
+    """DDIM's exact inverse by fixed-point iteration (Pan et al. 2023, AIDI, section 3.2, without its acceleration), for
+    few steps.
+
+    The latents wanted at level k are those from which the step down leads to what there is at k - 1:
+    ``x_k = move(x_{k-1}; epsilon(x_k, k))``, begun at ``x_k = x_{k-1}``, which is the published DDIM inversion's step.
+    The last latents that the U-Net was asked at are kept, so that its answer is the source branch's on the way back.
+    """
+    path = [latents]
+    for k in range(1, schedule.num_steps + 1):
+        a, a_next = schedule.alphas_bar[k - 1], schedule.alphas_bar[k]
+        x = path[-1]
+        for iteration in range(num_iterations):
+            _, epsilon = split_prediction(denoise(x, k, prompt_embeds), x, a_next, schedule.prediction_type)
+            if iteration + 1 < num_iterations:
+                x = ddim_move(path[-1], epsilon, a, a_next, "epsilon")
+        path.append(x)
+        check_finite(x, "the inversion", k - 1)
+        on_step(k - 1)
+    return WayUp(torch.cat(path))
 
 
 def _negative_prompt(
@@ -229,6 +271,7 @@ def _edit_friendly(
 
 INVERSIONS = {
     "direct": _bare,
+    "fixed_point": _fixed_point,
     "ddim": _bare,
     "negative_prompt": _negative_prompt,
     "null_text": _null_text,

@@ -281,13 +281,15 @@ class S2EditPipeline(
             image: the picture.
             prompt: the source prompt; of a loaded (or passed) identity the token is put before its subject by itself.
             method: "direct" (Ju et al. 2023), "ddim" (Song et al. 2021), "null_text" (Mokady et al. 2023),
-                "negative_prompt" (Miyake et al. 2023) or "edit_friendly" (Huberman-Spiegelglas et al. 2024).
+                "negative_prompt" (Miyake et al. 2023), "fixed_point" (Pan et al. 2023) or "edit_friendly"
+                (Huberman-Spiegelglas et al. 2024).
             num_inference_steps: of the inversion and of the edits that use it.
             identity: an identity to load for this call.
             guidance_scale: what "null_text" optimises for; the others serve any.
             generator: of "edit_friendly"'s noise; the others draw none.
-            keep_attention: how much of the source's attention is kept, with "direct" and "edit_friendly", so that
-                no edit has to ask for it again; None is ``KeepAttention()``: of 40 % of the steps, at most 1 GiB.
+            keep_attention: how much of the source's attention is kept, where the source is pinned to its trajectory
+                ("direct", "fixed_point", "edit_friendly"), so that no edit has to ask for it again; None is
+                ``KeepAttention()``: of 40 % of the steps, at most 1 GiB.
 
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.

@@ -24,6 +24,7 @@ from s2edit_pipeline.attention_control import (
     layer_sizes,
     mask_at,
 )
+from s2edit_pipeline.latent_inversion import INVERSIONS, PINNED
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.prompt_alignment import PromptAlignment
 
@@ -474,13 +475,13 @@ def test_the_token_is_exactly_nothing_outside_its_mask_at_every_step_of_fit_and_
         assert float(outside(probs, identity.mask, height)[..., column].abs().max()) == 0
         assert float(outside(probs, identity.mask, height)[..., column + 1].min()) > 0  # the noun looks everywhere
     watched.clear()
-    for inversion in ("direct", "ddim", "null_text", "negative_prompt", "edit_friendly"):
+    for inversion in INVERSIONS:
         pipe(target, picture, source, identity, inversion, num_inference_steps=4)
         assert len(watched) >= (4 + 4) * len(layers) and {name for name, _, _ in watched} == set(layers)
         for _, height, probs in watched:
             values = outside(probs, identity.mask, height)[..., column]
             # the target comes last; a source that isn't pinned comes first
-            with_token = [len(probs) - 1] if inversion in ("direct", "edit_friendly") else [0, len(probs) - 1]
+            with_token = [len(probs) - 1] if inversion in PINNED else [0, len(probs) - 1]
             if inversion == "null_text" and len(probs) == 1:
                 continue  # half of these are the unconditional branch, which holds no token
             if inversion == "negative_prompt":

@@ -15,6 +15,7 @@ from s2edit_pipeline.ddim_steps import NoiseSchedule, ddim_move
 from s2edit_pipeline.latent_inversion import (
     INVERSIONS,
     Inversion,
+    _fixed_point,
     check_method,
     ddim_trajectory,
     guided,
@@ -140,6 +141,48 @@ def test_null_text_is_algorithm_1(kind: str) -> None:
     assert improved < 0.8 * (way_back(path, plain, schedule, embeds) - x0).abs().mean()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixed_point_inverts_the_step_down_itself(kind: str) -> None:
+    """What DDIM's steps down, unguided, lead back from; the published inversion is its first iterate."""
+    schedule, embeds, x0 = levels(12, kind), normal(1, 4, 5, seed=1), normal(1, 2, 3, 3)
+
+    def gentle(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        return 0.5 * curved_denoiser(x, level, prompt_embeds)
+
+    def invert(num_iterations: int) -> torch.Tensor:
+        asked: list[torch.Tensor] = []
+
+        def denoise(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
+            asked.append(x)
+            return gentle(x, level, prompt_embeds)
+
+        path = _fixed_point(
+            denoise, x0, schedule, embeds, embeds, 4.5, None, lambda _: None, num_iterations=num_iterations
+        ).trajectory
+        assert len(asked) == 12 * num_iterations
+        # what is kept of the source's attention is of these very latents
+        assert all(torch.equal(path[k : k + 1], asked[k * num_iterations - 1]) for k in range(1, 13))
+        return path
+
+    def way_down(path: torch.Tensor) -> float:
+        x = path[-1:]
+        for k in range(12, 0, -1):
+            a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
+            x = ddim_move(x, gentle(x, k, embeds), a, a_next, kind)
+        return float((x - x0).abs().max())
+
+    errors = [way_down(invert(n)) for n in (2, 4, 8, 40)]
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[3] < 1e-9, errors
+    naive = ddim_trajectory(gentle, x0, schedule, embeds, lambda _: None)
+    assert errors[1] < way_down(naive) / 3
+    # naive: the second iterate at the first level
+    a, b = (float(schedule.alphas_bar[k]) for k in (0, 1))
+    out = gentle(x0, 1, embeds)
+    eps = out if kind == "epsilon" else math.sqrt(b) * out + math.sqrt(1 - b) * x0
+    wanted = math.sqrt(b) * (x0 - math.sqrt(1 - a) * eps) / math.sqrt(a) + math.sqrt(1 - b) * eps
+    torch.testing.assert_close(invert(2)[1:2], wanted)
+
+
 def test_negative_prompt_asks_with_the_sources_words() -> None:
     schedule, embeds, negative = levels(4), normal(1, 4, 5, seed=1), normal(1, 4, 5, seed=2)
     x0 = normal(1, 2, 3, 3)
@@ -159,11 +202,11 @@ def test_every_ddim_method_walks_the_same_path_up() -> None:
     for method, invert in INVERSIONS.items():
         found = invert(curved_denoiser, x0, schedule, embeds, normal(1, 4, 5, seed=2), 4.5, _seeded(0), lambda _: None)
         path = found.trajectory
-        if method != "edit_friendly":
+        if method not in ("edit_friendly", "fixed_point"):
             torch.testing.assert_close(path, ddim_trajectory(curved_denoiser, x0, schedule, embeds, lambda _: None))
         inversion = Inversion(method, "", path, found.unconditional_embeds, found.residuals)
         assert inversion.num_inference_steps == 3
-        assert inversion.pinned is (method in ("direct", "edit_friendly"))
+        assert inversion.pinned is (method in ("direct", "fixed_point", "edit_friendly"))
         assert (inversion.residuals is not None) is (method == "edit_friendly")
     with pytest.raises(ValueError, match="'magic' is unknown; choose one of 'direct'"):
         check_method("magic")

@@ -26,7 +26,7 @@ def edited(pipe: S2EditPipeline, inversion: Any, **arguments: Any) -> torch.Tens
     return latents
 
 
-@pytest.mark.parametrize("method", ["direct", "edit_friendly"])
+@pytest.mark.parametrize("method", ["direct", "fixed_point", "edit_friendly"])
 @pytest.mark.parametrize(
     "arguments",
     [
