@@ -399,7 +399,12 @@ def test_the_published_pipeline_edits_without_the_package(hub: Hub, fitted: Iden
     assert b"base_model" in files["README.md"] and b'custom_pipeline="me/s2edit"' in files["README.md"]
     hub.add("me/ada", {p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()})
     arguments = (str(tmp_path / "model"), "me/s2edit", "me/ada", str(tmp_path / "picture.png"), "there.npy")
+    hub.requests.clear()
     fresh(hub, tmp_path, CUSTOM, *arguments)
+    # the loader asked for each module once, not once for every path of the import graph
+    asked = [r.rsplit("/", 1)[1] for r in hub.requests if r.startswith("HEAD /me/s2edit/resolve/")]
+    assert sorted(asked) == sorted(path for path in files if path.endswith(".py") and "/" not in path)
+    assert sum("me/s2edit" in request for request in hub.requests) <= 3 * len(asked)
     assert np.array_equal(np.load(tmp_path / "there.npy"), np.load(tmp_path / "here.npy"))
     # and from the same files in a folder
     assert main(["publish", "--out", str(tmp_path / "assembled")]) == 0
