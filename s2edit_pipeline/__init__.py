@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from .latent_inversion import Inversion
     from .pipeline import S2EditPipeline
     from .pipeline_output import S2EditPipelineOutput
+    from .source_attention import KeepAttention
 
 __version__ = "0.1.0"
 __all__ = [
     "IdentityAdapter",
     "Inversion",
+    "KeepAttention",
     "ReferenceAttribute",
     "S2EditPipeline",
     "S2EditPipelineOutput",
@@ -25,6 +27,7 @@ __all__ = [
 _WHERE = {
     "IdentityAdapter": "identity_adapter",
     "Inversion": "latent_inversion",
+    "KeepAttention": "source_attention",
     "ReferenceAttribute": "identity_fitting",
     "S2EditPipeline": "pipeline",
     "S2EditPipelineOutput": "pipeline_output",

@@ -1,8 +1,9 @@
 """The one place where attention is seen and changed.
 
 :func:`attention_control` puts a processor in front of every attention layer for the length of a
-context. Where a controller wants a layer, the probabilities are made explicitly, ``softmax(Q K^T / sqrt(d))``,
-and pass through the controller; everywhere else the installed processor runs untouched.
+context. Where a controller wants a layer's probabilities they are made explicitly, ``softmax(Q K^T / sqrt(d))``,
+and pass through the controller; where it can do with queries, keys and values the fused kernel runs; everywhere else
+the installed processor runs untouched.
 Controllers: :class:`SpatialControl` (S2Edit's masked cross-attention), :class:`PromptToPrompt`
 (Hertz et al. 2022), :class:`MapRecorder`; :class:`Controllers` chains them.
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -30,24 +32,76 @@ class AttentionSite:
     width: int
 
 
-class AttentionController(Protocol):
-    """What stands at the seam."""
+class Look(IntEnum):
+    """How closely a controller looks at a layer; the closest of several decides."""
 
-    def wants(self, site: AttentionSite) -> bool:
-        """Whether this layer's probabilities are needed now."""
+    AWAY = 0
+    """The installed processor runs."""
+    LAYER = 1
+    """Queries, keys and values are enough: the fused kernel runs."""
+    PROBABILITIES = 2
+    """They are made explicitly."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Which keys each query is cut off from.
+
+    Attributes:
+        queries: for each group of queries that are cut alike, their indices; every query is in one group.
+        kept: for each group, (batch, 1, keys, 1) of 0 and 1.
+        restore: (queries,), where in the groups, one after the other, each query is.
+    """
+
+    queries: tuple[torch.Tensor, ...]
+    kept: tuple[torch.Tensor, ...]
+    restore: torch.Tensor
+
+
+class AttentionController:
+    """What stands at the seam; as it is, it changes nothing."""
+
+    def wants(self, site: AttentionSite) -> Look:
+        """How closely this layer is looked at now."""
+        return Look.AWAY
+
+    def exchange(
+        self, query: torch.Tensor, key: torch.Tensor, site: AttentionSite
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries and keys to go on with, from (batch, heads, length, channels of a head) each."""
+        return query, key
+
+    def cuts(self, site: AttentionSite, keys: int, device: torch.device) -> Cuts | None:
+        """Where probabilities aren't made: which of them ``__call__`` would set to 0, if any."""
+        return None
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
         """The probabilities to go on with, from ``probs`` (batch, heads, height * width, keys)."""
+        return probs
 
 
-class Controllers:
-    """Several controllers, one after the other."""
+class Controllers(AttentionController):
+    """Several controllers, one after the other; at most one of them cuts."""
 
     def __init__(self, controllers: Sequence[AttentionController]) -> None:
         self.controllers = tuple(controllers)
 
-    def wants(self, site: AttentionSite) -> bool:
-        return any(c.wants(site) for c in self.controllers)
+    def wants(self, site: AttentionSite) -> Look:
+        return max((c.wants(site) for c in self.controllers), default=Look.AWAY)
+
+    def exchange(
+        self, query: torch.Tensor, key: torch.Tensor, site: AttentionSite
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for controller in self.controllers:
+            if controller.wants(site):
+                query, key = controller.exchange(query, key, site)
+        return query, key
+
+    def cuts(self, site: AttentionSite, keys: int, device: torch.device) -> Cuts | None:
+        every = [c.cuts(site, keys, device) for c in self.controllers if c.wants(site)]
+        some = [cuts for cuts in every if cuts is not None]
+        assert len(some) <= 1
+        return some[0] if some else None
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
         for controller in self.controllers:
@@ -57,7 +111,7 @@ class Controllers:
 
 
 class ControlledAttnProcessor:
-    """diffusers' attention with the controller between softmax and values; defers to ``installed`` elsewhere."""
+    """diffusers' attention with the controller at its seam; defers to ``installed`` elsewhere."""
 
     def __init__(
         self, name: str, installed: Any, controller: AttentionController, sizes: Mapping[int, tuple[int, int]]
@@ -71,7 +125,8 @@ class ControlledAttnProcessor:
         queries = hidden_states.shape[1:-1] if hidden_states.ndim == 3 else hidden_states.shape[2:]
         height, width = self.sizes.get(queries.numel(), (0, 0))
         site = AttentionSite(self.name, is_cross, height, width)
-        if not height or not self.controller.wants(site):
+        look = self.controller.wants(site) if height else Look.AWAY
+        if look is Look.AWAY:
             kwargs |= {} if temb is None else {"temb": temb}  # the sliced processor knows no such argument
             return self.installed(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
@@ -91,9 +146,8 @@ class ControlledAttnProcessor:
         if is_cross and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
 
-        probs = _probabilities(attn, hidden_states, context, attention_mask)
-        probs = self.controller(probs, site)  # the seam
-        hidden_states = (probs @ _split_heads(attn, attn.to_v(context))).transpose(1, 2).flatten(2)
+        attend = self._attend_explicitly if look is Look.PROBABILITIES else self._attend_fused
+        hidden_states = attend(attn, hidden_states, context, attention_mask, site).transpose(1, 2).flatten(2)
 
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         if is_picture:
@@ -103,30 +157,68 @@ class ControlledAttnProcessor:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
+    def _queries_and_keys(
+        self, attn: Any, hidden_states: torch.Tensor, context: torch.Tensor, site: AttentionSite
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key = _split_heads(attn, attn.to_q(hidden_states)), _split_heads(attn, attn.to_k(context))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        return self.controller.exchange(query, key, site)
+
+    def _attend_explicitly(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor,
+        mask: torch.Tensor | None,
+        site: AttentionSite,
+    ) -> torch.Tensor:
+        """``controller(softmax(Q K^T / sqrt(d))) V``, the softmax in float32: (batch, heads, queries, channels).
+
+        Scores and probabilities are the largest tensors that an edit makes. So what led to them is let go as soon as
+        it has served, before a controller makes its own copy of them.
+        """
+        query, key = self._queries_and_keys(attn, hidden_states, context, site)
+        scores = (query * attn.scale) @ key.transpose(-1, -2)
+        del query, key
+        if mask is not None:
+            scores = scores + mask
+        probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(hidden_states.dtype)
+        del scores
+        probs = self.controller(probs, site)  # the seam
+        return probs @ _split_heads(attn, attn.to_v(context))
+
+    def _attend_fused(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor,
+        mask: torch.Tensor | None,
+        site: AttentionSite,
+    ) -> torch.Tensor:
+        """The same without the probabilities. ``(A * gate) V`` is, for queries that are cut off from the same
+        keys, ``A (kept * V)``: they look at values from which those keys' are missing."""
+        query, key = self._queries_and_keys(attn, hidden_states, context, site)
+        value = _split_heads(attn, attn.to_v(context))
+        cuts = self.controller.cuts(site, key.shape[2], key.device)
+        if cuts is None:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
+        groups = []
+        for queries, kept in zip(cuts.queries, cuts.kept, strict=True):
+            own_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, queries]
+            groups.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, queries], key, value * kept.to(value), attn_mask=own_mask, scale=attn.scale
+                )
+            )
+        return torch.cat(groups, 2)[:, :, cuts.restore]
+
 
 def _split_heads(attn: Any, x: torch.Tensor) -> torch.Tensor:
     """(batch, length, channels) to (batch, heads, length, channels of a head)."""
     return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-
-def _probabilities(
-    attn: Any, hidden_states: torch.Tensor, context: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """(batch, heads, queries, keys): ``softmax(Q K^T / sqrt(d))``, the softmax in float32.
-
-    Scores and probabilities are the largest tensors that an edit makes. So what led to them is let go as soon as it
-    has served, before a controller makes its own copy of them.
-    """
-    query, key = _split_heads(attn, attn.to_q(hidden_states)), _split_heads(attn, attn.to_k(context))
-    if attn.norm_q is not None:
-        query = attn.norm_q(query)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key)
-    scores = (query * attn.scale) @ key.transpose(-1, -2)
-    del query, key
-    if mask is not None:
-        scores = scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(hidden_states.dtype)
 
 
 _PLAIN_PROCESSORS = {
@@ -181,7 +273,7 @@ def mask_at(mask: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return (share >= share.max().clamp(max=0.5)).float() * (share > 0)
 
 
-class SpatialControl:
+class SpatialControl(AttentionController):
     """``A*_[I] = A_[I] * M_obj`` (S2Edit): the token's cross-attention is cut to its object, in every layer.
 
     Args:
@@ -208,9 +300,16 @@ class SpatialControl:
             for switch in (renormalize, mask_after)
         )
         self._gates: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._cuts: dict[tuple[int, int, int], Cuts] = {}
 
-    def wants(self, site: AttentionSite) -> bool:
-        return site.is_cross and any(self.columns)
+    def wants(self, site: AttentionSite) -> Look:
+        if not site.is_cross or not any(self.columns):
+            return Look.AWAY
+        return Look.PROBABILITIES if self._renormalized_rows else Look.LAYER
+
+    @property
+    def _renormalized_rows(self) -> list[int]:
+        return [row for row, tokens in enumerate(self.columns) if self.renormalize & tokens.keys()]
 
     def _gate(self, site: AttentionSite, keys: int, device: torch.device) -> torch.Tensor:
         """(batch, 1, queries, keys) of 0 and 1, made once for each size."""
@@ -226,110 +325,171 @@ class SpatialControl:
             self._gates[size] = gate.to(device)
         return self._gates[size]
 
+    def cuts(self, site: AttentionSite, keys: int, device: torch.device) -> Cuts:
+        size = (site.height, site.width, keys)
+        if size not in self._cuts:
+            gate = self._gate(site, keys, device)[:, 0].transpose(0, 1)  # (queries, batch, keys)
+            patterns, which = torch.unique(gate.flatten(1), dim=0, return_inverse=True)
+            kept = patterns.view(len(patterns), len(self.columns), 1, keys, 1)
+            queries = tuple(torch.nonzero(which == i)[:, 0] for i in range(len(patterns)))
+            self._cuts[size] = Cuts(queries, tuple(kept), torch.cat(queries).argsort())
+        return self._cuts[size]
+
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
         gated = probs * self._gate(site, probs.shape[-1], probs.device).to(probs.dtype)
-        rows = [row for row, tokens in enumerate(self.columns) if self.renormalize & tokens.keys()]
+        rows = self._renormalized_rows
         if rows:
             scaled = gated[rows] / gated[rows].sum(-1, keepdim=True).clamp(min=1e-6)
             gated = gated.index_copy(0, torch.tensor(rows, device=gated.device), scaled)
         return gated
 
 
-class PromptToPrompt:
-    """Prompt-to-prompt (Hertz et al. 2022): the target rows take over attention of the source row.
+@dataclass(frozen=True)
+class LayerAttention:
+    """What one evaluation of one prompt attended to.
+
+    Attributes:
+        probabilities: cross-attention layer -> (heads, queries, keys), as the seam passed them on.
+        queries_keys: self-attention layer -> two of (heads, queries, channels of a head).
+    """
+
+    probabilities: dict[str, torch.Tensor] = field(default_factory=dict)
+    queries_keys: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class PromptToPrompt(AttentionController):
+    """Prompt-to-prompt (Hertz et al. 2022): the target rows take over the source's attention.
 
     Cross-attention (section 3.2), in the first part of the steps: ``A_target <- share * (A_source @ mapping)
     + (1 - share) * A_target``. Self-attention: ``A_target <- A_source`` in the first part of the steps, in layers of
-    at most ``max_self_queries`` queries.
+    at most ``max_self_queries`` queries: the targets take the source's queries and keys.
 
     Args:
-        source_row: batch row of the source prompt.
-        target_rows: batch rows of the targets' conditional branches.
-        alignments: one for each target row.
-        cross_until: (L,) for each target row: the step up to which each token's map is taken over.
+        alignments: one for each target.
+        cross_until: (L,) for each target: the step up to which each token's map is taken over.
         self_until: the step up to which self-attention is.
     """
 
     def __init__(
         self,
-        source_row: int,
-        target_rows: Sequence[int],
         alignments: Sequence[PromptAlignment],
         cross_until: Sequence[torch.Tensor],
         self_until: int,
         max_self_queries: int,
     ) -> None:
-        self.source_row, self.target_rows = source_row, tuple(target_rows)
         self.alignments, self.cross_until, self.self_until = tuple(alignments), tuple(cross_until), self_until
         self.max_self_queries = max_self_queries
-        self.step = 0
         self._last_cross = max((float(until.max()) for until in self.cross_until), default=0.0)
+        self.step, self.target_rows = 0, torch.arange(0)
+        self.source: int | LayerAttention = 0
 
-    def wants(self, site: AttentionSite) -> bool:
+    def begin(self, step: int, source: int | LayerAttention, target_rows: Sequence[int]) -> None:
+        """Be told of the next batch: which row the source's is, or what its evaluation attended to, and which rows
+        the targets' conditional branches are."""
+        self.step, self.source, self.target_rows = step, source, torch.tensor(list(target_rows))
+
+    @property
+    def active_until(self) -> int:
+        """The step from which on nothing is taken over."""
+        return round(max(self._last_cross, self.self_until)) if self.alignments else 0
+
+    def wants(self, site: AttentionSite) -> Look:
         if site.is_cross:
-            return self.step < self._last_cross
-        return self.step < self.self_until and site.height * site.width <= self.max_self_queries
+            return Look.PROBABILITIES if self.step < self._last_cross else Look.AWAY
+        takes = self.step < self.self_until and site.height * site.width <= self.max_self_queries
+        return Look.LAYER if takes else Look.AWAY
+
+    def exchange(
+        self, query: torch.Tensor, key: torch.Tensor, site: AttentionSite
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if site.is_cross:
+            return query, key
+        if isinstance(self.source, LayerAttention):
+            source = self.source.queries_keys[site.name]
+        else:
+            source = query[self.source], key[self.source]
+        rows = self.target_rows.to(query.device)
+        query, key = (
+            whole.index_copy(0, rows, one.to(whole).expand(len(rows), *one.shape))
+            for whole, one in zip((query, key), source, strict=True)
+        )
+        return query, key
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
-        source = probs[self.source_row]
+        if not site.is_cross:
+            return probs
+        if isinstance(self.source, LayerAttention):
+            source = self.source.probabilities[site.name].to(probs)
+        else:
+            source = probs[self.source]
         edited = list(probs.unbind(0))
-        for i, row in enumerate(self.target_rows):
-            if not site.is_cross:
-                edited[row] = source
-                continue
-            alignment = self.alignments[i]
-            share = (alignment.share * (self.step < self.cross_until[i])).to(probs)
+        for alignment, until, row in zip(self.alignments, self.cross_until, self.target_rows.tolist(), strict=True):
+            share = (alignment.share * (self.step < until)).to(probs)
             edited[row] = share * (source @ alignment.mapping.to(probs)) + (1 - share) * probs[row]
         return torch.stack(edited)
 
 
-class Reweighting:
+class Reweighting(AttentionController):
     """Prompt-to-prompt's attention re-weighting (Hertz et al. 2022, section 3.2): ``A <- A * weights``.
 
     Args:
-        rows: batch rows.
-        weights: (L,) for each of them, or None.
+        weights: (L,) for each target, or None; ``rows`` says which row of the batch each of them is.
     """
 
-    def __init__(self, rows: Sequence[int], weights: Sequence[torch.Tensor | None]) -> None:
-        self.weights = {row: w for row, w in zip(rows, weights, strict=True) if w is not None}
+    def __init__(self, weights: Sequence[torch.Tensor | None], rows: Sequence[int] = ()) -> None:
+        self.weights, self.rows = tuple(weights), rows
 
-    def wants(self, site: AttentionSite) -> bool:
-        return site.is_cross and bool(self.weights)
+    def wants(self, site: AttentionSite) -> Look:
+        weighs = site.is_cross and any(w is not None for w in self.weights)
+        return Look.PROBABILITIES if weighs else Look.AWAY
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
         changed = list(probs.unbind(0))
-        for row, weights in self.weights.items():
-            changed[row] = changed[row] * weights.to(probs)
+        for row, weights in zip(self.rows, self.weights, strict=True):
+            if weights is not None:
+                changed[row] = changed[row] * weights.to(probs)
         return torch.stack(changed)
 
 
-class MapRecorder:
+class MapRecorder(AttentionController):
     """Sums cross-attention maps, averaged over heads, of the layers of ``min_queries`` to ``max_queries`` queries.
 
-    ``maps[(height, width)]`` is (batch, height * width, keys), the mean over the layers and calls so far.
+    ``maps[(height, width)]`` is (rows, height * width, keys), the mean over the layers and calls so far.
+
+    Args:
+        rows: those of the batch to look at, in this order; None looks at all. It may be set anew for each batch, as
+            many or none.
     """
 
-    def __init__(self, max_queries: int, min_queries: int = 1) -> None:
-        self.max_queries, self.min_queries = max_queries, min_queries
+    def __init__(self, max_queries: int, min_queries: int = 1, rows: Sequence[int] | None = None) -> None:
+        self.max_queries, self.min_queries, self.rows = max_queries, min_queries, rows
         self._sums: dict[tuple[int, int], torch.Tensor] = {}
         self._counts: dict[tuple[int, int], int] = {}
 
-    def wants(self, site: AttentionSite) -> bool:
-        return site.is_cross and self.min_queries <= site.height * site.width <= self.max_queries
+    def wants(self, site: AttentionSite) -> Look:
+        looks = site.is_cross and self.min_queries <= site.height * site.width <= self.max_queries
+        return Look.PROBABILITIES if looks and (self.rows is None or len(self.rows)) else Look.AWAY
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
-        size, seen = (site.height, site.width), probs.detach().float().mean(1)
-        self._sums[size] = self._sums[size] + seen if size in self._sums else seen
-        self._counts[size] = self._counts.get(size, 0) + 1
+        rows = probs.detach() if self.rows is None else probs.detach()[list(self.rows)]
+        self._add((site.height, site.width), rows.float().mean(1), 1)
         return probs
+
+    def _add(self, size: tuple[int, int], total: torch.Tensor, count: int) -> None:
+        self._sums[size] = self._sums[size] + total if size in self._sums else total
+        self._counts[size] = self._counts.get(size, 0) + count
+
+    def add(self, other: MapRecorder) -> None:
+        """Go on as if what ``other`` saw had come by here."""
+        for size, total in other._sums.items():
+            self._add(size, total, other._counts[size])
 
     @property
     def maps(self) -> dict[tuple[int, int], torch.Tensor]:
         return {size: total / self._counts[size] for size, total in self._sums.items()}
 
     def word_map(self, row: int, tokens: Sequence[int], height: int, width: int) -> torch.Tensor:
-        """(height, width): the map of the word at positions ``tokens`` in batch row ``row``, averaged over sizes."""
+        """(height, width): the map of the word at positions ``tokens`` in the row at ``row``, averaged over sizes."""
         assert self._sums, "nothing recorded: no layer was of the right size"
         total = torch.zeros(height, width, device=next(iter(self._sums.values())).device)
         for (h, w), maps in self.maps.items():

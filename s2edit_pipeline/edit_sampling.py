@@ -8,38 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_control import MapRecorder, PromptToPrompt
 from .ddim_steps import NoiseSchedule, check_finite, ddim_move, ddpm_mean
+from .edit_control import BranchRows, EditControl
 from .latent_inversion import Inversion, guided
 from .object_masks import edit_region
 
 Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class BranchRows:
-    """Which row of the U-Net's batch is what, for ``num_targets`` targets.
-
-    The source's conditional branch is row 0. A source that isn't pinned to its trajectory needs its unconditional
-    branch too. Then the targets' unconditional rows, then their conditional ones.
-    """
-
-    num_targets: int
-    source_unconditional: bool
-
-    @property
-    def unconditional(self) -> slice:
-        first = 1 + self.source_unconditional
-        return slice(first, first + self.num_targets)
-
-    @property
-    def conditional(self) -> slice:
-        first = 1 + self.source_unconditional + self.num_targets
-        return slice(first, first + self.num_targets)
-
-    @property
-    def conditional_rows(self) -> range:
-        return range(self.conditional.start, self.conditional.stop)
+DenoiseBranches = Callable[[torch.Tensor, int, torch.Tensor, BranchRows], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -119,14 +94,13 @@ class EditedLatents:
     regions: tuple[torch.Tensor | None, ...]
 
 
-def _region(confinement: Confinement, recorder: MapRecorder, row: int, height: int, width: int) -> torch.Tensor:
+def _region(confinement: Confinement, control: EditControl, target: int, size: torch.Size) -> torch.Tensor:
     if confinement.region is not None:
         return confinement.region
 
-    def looks(source: tuple[tuple[int, ...], ...], target: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-        maps = [recorder.word_map(0, tokens, height, width) for tokens in source]
-        maps += [recorder.word_map(row, tokens, height, width) for tokens in target]
-        return edit_region(maps, confinement.threshold) if maps else torch.zeros(height, width)
+    def looks(source: tuple[tuple[int, ...], ...], target_tokens: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+        maps = control.looks(target, source, target_tokens, size)
+        return edit_region(maps, confinement.threshold) if maps else torch.zeros(size)
 
     # where no word changed, nothing may
     region = looks(confinement.source_tokens, confinement.target_tokens)
@@ -135,21 +109,24 @@ def _region(confinement: Confinement, recorder: MapRecorder, row: int, height: i
 
 @torch.no_grad()
 def sample_edits(
-    denoise: Denoise,
+    denoise: DenoiseBranches,
     schedule: NoiseSchedule,
     inversion: Inversion,
     source_embeds: torch.Tensor,
     target_embeds: torch.Tensor,
     negative_embeds: torch.Tensor,
     settings: EditSettings,
-    prompt_to_prompt: PromptToPrompt,
-    recorder: MapRecorder,
+    control: EditControl,
     confinements: Sequence[Confinement | None],
     on_step: Callable[[int, int, torch.Tensor], torch.Tensor | None],
 ) -> EditedLatents:
     """Prompt-to-prompt (Hertz et al. 2022, algorithm 1) from an inverted picture, all targets in one batch.
 
+    A branch is asked only where it counts: the targets' unconditional ones while they are guided, a pinned source
+    while its attention is taken over and wasn't kept.
+
     Args:
+        denoise: ``denoise(x, level, prompt_embeds, rows)``, under ``control``.
         source_embeds: (1, L, D); target_embeds: (n, L, D); negative_embeds: (1, L, D).
         settings: ``guidance_rescale`` and ``guidance_stop`` are of the targets' branches; the source's comes back
             by plain guidance. From the share ``guidance_stop`` of the steps on, the targets go unguided
@@ -159,26 +136,34 @@ def sample_edits(
         on_step: called with (step, noise level, target latents) after each; may return other latents, and
             stops the edit by raising ``StopIteration``.
     """
-    n, height, width = len(target_embeds), *inversion.trajectory.shape[-2:]
-    rows = BranchRows(n, source_unconditional=not inversion.pinned)
-    guidance_scale = settings.guidance_scale
+    n, size = len(target_embeds), inversion.trajectory.shape[-2:]
+    guidance_scale, free = settings.guidance_scale, not inversion.pinned
+    looks_at_source = any(
+        c is not None and c.region is None and (c.source_tokens or c.kept_source) for c in confinements
+    )
     first = settings.num_steps(schedule)
     source = inversion.trajectory[first : first + 1].to(target_embeds)
     x = source.expand(n, -1, -1, -1)
     regions: list[torch.Tensor | None] = [None] * n
     for k in range(first, 0, -1):
-        prompt_to_prompt.step = step = schedule.num_steps - k
+        step = schedule.num_steps - k
+        rows = BranchRows(
+            n,
+            source=free or control.needs_source(step, k, maps=looks_at_source),
+            source_unconditional=free,
+            guided=step < settings.guidance_stop * schedule.num_steps and guidance_scale != 1,
+        )
+        control.begin(step, k, rows)
         null = negative_embeds
         if inversion.unconditional_embeds is not None:
             null = inversion.unconditional_embeds[k - 1 : k].to(target_embeds)
-        free = [] if inversion.pinned else [source]
-        latents = torch.cat([source, *free, x, x])
-        embeds = torch.cat([source_embeds, *([null] if free else []), null.expand(n, -1, -1), target_embeds])
-        output = denoise(latents, k, embeds)
+        latents = [source] * (rows.source + rows.source_unconditional) + [x] * (rows.guided + 1)
+        embeds = [source_embeds] * rows.source + [null] * (rows.source_unconditional + n * rows.guided)
+        output = denoise(torch.cat(latents), k, torch.cat([*embeds, target_embeds]), rows)
 
         a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
         target_output = output[rows.conditional]
-        if step < settings.guidance_stop * schedule.num_steps:
+        if rows.guided:
             unconditional = output[rows.unconditional]
             target_output = guided(unconditional, target_output, guidance_scale, settings.guidance_rescale)
         if inversion.residuals is not None:
@@ -196,7 +181,7 @@ def sample_edits(
         for i, confinement in enumerate(confinements):
             if confinement is None or step + 1 < confinement.start * schedule.num_steps:
                 continue
-            region = _region(confinement, recorder, rows.conditional_rows[i], height, width).to(x)
+            region = _region(confinement, control, i, size).to(x)
             regions[i] = region
             x = torch.cat([x[:i], torch.where(region > 0.5, x[i : i + 1], source), x[i + 1 :]])
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -214,6 +215,13 @@ class IdentityLoading(PipelineParts):
                     found[token] = tuple(at)
             columns.append(found)
         return SpatialControl(masks, columns, renormalize=switched["renormalize"], mask_after=switched["mask_after"])
+
+    def _identity_state(self, token: str) -> str:
+        """What a loaded identity does to a picture's inversion: which fit, how strong, held where."""
+        adapter, scale = self._loaded.adapters[token]
+        masks = [mask for _, mask in adapter.learned.values()]
+        held = [[] if mask is None else [list(mask.shape), mask.flatten().tolist()] for mask in masks]
+        return f"{adapter.digest} x {scale:g} at {sha256(repr(held).encode()).hexdigest()[:16]}"
 
     # -------------------------------------------------------------------- prompts with identities
 

@@ -14,9 +14,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.nn import functional as F
 
 from .ddim_steps import NoiseSchedule, add_noise, check_finite, ddim_move, ddpm_mean, gradient_scaler
+from .source_attention import SourceAttention
 
 Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 OnStep = Callable[[int], None]
+
+PINNED = ("direct", "edit_friendly")
+"""The methods whose source branch is held to the stored trajectory."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Inversion:
         guidance_scale: that the unconditional embeddings were made for, or None where any will do.
         identities: the fitted tokens that took part -> which fit each stood for, see ``IdentityAdapter.digest``.
         base_model: what the model calls itself.
+        clip_skip: how the prompts were encoded.
+        attention: what the source attended to, for the edits to come; or None, and they ask for it again.
     """
 
     method: str
@@ -43,6 +49,8 @@ class Inversion:
     guidance_scale: float | None = None
     identities: Mapping[str, str] = field(default_factory=dict)
     base_model: str = ""
+    clip_skip: int | None = None
+    attention: SourceAttention | None = None
 
     @property
     def num_inference_steps(self) -> int:
@@ -51,7 +59,7 @@ class Inversion:
     @property
     def pinned(self) -> bool:
         """Whether the source branch is held to the stored trajectory."""
-        return self.method in ("direct", "edit_friendly")
+        return self.method in PINNED
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import PIL.Image
@@ -12,22 +14,25 @@ import torch
 from .attention_control import (
     AttentionController,
     Controllers,
-    MapRecorder,
     PromptToPrompt,
     Reweighting,
+    SpatialControl,
     attention_control,
     mask_at,
 )
 from .ddim_steps import NoiseSchedule, noise_schedule
+from .edit_control import BranchRows, EditControl
 from .edit_plan import plan_edits
-from .edit_sampling import BranchRows, EditSettings, sample_edits
+from .edit_sampling import EditSettings, sample_edits
 from .identity_loading import IdentityLoading
-from .latent_inversion import INVERSIONS, Inversion, check_method, num_inversion_steps
+from .latent_inversion import INVERSIONS, PINNED, Inversion, check_method, num_inversion_steps
 from .object_masks import feather, mask_to_picture
 from .picture_inputs import load_mask, load_picture, picture_to_tensor
 from .pipeline_output import S2EditPipelineOutput
+from .pipeline_parts import Denoise
 from .prompt_alignment import TokenizedPrompt
-from .prompt_encoding import join_pooled
+from .prompt_encoding import PromptEmbeds, join_pooled
+from .source_attention import AttentionKeeper, KeepAttention
 
 
 class PictureEditing(IdentityLoading):
@@ -37,38 +42,47 @@ class PictureEditing(IdentityLoading):
         self,
         latents: torch.Tensor,
         prompt: TokenizedPrompt,
+        encoded: PromptEmbeds,
+        negative: PromptEmbeds,
         method: str,
         schedule: NoiseSchedule,
         guidance_scale: float,
-        negative_prompt: str | None,
         generator: torch.Generator | None,
         clip_skip: int | None,
+        keep: KeepAttention,
     ) -> Inversion:
-        """See ``S2EditPipeline.invert``; the picture's ``latents`` are (1, C, h, w)."""
-        encoded = self._encode_prompts([prompt], clip_skip)
-        negative = self._encode_negative(negative_prompt, encoded, clip_skip)
-        embeds, size_ids = encoded.embeds, self._size_ids(*latents.shape[-2:])
+        """See ``S2EditPipeline.invert``; the picture's ``latents`` are (1, C, h, w), ``encoded`` is ``prompt``'s."""
+        size = latents.shape[-2:]
+        size_ids = self._size_ids(*size)
+        pinned = method in PINNED
+        keeper = None
+        if pinned and keep.max_bytes:
+            keeper = AttentionKeeper(keep, schedule.num_steps, self._map_queries(*size))
+        # null-text also asks for the unconditional branch, which holds no token: nothing to mask there
+        asks = _SourceOrNot(self._spatial_control([prompt]), keeper)
         denoisers = {
             True: self._denoiser(schedule, encoded.pooled, size_ids),
             False: self._denoiser(schedule, negative.pooled, size_ids),
         }
-        controls = {True: self._spatial_control([prompt]), False: self._spatial_control([None])}
-        # null-text also asks for the unconditional branch, which holds no token: nothing to mask there
-        controlled = _ByPrompt(controls)
 
-        def denoise_controlled(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
-            controlled.is_source = prompt_embeds is embeds
-            return denoisers[controlled.is_source](x, level, prompt_embeds)
+        def denoise(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
+            is_source = prompt_embeds is encoded.embeds
+            asks.begin(is_source, level)
+            return denoisers[is_source](x, level, prompt_embeds)
 
         with (
             self._frozen_unet(),
-            attention_control(self.unet, controlled, *latents.shape[-2:]),
+            attention_control(self.unet, asks, *size),
             self.progress_bar(total=num_inversion_steps(method, schedule.num_steps)) as bar,
         ):
             found = INVERSIONS[method](
-                denoise_controlled, latents, schedule, embeds, negative.embeds, guidance_scale, generator,
+                denoise, latents, schedule, encoded.embeds, negative.embeds, guidance_scale, generator,
                 lambda _: bar.update(),
             )  # fmt: skip
+            if keeper is not None and schedule.num_steps not in keeper.maps:
+                # the walk up never asks at the noise that it ends in, where an edit begins
+                with torch.no_grad():
+                    denoise(found.trajectory[-1:], schedule.num_steps, encoded.embeds)
         tokens = self._tokens_in([prompt.text])
         return Inversion(
             method=method,
@@ -77,8 +91,10 @@ class PictureEditing(IdentityLoading):
             unconditional_embeds=found.unconditional_embeds,
             residuals=found.residuals,
             guidance_scale=guidance_scale if method == "null_text" else None,
-            identities={token: self._loaded.adapters[token][0].digest for token in tokens},
+            identities={token: self._identity_state(token) for token in tokens},
             base_model=self._base_name(),
+            clip_skip=clip_skip,
+            attention=None if keeper is None else keeper.kept(),
         )
 
     @contextmanager
@@ -92,7 +108,9 @@ class PictureEditing(IdentityLoading):
             for parameter, required in held:
                 parameter.requires_grad_(required)
 
-    def _check_inversion(self, inversion: Any, source_prompt: str, steps: int | None, guidance_scale: float) -> None:
+    def _check_inversion(
+        self, inversion: Any, source_prompt: str, steps: int | None, guidance_scale: float, clip_skip: int | None
+    ) -> None:
         if not hasattr(inversion, "trajectory"):
             raise TypeError(
                 f"inversion must be what pipe.invert(...) returns, or a method's name, not {type(inversion).__name__}."
@@ -102,10 +120,9 @@ class PictureEditing(IdentityLoading):
                 f"num_inference_steps={steps}, but the inversion was made in {inversion.num_inference_steps}; "
                 f"leave it out, or call pipe.invert(..., num_inference_steps={steps})."
             )
-        for token, digest in inversion.identities.items():
-            adapter, _ = self._loaded.adapters.get(token, (None, 1.0))
-            if adapter is None or adapter.digest != digest:
-                loaded = "another identity is" if adapter is not None else "it isn't"
+        for token, state in inversion.identities.items():
+            if token not in self._loaded.adapters or self._identity_state(token) != state:
+                loaded = "another identity, scale or mask is" if token in self._loaded.adapters else "it isn't"
                 raise ValueError(
                     f"The inversion was made with the identity {token!r}, and {loaded} loaded under that name. "
                     "Pass the same one, identity=..., or invert again without it."
@@ -120,6 +137,11 @@ class PictureEditing(IdentityLoading):
             raise ValueError(
                 f"The null-text inversion was optimised for guidance_scale={inversion.guidance_scale:g}, not "
                 f"{guidance_scale:g}; use that, or call pipe.invert(..., guidance_scale={guidance_scale:g})."
+            )
+        if inversion.clip_skip != clip_skip:
+            raise ValueError(
+                f"The inversion was made with clip_skip={inversion.clip_skip}, not {clip_skip}; use that, or invert "
+                "again: pipe.invert(..., clip_skip=...)."
             )
         shape = inversion.trajectory.shape[1]
         if shape != self.unet.config.in_channels:
@@ -144,6 +166,7 @@ class PictureEditing(IdentityLoading):
         clip_skip: int | None,
         return_attention_maps: bool,
         output_type: str,
+        keep_attention: KeepAttention | None,
     ) -> S2EditPipelineOutput:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
         if not prompts:
@@ -174,7 +197,7 @@ class PictureEditing(IdentityLoading):
             size = self._working_size(picture, height, width)
             latent_size = (size[0] // self.vae_scale_factor, size[1] // self.vae_scale_factor)
         else:
-            self._check_inversion(inversion, source_prompt, num_inference_steps, settings.guidance_scale)
+            self._check_inversion(inversion, source_prompt, num_inference_steps, settings.guidance_scale, clip_skip)
             schedule = noise_schedule(self.scheduler, inversion.num_inference_steps)
             latent_size = (inversion.trajectory.shape[-2], inversion.trajectory.shape[-1])
         out_height, out_width = (side * self.vae_scale_factor for side in latent_size)
@@ -186,37 +209,49 @@ class PictureEditing(IdentityLoading):
         if isinstance(generator, (list, tuple)):
             raise ValueError(f"generator must be one for an edit, not {len(generator)}: all edits share one inversion.")
 
-        if inversion is None or isinstance(inversion, str):
-            assert picture is not None
-            found = self._encode_picture(picture, *size)
-            inversion = self._invert(
-                found, source, method, schedule, settings.guidance_scale, negative_prompt, generator, clip_skip
-            )
-        encoded_source = self._encode_prompts([source], clip_skip)
-        encoded_targets = self._encode_prompts(targets, clip_skip)
-        negative = self._encode_negative(negative_prompt, encoded_source, clip_skip)
-        rows = BranchRows(len(targets), source_unconditional=not inversion.pinned)
-        # negative-prompt inversion asks the unconditional branch with the source's words, [I] among them
-        unconditional = source if inversion.method == "negative_prompt" else None
-        num_plain = len(targets) + int(rows.source_unconditional)
-        plain = [unconditional] * num_plain
-        encoded_plain = (negative if unconditional is None else encoded_source).repeat(num_plain)
-        pooled = join_pooled([encoded_source, encoded_plain, encoded_targets])
-        denoise = self._denoiser(schedule, pooled, self._size_ids(*latent_size))
         prompt_to_prompt = PromptToPrompt(
-            source_row=0,
-            target_rows=rows.conditional_rows,
             alignments=[plan.alignment for plan in plans],
             cross_until=[plan.cross_until for plan in plans],
             self_until=round(settings.self_replace_steps * schedule.num_steps),
             max_self_queries=self._map_queries(*latent_size)[0],
         )
-        recorder = MapRecorder(*self._map_queries(*latent_size))
-        reweighting = Reweighting(rows.conditional_rows, [plan.weights for plan in plans])
-        # the source is masked before its maps are taken over; the targets' own columns are masked with it, and a
-        # column that was taken over is 0 already wherever the mask is. Where a word looks is read before it is weighed
-        masks = self._spatial_control([source, *plain, *targets])
-        control = Controllers([masks, prompt_to_prompt, recorder, reweighting])
+        encoded_source = self._encode_prompts([source], clip_skip)
+        encoded_targets = self._encode_prompts(targets, clip_skip)
+        negative = self._encode_negative(negative_prompt, encoded_source, clip_skip)
+        if inversion is None or isinstance(inversion, str):
+            assert picture is not None
+            found = self._encode_picture(picture, *size)
+            keep = keep_attention or KeepAttention()
+            keep = replace(keep, share=min(1.0, prompt_to_prompt.active_until / schedule.num_steps))
+            inversion = self._invert(
+                found, source, encoded_source, negative, method, schedule, settings.guidance_scale, generator,
+                clip_skip, keep,
+            )  # fmt: skip
+        # negative-prompt inversion asks the unconditional branch with the source's words, [I] among them
+        as_source = inversion.method == "negative_prompt"
+        unconditional, encoded_unconditional = (source, encoded_source) if as_source else (None, negative)
+        n = len(targets)
+
+        def spatial_control(rows: BranchRows) -> SpatialControl:
+            plain = [unconditional] * (rows.source_unconditional + n * rows.guided)
+            return self._spatial_control([*[source] * rows.source, *plain, *targets])
+
+        @cache
+        def denoiser(rows: BranchRows) -> Denoise:
+            plain = [encoded_unconditional] * (rows.source_unconditional + n * rows.guided)
+            pooled = join_pooled([*[encoded_source] * rows.source, *plain, encoded_targets])
+            return self._denoiser(schedule, pooled, self._size_ids(*latent_size))
+
+        def denoise(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor, rows: BranchRows) -> torch.Tensor:
+            return denoiser(rows)(x, level, prompt_embeds)
+
+        control = EditControl(
+            spatial_control,
+            prompt_to_prompt,
+            self._map_queries(*latent_size),
+            Reweighting([plan.weights for plan in plans]),
+            inversion.attention,
+        )
         tensors = {"prompt_embeds": encoded_targets.embeds, "negative_prompt_embeds": negative.embeds}
         with (
             attention_control(self.unet, control, *latent_size),
@@ -229,7 +264,7 @@ class PictureEditing(IdentityLoading):
 
             edited = sample_edits(
                 denoise, schedule, inversion, encoded_source.embeds, encoded_targets.embeds, negative.embeds, settings,
-                prompt_to_prompt, recorder, [plan.confinement for plan in plans], on_step,
+                control, [plan.confinement for plan in plans], on_step,
             )  # fmt: skip
         kept = None
         if keep_pixels:
@@ -248,12 +283,9 @@ class PictureEditing(IdentityLoading):
         size_of_output = (out_width, out_height)
         maps = None
         if return_attention_maps:
-            maps = {
-                word.text: _map_picture(
-                    recorder.word_map(rows.conditional_rows[0], word.tokens, *latent_size), size_of_output
-                )
-                for word in targets[0].words
-            }
+            words = targets[0].words
+            looks = control.looks(0, (), [word.tokens for word in words], torch.Size(latent_size))
+            maps = {word.text: _map_picture(look, size_of_output) for word, look in zip(words, looks, strict=True)}
         return S2EditPipelineOutput(
             images=images,
             attention_maps=maps,
@@ -263,17 +295,19 @@ class PictureEditing(IdentityLoading):
         )
 
 
-class _ByPrompt:
-    """One control for the source's branch, another for the unconditional one, by which of them asks."""
+class _SourceOrNot(Controllers):
+    """The source's controls where its branch is asked, none where the unconditional one is."""
 
-    def __init__(self, controls: Mapping[bool, AttentionController]) -> None:
-        self.controls, self.is_source = controls, True
+    def __init__(self, spatial_control: SpatialControl, keeper: AttentionKeeper | None) -> None:
+        super().__init__(())
+        self.keeper = keeper
+        self.of_source: list[AttentionController] = [spatial_control, *([] if keeper is None else [keeper])]
 
-    def wants(self, site: Any) -> bool:
-        return self.controls[self.is_source].wants(site)
-
-    def __call__(self, probs: torch.Tensor, site: Any) -> torch.Tensor:
-        return self.controls[self.is_source](probs, site)
+    def begin(self, is_source: bool, level: int) -> None:
+        """Be told of the next evaluation."""
+        self.controllers = tuple(self.of_source) if is_source else ()
+        if is_source and self.keeper is not None:
+            self.keeper.begin(level)
 
 
 def _map_picture(attention: torch.Tensor, size: tuple[int, int]) -> PIL.Image.Image:

@@ -36,6 +36,7 @@ from transformers import (
 from .atomic_folder import atomic_folder  # noqa: F401
 from .attention_control import attention_control  # noqa: F401
 from .ddim_steps import noise_schedule
+from .edit_control import EditControl  # noqa: F401
 from .edit_plan import plan_edits  # noqa: F401
 from .edit_sampling import EditSettings, check_share
 from .identity_adapter import IdentityAdapter, LoadedIdentities
@@ -57,6 +58,7 @@ from .pipeline_output import S2EditPipelineOutput
 from .pipeline_parts import PipelineParts  # noqa: F401
 from .prompt_alignment import tokenize  # noqa: F401
 from .prompt_encoding import encode_prompts  # noqa: F401
+from .source_attention import KeepAttention
 
 
 class S2EditPipeline(
@@ -272,6 +274,7 @@ class S2EditPipeline(
         height: int | None = None,
         width: int | None = None,
         clip_skip: int | None = None,
+        keep_attention: KeepAttention | None = None,
     ) -> Inversion:
         """From a picture to the noise that leads back to it under ``prompt``.
 
@@ -284,6 +287,8 @@ class S2EditPipeline(
             identity: an identity to load for this call.
             guidance_scale: what "null_text" optimises for; the others serve any.
             generator: of "edit_friendly"'s noise; the others draw none.
+            keep_attention: how much of the source's attention is kept, with "direct" and "edit_friendly", so that
+                no edit has to ask for it again; None is ``KeepAttention()``: of 40 % of the steps, at most 1 GiB.
 
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
@@ -301,10 +306,12 @@ class S2EditPipeline(
             prompt = self._source_prompt(prompt, self._fitting_tokens(prompt, asked))
             tokens = self._tokenize(prompt)
             self._tokenize(negative_prompt or "")  # refused here if it is too long
-            latents = self._encode_picture(picture, *size)
+            encoded = self._encode_prompts([tokens], clip_skip)
+            negative = self._encode_negative(negative_prompt, encoded, clip_skip)
             found = self._invert(
-                latents, tokens, method, schedule, guidance_scale, negative_prompt, generator, clip_skip
-            )
+                self._encode_picture(picture, *size), tokens, encoded, negative, method, schedule, guidance_scale,
+                generator, clip_skip, keep_attention or KeepAttention(),
+            )  # fmt: skip
         self.maybe_free_model_hooks()
         return found
 
@@ -350,6 +357,7 @@ class S2EditPipeline(
         width: int | None = None,
         clip_skip: int | None = None,
         return_attention_maps: bool = False,
+        keep_attention: KeepAttention | None = None,
     ) -> S2EditPipelineOutput | tuple[Any, ...]:
         """Edit a picture by words (S2Edit, stage two), or draw the identity anew where ``image`` is None.
 
@@ -389,6 +397,8 @@ class S2EditPipeline(
                 negative_pooled_prompt_embeds, original_size, crops_coords_top_left, target_size: only without
                 ``image``; an edit of a picture is deterministic, needs the words, and is as large as it is.
             return_attention_maps: also return where each word of the first target looked.
+            keep_attention: where the inversion is made here: how much of the source's attention is kept meanwhile, as
+                in :meth:`invert`; its ``share`` is what the edit needs.
 
         Returns:
             ``S2EditPipelineOutput``, or with ``return_dict=False`` the tuple of its fields, images first, those that
@@ -475,7 +485,7 @@ class S2EditPipeline(
                 output = self._edit(
                     prompt, image, source_prompt, asked, inversion, num_inference_steps, settings, edit_mask,
                     keep_pixels, generator, call_back, negative_prompt, height, width, clip_skip,
-                    return_attention_maps, output_type,
+                    return_attention_maps, output_type, keep_attention,
                 )  # fmt: skip
         self.maybe_free_model_hooks()
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))

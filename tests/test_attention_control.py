@@ -10,9 +10,12 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from s2edit_pipeline.attention_control import (
+    AttentionController,
     AttentionSite,
     ControlledAttnProcessor,
     Controllers,
+    LayerAttention,
+    Look,
     MapRecorder,
     PromptToPrompt,
     Reweighting,
@@ -25,23 +28,35 @@ from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.prompt_alignment import PromptAlignment
 
 
-class Everything:
+class Everything(AttentionController):
     """Wants every layer, changes nothing, remembers what came."""
 
-    def __init__(self) -> None:
+    def __init__(self, look: Look = Look.PROBABILITIES) -> None:
+        self.look = look
         self.seen: list[tuple[AttentionSite, torch.Tensor]] = []
 
-    def wants(self, site: AttentionSite) -> bool:
-        return True
+    def wants(self, site: AttentionSite) -> Look:
+        return self.look
+
+    def exchange(
+        self, query: torch.Tensor, key: torch.Tensor, site: AttentionSite
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.look is Look.LAYER:
+            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+            self.seen.append((site, scores.softmax(-1).detach()))
+        return query, key
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
         self.seen.append((site, probs.detach()))
         return probs
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def probabilities(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).softmax(-1)
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64).softmax(-1)
 
 
 # ------------------------------------------------------------------------------ the seam
@@ -58,7 +73,8 @@ def probabilities(*shape: int, seed: int = 0) -> torch.Tensor:
     ],
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_an_unchanged_layer_is_diffusers_own(settings: dict[str, Any], masked: bool) -> None:
+@pytest.mark.parametrize("look", [Look.LAYER, Look.PROBABILITIES])
+def test_an_unchanged_layer_is_diffusers_own(settings: dict[str, Any], masked: bool, look: Look) -> None:
     torch.manual_seed(0)
     attn = Attention(query_dim=16, heads=2, dim_head=8, **settings).double()
     attn.set_processor(AttnProcessor2_0())
@@ -69,32 +85,33 @@ def test_an_unchanged_layer_is_diffusers_own(settings: dict[str, Any], masked: b
         mask = torch.zeros(3, 1, 5 if context is not None else 12, dtype=torch.float64)
         mask[1, :, 2:] = -1e4
     wanted = attn(hidden, encoder_hidden_states=context, attention_mask=mask)
-    held, everything = attn.processor, Everything()
+    held, everything = attn.processor, Everything(look)
     attn.set_processor(ControlledAttnProcessor("layer", held, everything, {12: (3, 4)}))
     found = attn(hidden, encoder_hidden_states=context, attention_mask=mask)
-    # the softmax runs in float32
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
     ((site, probs),) = everything.seen
     assert (site.is_cross, site.height, site.width) == (context is not None, 3, 4)
     torch.testing.assert_close(probs.sum(-1), torch.ones_like(probs[..., 0]), rtol=0, atol=1e-6)
 
 
-def test_a_picture_shaped_layer_is_diffusers_own() -> None:
+@pytest.mark.parametrize("look", [Look.LAYER, Look.PROBABILITIES])
+def test_a_picture_shaped_layer_is_diffusers_own(look: Look) -> None:
     torch.manual_seed(0)
     attn = Attention(query_dim=16, heads=2, dim_head=8, norm_num_groups=4, residual_connection=True).double()
     attn.set_processor(AttnProcessor2_0())
     hidden = torch.randn(2, 16, 3, 4, dtype=torch.float64)
     wanted = attn(hidden)
-    attn.set_processor(ControlledAttnProcessor("layer", attn.processor, Everything(), {12: (3, 4)}))
-    torch.testing.assert_close(attn(hidden), wanted, rtol=1e-5, atol=1e-6)
+    attn.set_processor(ControlledAttnProcessor("layer", attn.processor, Everything(look), {12: (3, 4)}))
+    torch.testing.assert_close(attn(hidden), wanted, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)])
-def test_a_whole_unet_under_control_is_the_unet(pipe: S2EditPipeline, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("look", [Look.LAYER, Look.PROBABILITIES])
+def test_a_whole_unet_under_control_is_the_unet(pipe: S2EditPipeline, size: tuple[int, int], look: Look) -> None:
     x, context = torch.randn(2, 4, *size), torch.randn(2, 9, 32)
     with torch.no_grad():
         wanted = pipe.unet(x, 500, context).sample
-        everything = Everything()
+        everything = Everything(look)
         with attention_control(pipe.unet, everything, *size):
             found = pipe.unet(x, 500, context).sample
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -138,14 +155,10 @@ def test_attention_that_cannot_be_taken_over_is_refused(pipe: S2EditPipeline) ->
 
 
 def test_layers_nobody_wants_run_as_installed(pipe: S2EditPipeline) -> None:
-    class Nothing(Everything):
-        def wants(self, site: AttentionSite) -> bool:
-            return False
-
     x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 9, 32)
     with torch.no_grad():
         wanted = pipe.unet(x, 500, context).sample
-        with attention_control(pipe.unet, Nothing(), 16, 16):
+        with attention_control(pipe.unet, Everything(Look.AWAY), 16, 16):
             found = pipe.unet(x, 500, context).sample
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
@@ -185,6 +198,43 @@ def test_two_tokens_have_two_masks() -> None:
     torch.testing.assert_close(found[0, 0], probs[0, 0] * gate)
 
 
+class Explicitly(AttentionController):
+    """Wants every cross-attention layer's probabilities, and changes none."""
+
+    def wants(self, site: AttentionSite) -> Look:
+        return Look.PROBABILITIES if site.is_cross else Look.AWAY
+
+
+@pytest.mark.parametrize("mask_after", [False, True])
+def test_without_probabilities_the_token_is_masked_all_the_same(pipe: S2EditPipeline, mask_after: bool) -> None:
+    """The fused kernel on values from which the token is missing, against ``A * M_obj`` made explicitly; with the
+    gradients, in rows that hold the token elsewhere, or not at all, and for masks that overlap."""
+    unet = copy.deepcopy(pipe.unet).double()
+    other = torch.zeros(4, 4)
+    other[1:3, 1:3] = 1
+    columns = [{"[I]": (2,)}, {}, {"[I]": (4,), "[A]": (1, 2)}]
+    context = torch.randn(3, 9, 32, dtype=torch.float64, generator=seeded(1)).requires_grad_()
+    x = torch.randn(3, 4, 16, 16, dtype=torch.float64, generator=seeded(2))
+    found = []
+    for others in ([], [Explicitly()]):
+        masks = SpatialControl({"[I]": MASK, "[A]": other}, columns, mask_after=mask_after)
+        assert masks.wants(AttentionSite("x", True, 4, 4)) is Look.LAYER
+        with attention_control(unet, Controllers([masks, *others]), 16, 16):
+            output = unet(x, 500, context).sample
+        (gradient,) = torch.autograd.grad(output.square().sum(), [context])
+        found.append((output, gradient))
+    plain = unet(x, 500, context.detach()).sample.detach()
+    for fused, explicit in zip(*found, strict=True):
+        torch.testing.assert_close(fused, explicit, rtol=1e-9, atol=1e-11)
+    changed = (found[0][0].detach() - plain).abs().amax((1, 2, 3))
+    assert float(changed[0]) > 1e-4 and float(changed[2]) > 1e-4 and float(changed[1]) < 1e-11
+
+
+def test_renormalised_masks_need_the_probabilities() -> None:
+    site = AttentionSite("x", True, 4, 4)
+    assert SpatialControl({"[I]": MASK}, [{"[I]": (2,)}], renormalize=True).wants(site) is Look.PROBABILITIES
+
+
 @pytest.mark.parametrize("size", [(8, 8), (3, 5), (16, 24), (1, 1)])
 def test_a_mask_at_a_layers_size_is_the_area_it_covers(size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -222,17 +272,19 @@ def alignment(keys: int = 5) -> PromptAlignment:
     return PromptAlignment(mapping, share, (), (2, 3))
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("step", [0, 2, 3, 6])
-def test_cross_attention_is_taken_over_word_by_word(step: int) -> None:
+def test_cross_attention_is_taken_over_word_by_word(step: int, kept: bool) -> None:
     """Section 3.2: replacement, refinement and re-weighting, element by element."""
     probs, site, tied = probabilities(4, 2, 6, 5), AttentionSite("x", True, 2, 3), alignment()
     until = torch.tensor([6.0, 3, 6, 6, 2])
     weights = torch.tensor([1.0, 1, 2.5, 1, -1])
-    controller = PromptToPrompt(1, [2, 3], [tied, tied], [until, until], 4, 99)
-    controller.step = step
-    reweighting = Reweighting([2, 3], [weights, None])
+    controller = PromptToPrompt([tied, tied], [until, until], 4, 99)
+    source = LayerAttention({"x": probs[1]}) if kept else 1
+    controller.begin(step, source, [2, 3])
+    reweighting = Reweighting([weights, None], [2, 3])
     assert reweighting.wants(site) and not reweighting.wants(AttentionSite("x", False, 2, 3))
-    assert not Reweighting([2], [None]).wants(site)
+    assert not Reweighting([None], [2]).wants(site)
     before = probs.clone()
     taken = controller(probs, site)
     found = reweighting(taken, site)
@@ -248,26 +300,40 @@ def test_cross_attention_is_taken_over_word_by_word(step: int) -> None:
     torch.testing.assert_close(found[:2], probs[:2], rtol=0, atol=0)  # source and unconditional rows
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("step", [3, 4])
-def test_self_attention_is_the_sources_in_small_layers_at_first(step: int) -> None:
-    probs = probabilities(3, 2, 6, 6)
-    controller = PromptToPrompt(0, [2], [alignment()], [torch.zeros(5)], 4, max_self_queries=6)
-    controller.step = step
+def test_self_attention_is_the_sources_in_small_layers_at_first(step: int, kept: bool) -> None:
+    """``A_target <- A_source``, row by row: what is exchanged are the queries and keys that it is made of."""
+    query, key = (torch.randn(3, 2, 6, 4, dtype=torch.float64, generator=seeded(seed)) for seed in (1, 2))
+    controller = PromptToPrompt([alignment()], [torch.zeros(5)], 4, max_self_queries=6)
+    controller.begin(step, LayerAttention({}, {"x": (query[0], key[0])}) if kept else 0, [2])
     site = AttentionSite("x", False, 2, 3)
-    assert controller.wants(site) is (step < 4)
-    assert not controller.wants(AttentionSite("x", False, 4, 6))
+    assert controller.wants(site) is (Look.LAYER if step < 4 else Look.AWAY)
+    assert controller.wants(AttentionSite("x", False, 4, 6)) is Look.AWAY
+    assert controller.wants(AttentionSite("x", True, 2, 3)) is Look.AWAY  # nothing crosses over at all
     if step < 4:
-        found = controller(probs, site)
-        torch.testing.assert_close(found, probs[[0, 1, 0]], rtol=0, atol=0)
+        before = query.clone(), key.clone()
+        found = controller.exchange(query, key, site)
+        assert torch.equal(query, before[0]) and torch.equal(key, before[1])  # arguments are left alone
+        attention = [(q @ k.transpose(-1, -2) / 2).softmax(-1) for q, k in ((query, key), found)]
+        torch.testing.assert_close(attention[1], attention[0][[0, 1, 0]], rtol=0, atol=0)
 
 
 def test_a_source_is_its_own_target() -> None:
     """Editing nothing changes nothing: the identity mapping leaves what the source has."""
     probs = probabilities(2, 2, 6, 5)
     plain = PromptAlignment(torch.eye(5), torch.ones(5), (), ())
-    controller = PromptToPrompt(0, [1], [plain], [torch.full((5,), 9.0)], 9, 99)
+    controller = PromptToPrompt([plain], [torch.full((5,), 9.0)], 9, 99)
+    controller.begin(0, 0, [1])
     found = controller(probs, AttentionSite("x", True, 2, 3))
     torch.testing.assert_close(found[1], probs[0])
+
+
+def test_attention_is_taken_over_until_the_last_word_lets_go() -> None:
+    until = [torch.tensor([1.0, 3]), torch.tensor([2.0, 2])]
+    assert PromptToPrompt([alignment()] * 2, until, 2, 99).active_until == 3
+    assert PromptToPrompt([alignment()] * 2, until, 7, 99).active_until == 7
+    assert PromptToPrompt([], [], 7, 99).active_until == 0
 
 
 # ------------------------------------------------------------------------------ recording
@@ -287,10 +353,23 @@ def test_recorded_maps_are_the_mean_over_heads_layers_and_calls() -> None:
     torch.testing.assert_close(word, wanted[1][:, 2:4].mean(-1).view(2, 4))
 
 
+def test_some_rows_are_recorded_and_what_another_saw_is_added() -> None:
+    site, seen = AttentionSite("a", True, 2, 4), [probabilities(3, 2, 8, 5, seed=i) for i in range(3)]
+    recorder, other = MapRecorder(8, rows=[2, 0]), MapRecorder(8)
+    recorder(seen[0], site)
+    other(seen[1][[2, 0]], site)
+    other(seen[2][[2, 0]], site)
+    recorder.add(other)
+    wanted = torch.stack([probs[[2, 0]] for probs in seen]).mean(0).mean(1).float()
+    torch.testing.assert_close(recorder.maps[(2, 4)], wanted)
+    recorder.rows = []
+    assert recorder.wants(site) is Look.AWAY
+
+
 def test_layers_that_are_too_small_are_left_out() -> None:
     """S2Edit's M_obj: the layers at 1/16 to 1/32 of the picture's side, not the one below them."""
     recorder = MapRecorder(32 * 32, 16 * 16)
-    sizes = {side: recorder.wants(AttentionSite("x", True, side, side)) for side in (64, 32, 16, 8)}
+    sizes = {side: bool(recorder.wants(AttentionSite("x", True, side, side))) for side in (64, 32, 16, 8)}
     assert sizes == {64: False, 32: True, 16: True, 8: False}
 
 
@@ -344,20 +423,17 @@ def test_controllers_come_one_after_the_other() -> None:
 # ------------------------------------------------------------------------------ in the pipeline
 
 
-class Watch:
-    """Stands behind a controller and keeps, for each call, how much each row's token got outside its mask."""
+class Watch(AttentionController):
+    """Keeps, for each call, what a cross-attention layer makes of its probabilities in the end."""
 
-    def __init__(self, controller: Any, seen: list[tuple[str, int, torch.Tensor]]) -> None:
-        self.controller, self.seen = controller, seen
+    def __init__(self, seen: list[tuple[str, int, torch.Tensor]]) -> None:
+        self.seen = seen
 
-    def wants(self, site: AttentionSite) -> bool:
-        return site.is_cross or self.controller.wants(site)
+    def wants(self, site: AttentionSite) -> Look:
+        return Look.PROBABILITIES if site.is_cross else Look.AWAY
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
-        if self.controller.wants(site):
-            probs = self.controller(probs, site)
-        if site.is_cross:
-            self.seen.append((site.name, site.height, probs.detach().clone()))
+        self.seen.append((site.name, site.height, probs.detach().clone()))
         return probs
 
 
@@ -372,7 +448,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, torch.Tenso
         monkeypatch.setattr(
             module,
             "attention_control",
-            lambda unet, controller, h, w: seam.attention_control(unet, Watch(controller, seen), h, w),
+            lambda unet, controller, h, w: seam.attention_control(unet, Controllers([controller, Watch(seen)]), h, w),
         )
     return seen
 
@@ -403,7 +479,8 @@ def test_the_token_is_exactly_nothing_outside_its_mask_at_every_step_of_fit_and_
         assert len(watched) >= (4 + 4) * len(layers) and {name for name, _, _ in watched} == set(layers)
         for _, height, probs in watched:
             values = outside(probs, identity.mask, height)[..., column]
-            with_token = [0] if len(probs) == 1 else [0, len(probs) - 1]
+            # the target comes last; a source that isn't pinned comes first
+            with_token = [len(probs) - 1] if inversion in ("direct", "edit_friendly") else [0, len(probs) - 1]
             if inversion == "null_text" and len(probs) == 1:
                 continue  # half of these are the unconditional branch, which holds no token
             if inversion == "negative_prompt":

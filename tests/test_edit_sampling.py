@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from s2edit_pipeline.attention_control import MapRecorder, PromptToPrompt
+from s2edit_pipeline.attention_control import PromptToPrompt, Reweighting, SpatialControl
 from s2edit_pipeline.ddim_steps import NoiseSchedule
-from s2edit_pipeline.edit_sampling import BranchRows, Confinement, EditSettings, sample_edits, sample_from_noise
+from s2edit_pipeline.edit_control import BranchRows, EditControl
+from s2edit_pipeline.edit_sampling import Confinement, EditSettings, sample_edits, sample_from_noise
 from s2edit_pipeline.latent_inversion import Inversion, ddim_trajectory
 
 N = 6
@@ -22,9 +23,9 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def denoise(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+def denoise(x: torch.Tensor, level: int, embeds: torch.Tensor, rows: BranchRows | None = None) -> torch.Tensor:
     """Each row for itself."""
-    assert len(x) == len(embeds)
+    assert len(x) == len(embeds) and (rows is None or len(x) == rows.total)
     return torch.tanh(x + embeds.mean((1, 2))[:, None, None, None] + 0.02 * level)
 
 
@@ -52,11 +53,16 @@ def edit(
     guidance_stop: float = 1.0,
     strength: float = 1.0,
 ) -> Any:
-    nothing = PromptToPrompt(0, [], [], [], 0, 0)
+    nothing = EditControl(
+        lambda rows: SpatialControl({}, [{}] * rows.total),
+        PromptToPrompt([], [], 0, 0),
+        (99, 1),
+        Reweighting([None] * 2),
+    )
     return sample_edits(
         denoise, SCHEDULE, inversion, EMBEDS, TARGETS, NULL,
-        EditSettings(guidance_scale=SCALE, guidance_stop=guidance_stop, strength=strength), nothing, MapRecorder(99),
-        confinements, on_step,
+        EditSettings(guidance_scale=SCALE, guidance_stop=guidance_stop, strength=strength), nothing, confinements,
+        on_step,
     )  # fmt: skip
 
 
@@ -182,11 +188,14 @@ def test_a_callback_may_change_the_latents_and_stop() -> None:
         torch.testing.assert_close(stopped.targets[i : i + 1], wanted)
 
 
-@pytest.mark.parametrize("free", [False, True])
-def test_rows_are_all_there_and_apart(free: bool) -> None:
-    rows = BranchRows(3, free)
-    every = [0, *([1] if free else []), *range(99)[rows.unconditional], *range(99)[rows.conditional]]
-    assert every == list(range(7 + free)) and list(rows.conditional_rows) == every[-3:]
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("source_unconditional", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+def test_rows_are_all_there_and_apart(source: bool, source_unconditional: bool, guided: bool) -> None:
+    rows = BranchRows(3, source, source_unconditional, guided)
+    every = [*range(source + source_unconditional), *range(99)[rows.unconditional], *range(99)[rows.conditional]]
+    assert every == list(range(rows.total)) and list(rows.conditional_rows) == every[-3:]
+    assert rows.total == source + source_unconditional + (6 if guided else 3)
 
 
 def test_drawing_from_noise_is_guided_ddim() -> None:

@@ -1,0 +1,121 @@
+"""The source's attention, kept while its picture is inverted, so that no edit has to ask for it again.
+
+The evaluation that leads from noise level k up to k + 1 is the one that the source's branch of an edit makes at k on
+the way back: the same latents, the same level, the same words (``latent_inversion.ddim_trajectory``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .attention_control import AttentionController, AttentionSite, LayerAttention, Look, MapRecorder
+
+
+@dataclass(frozen=True)
+class KeepAttention:
+    """How much of the source's attention an inversion keeps for the edits to come. What isn't kept, an edit asks
+    for again, in a branch of its own.
+
+    Attributes:
+        share: of the steps, from the noise on: an edit takes attention over in the first
+            ``max(cross_replace_steps, self_replace_steps)`` of them.
+        max_bytes: the most that is kept; the levels nearest to the noise, where an edit begins, are kept longest.
+            Where the words look, which is much smaller, comes on top. 0 keeps nothing.
+        dtype: kept as, None the model's own; ``torch.float16`` halves a float32 model's.
+        device: kept on, None the model's own.
+    """
+
+    share: float = 0.4
+    max_bytes: int = 2**30
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
+            raise ValueError(f"KeepAttention: share must be from 0 to 1, not {self.share!r}.")
+        if not isinstance(self.max_bytes, int) or isinstance(self.max_bytes, bool) or self.max_bytes < 0:
+            raise ValueError(f"KeepAttention: max_bytes must be a whole number of at least 0, not {self.max_bytes!r}.")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ValueError(f"KeepAttention: dtype must be a floating point type, not {self.dtype!r}.")
+
+
+@dataclass(frozen=True)
+class SourceAttention:
+    """Noise level -> what the source's evaluation there attended to.
+
+    Attributes:
+        layers: for the levels that were to be kept, and found room.
+        maps: for every level: where its words looked, averaged over heads and layers.
+    """
+
+    layers: Mapping[int, LayerAttention] = field(default_factory=dict)
+    maps: Mapping[int, MapRecorder] = field(default_factory=dict)
+
+
+class AttentionKeeper(AttentionController):
+    """Keeps what passes the seam, for one row.
+
+    Args:
+        keep: how much.
+        num_steps: of the inversion, the noisiest level.
+        map_queries: the most and the fewest queries of the layers that tell where words look; of self-attention, layers
+            of at most as many are kept.
+    """
+
+    def __init__(self, keep: KeepAttention, num_steps: int, map_queries: tuple[int, int]) -> None:
+        self.keep, self.num_steps, self.map_queries = keep, num_steps, map_queries
+        self.first_kept = num_steps - round(keep.share * num_steps) + 1
+        self.level = 0
+        self.layers: dict[int, LayerAttention] = {}
+        self.maps: dict[int, MapRecorder] = {}
+        self._bytes: dict[int, int] = {}
+
+    def begin(self, level: int) -> None:
+        """Be told of the next evaluation; one at the same level takes the place of an earlier one."""
+        self._make_room()
+        self.level = level
+        self.maps[level] = MapRecorder(*self.map_queries)
+        self.layers.pop(level, None)
+        if level >= self.first_kept:
+            self.layers[level] = LayerAttention()
+        self._bytes[level] = 0
+
+    def wants(self, site: AttentionSite) -> Look:
+        kept = self.level in self.layers
+        if site.is_cross:
+            return Look.PROBABILITIES if kept else self.maps[self.level].wants(site)
+        return Look.LAYER if kept and site.height * site.width <= self.map_queries[0] else Look.AWAY
+
+    def exchange(
+        self, query: torch.Tensor, key: torch.Tensor, site: AttentionSite
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not site.is_cross:
+            self.layers[self.level].queries_keys[site.name] = (self._held(query[0]), self._held(key[0]))
+        return query, key
+
+    def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
+        if site.is_cross:
+            recorder = self.maps[self.level]
+            if recorder.wants(site):
+                recorder(probs, site)
+            if self.level in self.layers:
+                self.layers[self.level].probabilities[site.name] = self._held(probs[0])
+        return probs
+
+    def _held(self, x: torch.Tensor) -> torch.Tensor:
+        # clone: a view would hold on to the whole batch
+        held = x.detach().to(device=self.keep.device, dtype=self.keep.dtype, copy=True)
+        self._bytes[self.level] += held.numel() * held.element_size()
+        return held
+
+    def _make_room(self) -> None:
+        """Let the levels farthest from the noise go until the rest fits."""
+        while self.layers and sum(self._bytes[level] for level in self.layers) > self.keep.max_bytes:
+            del self.layers[min(self.layers)]
+
+    def kept(self) -> SourceAttention:
+        self._make_room()
+        return SourceAttention(dict(self.layers), dict(self.maps))
