@@ -128,14 +128,10 @@ def masked(renormalize: bool, after: bool) -> Callable[[list[float], list[float]
 
 def taken_over(source: TokenizedPrompt, target: TokenizedPrompt, edit: str) -> PromptToPrompt:
     length = target.input_ids.shape[1]
-    return PromptToPrompt(
-        source_row=0,
-        target_rows=[2],
-        alignments=[align_prompts(source, target, edit)],
-        cross_until=[torch.full((length,), 9.0)],
-        self_until=9,
-        max_self_queries=QUERIES,
-    )
+    until = torch.full((length,), 9.0)
+    controller = PromptToPrompt([align_prompts(source, target, edit)], [until], self_until=9, max_self_queries=QUERIES)
+    controller.begin(0, source=0, target_rows=[2])
+    return controller
 
 
 def spatial(**switches: bool) -> SpatialControl:
@@ -145,7 +141,7 @@ def spatial(**switches: bool) -> SpatialControl:
 def reweighting() -> Reweighting:
     weights = torch.ones(TOKENIZER.model_max_length)
     weights[NEW] = 2.5
-    return Reweighting([2], [weights])
+    return Reweighting([weights], rows=[2])
 
 
 EDITS: dict[str, tuple[Callable[[], Any], bool, Callable[[Probs], Probs]]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, ReferenceAttribute, S2EditPipeline, attention_control, picture_editing
-from s2edit_pipeline.attention_control import AttentionSite, mask_at
+from s2edit_pipeline.attention_control import AttentionController, AttentionSite, Controllers, Look, mask_at
 from s2edit_pipeline.identity_token import initial_row
 
 SOURCE = "a photo of a sad grandmother"
@@ -30,20 +29,17 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     assert not [name for name in wanted if not torch.equal(found[name], wanted[name])]
 
 
-class Watch:
-    """Stands behind the controls and remembers what every cross-attention layer goes on with."""
+class Watch(AttentionController):
+    """Remembers what every cross-attention layer goes on with."""
 
-    def __init__(self, controls: Any, seen: list[tuple[AttentionSite, torch.Tensor]]) -> None:
-        self.controls, self.seen = controls, seen
+    def __init__(self, seen: list[tuple[AttentionSite, torch.Tensor]]) -> None:
+        self.seen = seen
 
-    def wants(self, site: AttentionSite) -> bool:
-        return site.is_cross or self.controls.wants(site)
+    def wants(self, site: AttentionSite) -> Look:
+        return Look.PROBABILITIES if site.is_cross else Look.AWAY
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
-        if self.controls.wants(site):
-            probs = self.controls(probs, site)
-        if site.is_cross:
-            self.seen.append((site, probs))
+        self.seen.append((site, probs))
         return probs
 
 
@@ -83,18 +79,19 @@ def test_both_tokens_in_both_text_encoders(
             contexts.append(longer(prompt.ids[name], output_hidden_states=True).hidden_states[-2])
     torch.testing.assert_close(pipe._encode_prompts([prompt]).embeds, torch.cat(contexts, -1), rtol=1e-4, atol=1e-5)
 
+    inversion = pipe.invert(wide_picture, SOURCE, num_inference_steps=2, height=16, width=24)
     seen: list[tuple[AttentionSite, torch.Tensor]] = []
     monkeypatch.setattr(
         picture_editing,
         "attention_control",
-        lambda unet, controls, *size: attention_control.attention_control(unet, Watch(controls, seen), *size),
+        lambda unet, controls, *size: attention_control.attention_control(
+            unet, Controllers([controls, Watch(seen)]), *size
+        ),
     )
-    result = pipe(TARGET, wide_picture, SOURCE, num_inference_steps=2, height=16, width=24, output_type="latent")
+    result = pipe(TARGET, wide_picture, SOURCE, inversion=inversion, output_type="latent")
     assert bool(torch.isfinite(result.images).all())
-    edited = [(site, probs[-1]) for site, probs in seen if len(probs) > 1]  # the target's row, in each layer and step
-    layers = sum("attn2" in name for name in pipe.unet.attn_processors)
-    assert len(edited) == 2 * layers
-    for site, probs in edited:
+    assert len(seen) == 2 * sum("attn2" in name for name in pipe.unet.attn_processors)
+    for site, (*_, probs) in seen:  # the target's row is the last one
         for token, mask, noun in (
             ("[I]", identity.mask, "grandmother"),
             ("[A]", identity.reference.mask, "hat"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from s2edit_pipeline import IdentityAdapter, Inversion, ReferenceAttribute, S2EditPipeline
+from s2edit_pipeline import IdentityAdapter, Inversion, KeepAttention, ReferenceAttribute, S2EditPipeline
 from s2edit_pipeline.attention_control import mask_at
 from s2edit_pipeline.edit_sampling import EditSettings
 from s2edit_pipeline.identity_fitting import FitSettings
@@ -247,6 +247,13 @@ INVERT: dict[str, Callable[[Calls], bool]] = {
     "height": lambda c: path(c, height=8).shape[-2:] == (4, 12),
     "width": lambda c: path(c, width=12).shape[-2:] == (8, 6),
     "clip_skip": lambda c: apart(path(c, clip_skip=1), path(c)),
+    "keep_attention": lambda c: (
+        [
+            len(c.invert(keep_attention=keep).attention.layers)
+            for keep in (None, KeepAttention(share=1.0), KeepAttention(share=1.0, max_bytes=0))
+        ]
+        == [1, 2, 0]
+    ),
 }
 
 # ------------------------------------------------------------------------------ edits
@@ -274,6 +281,20 @@ def edit_keep_pixels(c: Calls) -> bool:
 def edit_threshold(c: Calls) -> bool:
     wide, narrow = (c.edit(blend_words=None, blend_threshold=t).mask.sum() for t in (0.05, 0.999))
     return wide > narrow > 0
+
+
+def edit_keep_attention(c: Calls) -> bool:
+    """The same edit; what wasn't kept is asked for again, in rows of its own."""
+    rows, images = [], []
+    for keep in (None, KeepAttention(max_bytes=0)):
+        seen: list[int] = []
+        handle = c.pipe.unet.register_forward_pre_hook(
+            lambda module, arguments, seen=seen: seen.append(len(arguments[0]))
+        )
+        images.append(c._edit(inversion="direct", keep_attention=keep).images)
+        handle.remove()
+        rows.append(sum(seen))
+    return rows[0] < rows[1] and same(*images)
 
 
 EDIT: dict[str, Callable[[Calls], bool]] = {
@@ -313,7 +334,8 @@ EDIT: dict[str, Callable[[Calls], bool]] = {
     "generator": lambda c: apart(*(c.edit(inversion="edit_friendly", seed=seed).images for seed in (0, 1))),
     "height": lambda c: c.edit(inversion="direct", height=8).images.shape[-2:] == (4, 12),
     "width": lambda c: c.edit(inversion="direct", width=12).images.shape[-2:] == (8, 6),
-    "clip_skip": lambda c: apart(c.edit(clip_skip=1).images, c.edit().images),
+    "clip_skip": lambda c: apart(c.edit(inversion="direct", clip_skip=1).images, c.edit().images),
+    "keep_attention": edit_keep_attention,
     "return_attention_maps": lambda c: (
         c.edit().maps is None
         and list(c.edit(return_attention_maps=True).maps) == ["a", "photo", "of", "smiling", "lady", "with", "glasses"]
