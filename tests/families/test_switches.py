@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,15 @@ def first_loss(identity: IdentityAdapter) -> float:
     return identity.measures["reconstruction_loss_first"]
 
 
+@contextmanager
+def batches(pipe: S2EditPipeline) -> Iterator[list[int]]:
+    """How many rows each evaluation of the U-Net has."""
+    seen: list[int] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    yield seen
+    handle.remove()
+
+
 # ------------------------------------------------------------------------------ fits
 
 
@@ -161,10 +171,8 @@ def fit_detach_sentence(c: Calls) -> bool:
 
 
 def fit_batch_size(c: Calls) -> bool:
-    seen: list[int] = []
-    handle = c.pipe.unet.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
-    c._fit(batch_size=3, num_steps=1)
-    handle.remove()
+    with batches(c.pipe) as seen:
+        c._fit(batch_size=3, num_steps=1)
     return seen == [3]
 
 
@@ -287,12 +295,8 @@ def edit_keep_attention(c: Calls) -> bool:
     """The same edit; what wasn't kept is asked for again, in rows of its own."""
     rows, images = [], []
     for keep in (None, KeepAttention(max_bytes=0)):
-        seen: list[int] = []
-        handle = c.pipe.unet.register_forward_pre_hook(
-            lambda module, arguments, seen=seen: seen.append(len(arguments[0]))
-        )
-        images.append(c._edit(inversion="direct", keep_attention=keep).images)
-        handle.remove()
+        with batches(c.pipe) as seen:
+            images.append(c._edit(inversion="direct", keep_attention=keep).images)
         rows.append(sum(seen))
     return rows[0] < rows[1] and same(*images)
 
