@@ -103,7 +103,7 @@ _FITS_SOURCE: Mapping[str, Callable[[Person], bool]] = {
     "hair": lambda p: True,
     "glasses": lambda p: p.glasses == "none",
     "facial_hair": lambda p: p.noun == "man" and p.facial_hair == "none",
-    "mark": lambda p: p.mark == "none",
+    "mark": lambda p: p.mark == "none" and p.glasses == "none",  # glasses would hide it
 }
 _FITS_REFERENCE: Mapping[str, Callable[[Person], bool]] = {
     "clothes": lambda p: p.clothes != "overalls",
@@ -111,7 +111,7 @@ _FITS_REFERENCE: Mapping[str, Callable[[Person], bool]] = {
     "hair": lambda p: p.headwear == "none" and p.hair != "bald",
     "glasses": lambda p: p.glasses != "none",
     "facial_hair": lambda p: p.facial_hair != "none",
-    "mark": lambda p: p.mark != "none",
+    "mark": lambda p: p.mark != "none" and p.glasses == "none",
 }
 
 
