@@ -105,21 +105,10 @@ class Edited:
 
 
 @pytest.fixture(scope="module")
-def _calls() -> dict[str, Calls]:
-    return {}
-
-
-@pytest.fixture
 def calls(
-    request: pytest.FixtureRequest,
-    _calls: dict[str, Calls],
-    make_family: Callable[..., S2EditPipeline],
-    wide_picture: Image.Image,
+    request: pytest.FixtureRequest, small_families: dict[str, S2EditPipeline], wide_picture: Image.Image
 ) -> Calls:
-    family = request.param
-    if family not in _calls:
-        _calls[family] = Calls(make_family(family), wide_picture)
-    return _calls[family]
+    return Calls(small_families[request.param], wide_picture)
 
 
 def row(identity: IdentityAdapter) -> torch.Tensor:
