@@ -260,7 +260,7 @@ def part_agreement(classifier: AttributeClassifier, pair: CompositionPair, compo
     has none."""
     truth = pair.truth
     named = [name for name in _MOVED[pair.part] if name in PERSON_ATTRIBUTES and truth.shows(name)]
-    (found,) = classifier.predict(np.asarray(composed.convert("RGB"))[None])
+    (found,) = classifier.predict(np.array(composed.convert("RGB"))[None])
     return float(np.mean([found[name] == getattr(truth, name) for name in named])) if named else float("nan")
 
 

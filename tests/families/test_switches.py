@@ -149,8 +149,16 @@ def fit_mask(c: Calls) -> bool:
 
 def fit_semantic_weight(c: Calls) -> bool:
     longer = {"num_steps": 12, "learning_rate": 2e-2}
-    with_it, without = (abs(c.fit(semantic_weight=w, **longer).measures["cosine_last"]) for w in (10.0, 0.0))
-    return with_it < without
+    last = []
+    for weight in (10.0, 0.0):
+        losses: list[float] = []
+        c._fit(
+            semantic_weight=weight,
+            callback_on_step_end=lambda pipe, step, steps, said, to=losses: to.append(said["semantic_loss"]),
+            **longer,
+        )
+        last.append(losses[-1])
+    return last[0] < last[1]
 
 
 def fit_detach_sentence(c: Calls) -> bool:
@@ -246,10 +254,10 @@ INVERT: dict[str, Callable[[Calls], bool]] = {
     "clip_skip": lambda c: apart(path(c, clip_skip=1), path(c)),
     "keep_attention": lambda c: (
         [
-            len(c.invert(keep_attention=keep).attention.layers)
+            len(c.invert(keep_attention=keep, num_inference_steps=4).attention.layers)
             for keep in (None, KeepAttention(share=1.0), KeepAttention(share=1.0, max_bytes=0))
         ]
-        == [1, 2, 0]
+        == [1, 3, 0]  # 40 % of the steps; all but the noisiest level's, which nothing leads up from; none
     ),
 }
 
