@@ -234,6 +234,15 @@ def path(c: Calls, **changes: Any) -> torch.Tensor:
     return c.invert(**changes).trajectory
 
 
+def invert_keep_attention(c: Calls) -> bool:
+    """Of 40 % of four steps, of all, and of none."""
+    some, all_, none = (
+        c.invert(keep_attention=keep, num_inference_steps=4).attention
+        for keep in (None, KeepAttention(share=1.0), KeepAttention(max_bytes=0))
+    )
+    return (len(some.layers), len(all_.layers), none) == (2, 4, None)
+
+
 INVERT: dict[str, Callable[[Calls], bool]] = {
     "method": invert_methods,
     "num_inference_steps": lambda c: len(path(c, num_inference_steps=3)) == 4,
@@ -252,13 +261,7 @@ INVERT: dict[str, Callable[[Calls], bool]] = {
     "height": lambda c: path(c, height=8).shape[-2:] == (4, 12),
     "width": lambda c: path(c, width=12).shape[-2:] == (8, 6),
     "clip_skip": lambda c: apart(path(c, clip_skip=1), path(c)),
-    "keep_attention": lambda c: (
-        [
-            len(c.invert(keep_attention=keep, num_inference_steps=4).attention.layers)
-            for keep in (None, KeepAttention(share=1.0), KeepAttention(share=1.0, max_bytes=0))
-        ]
-        == [1, 3, 0]  # 40 % of the steps; all but the noisiest level's, which nothing leads up from; none
-    ),
+    "keep_attention": invert_keep_attention,
 }
 
 # ------------------------------------------------------------------------------ edits
