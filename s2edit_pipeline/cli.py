@@ -64,7 +64,7 @@ def _measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("base-model", "inversions", "edits", "confinement", "compositions", "memory"))
     parser.add_argument("--model", help="a diffusers folder of the avatars family; the embedded model otherwise")
     parser.add_argument("--captions", type=int, default=256, help="base-model: pictures drawn (%(default)s)")
-    parser.add_argument("--people", type=int, default=4, help="how many, but for base-model and edits (%(default)s)")
+    parser.add_argument("--people", type=int, help="how many, but for base-model and edits (4, compositions 24)")
     parser.add_argument("--steps", type=int, help="inference steps (30, 50, 25, 25, 25 and 4)")
     parser.add_argument("--setting", action="append", help="edits: only these rows; give as many as you like")
     parser.add_argument("--sheet", help="base-model, compositions: also save the first pictures, to this PNG")
@@ -78,7 +78,7 @@ def _measure(parser: argparse.ArgumentParser) -> None:
         if args.what == "inversions":
             from .evaluation.inversion_table import measure_inversions, table
 
-            print(table(measure_inversions(pipe, people=range(args.people), num_inference_steps=args.steps or 50)))
+            print(table(measure_inversions(pipe, people=range(args.people or 4), num_inference_steps=args.steps or 50)))
             return 0
         if args.what == "edits":
             from .evaluation import edit_table
@@ -93,7 +93,7 @@ def _measure(parser: argparse.ArgumentParser) -> None:
             rows = edit_table.measure_edits(
                 pipe,
                 ["the defaults", "not confined"],
-                people=range(args.people),
+                people=range(args.people or 4),
                 edits_of=varied_edits,
                 num_inference_steps=args.steps or 25,
             )
@@ -108,7 +108,7 @@ def _measure(parser: argparse.ArgumentParser) -> None:
             from .evaluation import composition
 
             composed = composition.measure_compositions(
-                pipe, composition.composition_pairs(args.people), num_inference_steps=args.steps or 25
+                pipe, composition.composition_pairs(args.people or 24), num_inference_steps=args.steps or 25
             )
             print(composition.table(composed))
             if args.sheet:

@@ -304,6 +304,7 @@ class IdentityAdapter:
             },
             previews=previews,
             reads_as_lora=any(map(_is_lora, self.weights)),
+            has_two_text_encoders=len(self.rows) > 1,
             license=license,
             repository=repository,
         )
@@ -410,7 +411,12 @@ def check_base(adapter: IdentityAdapter, components: Mapping[str, nn.Module], lo
     """
     _check_present(components)
     base = adapter.base_model or "another base model"
-    if adapter.base_fingerprint and adapter.base_fingerprint.keys() != components.keys():
+    if not adapter.base_fingerprint:
+        raise ValueError(
+            f"The identity {adapter.token!r} doesn't say which weights it was fitted to: its base_fingerprint is "
+            "empty. Fit it again, pipe.fit_identity(...), which writes it down."
+        )
+    if adapter.base_fingerprint.keys() != components.keys():
         raise ValueError(
             f"The identity {adapter.token!r} was fitted to {base!r}, of {' and '.join(adapter.base_fingerprint)}; this "
             f"pipeline has {' and '.join(components)}. Load that model, or fit the identity again here."

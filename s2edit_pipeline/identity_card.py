@@ -29,7 +29,7 @@ $pictures
 ## Use
 
 ```text
-from s2edit_pipeline import S2EditPipeline
+$import_line
 
 pipe = S2EditPipeline.from_pretrained("$base_model")
 pipe.load_identity("$repository")
@@ -65,6 +65,12 @@ other, and brings that model's limits and biases along. The longer a fit, the mo
 *S²Edit: Text-Guided Image Editing with Precise Semantic and Spatial Control* (2025).
 """)
 
+SDXL_NOTE = """\
+Once for each text encoder, with the keys `clip_l` and `clip_g`. Then tell the second one where prompts end, or it takes
+the learned word for the end: set `text_encoder_2.config.eos_token_id` and `text_encoder_2.text_model.eos_token_id` to
+`tokenizer_2.eos_token_id`."""
+"""What plain diffusers has to be told beside."""
+
 
 def identity_card(
     *,
@@ -77,6 +83,7 @@ def identity_card(
     masks: Mapping[str, str],
     previews: Mapping[str, str],
     reads_as_lora: bool,
+    has_two_text_encoders: bool,
     license: str,
     repository: str | None = None,
 ) -> str:
@@ -89,6 +96,7 @@ def identity_card(
         masks: token -> its mask's file.
         previews: prompt -> its picture's file.
         reads_as_lora: ``load_lora_weights`` reads it, not ``load_textual_inversion`` alone.
+        has_two_text_encoders: it is SDXL's.
         license: as the Hub names licences.
         repository: its name on the Hub, if known.
     """
@@ -100,9 +108,15 @@ def identity_card(
         for name, file in masks.items()
     ]
     loads = ["`load_lora_weights`"] if reads_as_lora else []
+    plain_diffusers = " and ".join([*loads, "`load_textual_inversion`"]) + "."
+    if has_two_text_encoders:
+        plain_diffusers += f" {SDXL_NOTE}"
     rows = {f"token `{name}`": f'before "{noun}"' for name, noun in list(tokens.items())[1:]} | dict(facts)
     return TEMPLATE.substitute(
         front_matter=_front_matter(source_prompt, base_model, previews, reads_as_lora, license),
+        # here, not in the template: diffusers' loader takes a line that begins so for an import of ours, and says that
+        # the package is missing
+        import_line="from s2edit_pipeline import S2EditPipeline",
         title=repository or f"The identity {token}",
         token=token,
         subject=subject,
@@ -112,7 +126,7 @@ def identity_card(
         base_model=base_model or "the base model that it was fitted to",
         repository=repository or "this folder or repository",
         example=_quoted(example),
-        plain_diffusers=" and ".join([*loads, "`load_textual_inversion`"]) + ".",
+        plain_diffusers=plain_diffusers,
         method=method,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )

@@ -90,7 +90,7 @@ def write_identity(folder: Path, files: IdentityFiles, card: str, previews: Mapp
     """Write ``files``, the card and the card's pictures (file name -> picture) into the empty ``folder``.
 
     Raises:
-        ValueError: a field that :func:`read_identity` would refuse.
+        ValueError: a field that :func:`read_identity` would refuse, or a file too large for it.
     """
     tokens = [files.config["token"]]
     if files.config["reference"] is not None:
@@ -110,12 +110,18 @@ def write_identity(folder: Path, files: IdentityFiles, card: str, previews: Mapp
     config = {"format_version": FORMAT_VERSION, **files.config, "files": listed}
     config["checksum"] = _checksum(config)
     _check_config(config, folder / CONFIG_FILE)
+    data[CONFIG_FILE] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    for name, held in data.items():
+        if len(held) > _MOST_BYTES[name]:
+            raise ValueError(
+                f"{name} would have {len(held):,} bytes, and no identity with more than {_MOST_BYTES[name]:,} there is "
+                "loaded again. Nothing was saved; save it without exact=True, or fit it with a lower lora_rank."
+            )
     for name, held in data.items():
         (folder / name).write_bytes(held)
     for name, picture in previews.items():
         picture.save(folder / name, format="PNG")
     (folder / CARD_FILE).write_text(card, "utf-8")
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _tensors_to_bytes(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
@@ -167,26 +173,35 @@ def fetch_identity(
         return folder
     if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ValueError(f"{name} is not a folder; give an identity's folder or a Hub repository's name.")
+    commit = None
     if not local_files_only and not constants.HF_HUB_OFFLINE:
+        api = HfApi(token=token)
         try:
-            tree = HfApi(token=token).list_repo_tree(name, recursive=True, revision=revision)
+            # what is looked at and what is fetched are one commit, whatever is pushed meanwhile
+            commit = api.model_info(name, revision=revision).sha
+            tree = api.list_repo_tree(name, recursive=True, revision=commit)
             listed = {e.path: getattr(e, "size", None) for e in itertools.islice(tree, _MOST_FILES + 1)}
         except (RepositoryNotFoundError, RevisionNotFoundError, ValueError):
             raise  # no such repository, or not for this user
         except Exception:  # no Hub to be reached: what was fetched before will do, and is checked like any other
-            listed, local_files_only = {}, True
+            commit, listed, local_files_only = None, {}, True
         _check_names(listed, name)
         for file, size in listed.items():
             if size is not None and size > _MOST_BYTES.get(file, math.inf):
                 raise ValueError(_too_large(name, file, size))
     fetched = snapshot_download(
         name,
-        revision=revision,
+        revision=commit or revision,
         token=token,
         cache_dir=None if cache_dir is None else str(cache_dir),
         local_files_only=local_files_only,
         allow_patterns=list(_MOST_BYTES),
     )
+    if commit is not None and commit != revision:
+        # the Hub's cache notes which commit a branch's name stands for, so that it is found without a network too
+        note = Path(fetched).parent.parent / "refs" / (revision or constants.DEFAULT_REVISION)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(commit)
     return Path(fetched)
 
 

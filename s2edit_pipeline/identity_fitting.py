@@ -59,6 +59,9 @@ class FitSettings:
     lora_rank: int = 4
 
     def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            if hasattr(value, "item"):  # numpy's and torch's numbers, which JSON doesn't know
+                object.__setattr__(self, name, value.item())
         if self.method not in _DEFAULTS:
             raise ValueError(f"method={self.method!r} is unknown; choose 'full', 'lora' or 'token'.")
         steps, rate = _DEFAULTS[self.method]

@@ -80,9 +80,10 @@ class IdentityLoading(PipelineParts):
             raise ValueError(f"scale must be a number, not {scale!r}.")
         taken = [name for name in adapter.learned if name in self._learned_tokens]
         if taken:
+            argument = "token" if taken[0] == adapter.token else "reference_token"
             raise ValueError(
-                f"The token {taken[0]!r} of a reference attribute is loaded already; give this one another name: "
-                f"load_identity(..., reference_token='[{taken[0].strip('[]<>')}2]')."
+                f"A token {taken[0]!r} is loaded already, with the identity {self._owner(taken[0])!r}; give this one "
+                f"another name: load_identity(..., {argument}='[{taken[0].strip('[]<>')}2]')."
             )
         plain = self._plain_tokenizers if self._loaded.adapters else self._tokenizers
         tokens = [*self._learned_tokens, *adapter.learned]
@@ -121,6 +122,10 @@ class IdentityLoading(PipelineParts):
     def _learned_tokens(self) -> list[str]:
         """The tokens of the loaded identities and of their reference attributes."""
         return [name for adapter, _ in self._loaded.adapters.values() for name in adapter.learned]
+
+    def _owner(self, token: str) -> str:
+        """The loaded identity that ``token``, its own or its reference attribute's, belongs to."""
+        return next(name for name, (adapter, _) in self._loaded.adapters.items() if token in adapter.learned)
 
     @contextmanager
     def _with_identity(self, identity: Any) -> Iterator[str | None]:

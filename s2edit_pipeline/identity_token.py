@@ -42,7 +42,12 @@ def with_tokens(tokenizer: Any, tokens: list[str]) -> Any:
     """
     extended = copy.deepcopy(tokenizer)
     for token in tokens:
-        check_token_name(token, extended)
+        check_token_name(token, tokenizer)
+        if tokens.count(token) > 1:
+            raise ValueError(
+                f"token={token!r} is the name of two tokens, an identity's and its reference attribute's; give the "
+                f"latter another: ReferenceAttribute(..., token='[{token.strip('[]<>')}2]')."
+            )
         extended.add_tokens([AddedToken(token, normalized=False, single_word=False)])
     return extended
 

@@ -55,6 +55,19 @@ class NoiseDrawing(IdentityLoading):
             raise ValueError(
                 f"num_images_per_prompt must be a whole number of at least 1, not {num_images_per_prompt!r}."
             )
+        for name, given, pooled in (
+            ("prompt_embeds", prompt_embeds, pooled_prompt_embeds),
+            ("negative_prompt_embeds", negative_prompt_embeds, negative_pooled_prompt_embeds),
+        ):
+            if pooled is not None and given is None:
+                raise ValueError(f"{_pooled(name)} goes with {name}: pass both, or the words instead of either.")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("negative_prompt and negative_prompt_embeds say the same twice; pass one of them.")
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) not in (1, count):
+            raise ValueError(
+                f"negative_prompt_embeds has {len(negative_prompt_embeds)} rows for {count} prompts; give one for all, "
+                "or each."
+            )
         for name, side in (("height", height), ("width", width)):
             if side is not None and (not isinstance(side, int) or side < 1 or side % self.vae_scale_factor):
                 raise ValueError(f"{name} must be a positive multiple of {self.vae_scale_factor}, not {side!r}.")
@@ -116,6 +129,13 @@ class NoiseDrawing(IdentityLoading):
         """The caller's own embeddings."""
         if (pooled is None) is not (self.text_encoder_2 is None):
             wanted = "goes with SDXL models alone" if pooled is not None else "is needed too: this model is an SDXL"
-            raise ValueError(f"{name.replace('prompt_embeds', 'pooled_prompt_embeds')} {wanted}.")
+            raise ValueError(f"{_pooled(name)} {wanted}.")
+        if pooled is not None and len(pooled) != len(embeds):
+            raise ValueError(f"{_pooled(name)} has {len(pooled)} rows and {name} {len(embeds)}; give as many.")
         embeds = embeds.to(self._execution_device, self.unet.dtype)
         return PromptEmbeds(embeds, None if pooled is None else pooled.to(embeds))
+
+
+def _pooled(name: str) -> str:
+    """The argument that goes with the argument ``name`` where the model is an SDXL."""
+    return name.replace("prompt_embeds", "pooled_prompt_embeds")

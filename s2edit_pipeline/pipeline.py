@@ -31,7 +31,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-# diffusers copies only the files that this one names, so the stages' own modules are named here as well
+# diffusers copies only the files that this one names, so the stages' own modules are named here as well; in what is
+# published this is the only list that its loader follows, see publishing.unfollowed
 from .atomic_folder import atomic_folder  # noqa: F401
 from .attention_control import attention_control  # noqa: F401
 from .ddim_steps import noise_schedule

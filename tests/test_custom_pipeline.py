@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 
 import s2edit_pipeline
 from s2edit_pipeline.pipeline import S2EditPipeline
 
 PACKAGE = Path(s2edit_pipeline.__file__).parent
+CORE = {"torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "peft", "numpy", "PIL"}
 
 SCRIPT = """
 import sys, torch
@@ -97,7 +99,6 @@ def test_pipeline_names_every_module_that_its_modules_need() -> None:
 
 
 def test_flat_modules_use_the_core_packages_alone() -> None:
-    core = {"torch", "diffusers", "transformers", "huggingface_hub", "safetensors", "peft", "numpy", "PIL"}
     for name, tree in flat_modules().items():
         for node in ast.walk(tree):
             found = []
@@ -107,7 +108,16 @@ def test_flat_modules_use_the_core_packages_alone() -> None:
                 found = [node.module]
             for module in found:
                 top = module.split(".")[0]
-                assert top in core or top in sys.stdlib_module_names, f"{name} imports {module}"
+                assert top in CORE or top in sys.stdlib_module_names, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("name", sorted(flat_modules()))
+def test_the_loader_looks_for_no_package_that_nobody_imports(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes each line that looks like an import for one, and says that what it can't import is missing."""
+    asked: list[str] = []
+    monkeypatch.setattr(dynamic_modules_utils.importlib, "import_module", asked.append)
+    dynamic_modules_utils.check_imports(PACKAGE / f"{name}.py")
+    assert set(asked) <= CORE | sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("name", sorted(flat_modules()))

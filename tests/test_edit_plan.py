@@ -69,6 +69,12 @@ def test_blend_words_and_regions_say_otherwise() -> None:
         assert given is not None and given.region is region
 
 
+def test_the_source_is_kept_from_the_share_asked_for() -> None:
+    for region in (None, torch.ones(4, 4)):
+        found = plan(confine_from=0.7, region=region)[0].confinement
+        assert found is not None and found.start == 0.7
+
+
 def test_kept_words_are_looked_for_in_both_prompts() -> None:
     for words in ("beard", ["beard"]):
         found, source, target = plan(keep_words=words)

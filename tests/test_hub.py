@@ -42,6 +42,8 @@ class Hub:
     messages: list[str] = field(default_factory=list)
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    pushed_meanwhile: dict[str, bytes] = field(default_factory=dict)
+    """A commit that somebody makes as soon as a file list was given out."""
 
     def add(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
         history = self.commits.setdefault(repo, [])
@@ -184,6 +186,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     {"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
                     for p, d in files.items()
                 ]
+                if hub.pushed_meanwhile:
+                    hub.add(repo, hub.pushed_meanwhile)
                 return self.answer(200, listed)
             return self.answer(404, {"error": verb})
 
@@ -366,6 +370,44 @@ def test_a_dangerous_repository_is_refused_before_anything_is_fetched(
     assert not [request for request in hub.requests if "/resolve/" in request]
 
 
+def test_an_sdxls_composition_comes_back_as_it_was_pushed(hub: Hub, tmp_path: Path) -> None:
+    """Two tokens, each with a row for each of two text encoders, and two masks."""
+    script = """
+import torch
+from s2edit_pipeline import IdentityAdapter
+from s2edit_pipeline.identity_adapter import LearnedAttribute
+def rows(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {"text_encoder": torch.randn(8, generator=generator), "text_encoder_2": torch.randn(12, generator=generator)}
+mask = torch.eye(4)
+hat = LearnedAttribute("[A]", "hat", "a man with a hat", rows(1), 1 - mask)
+IdentityAdapter("[I]", "lady", "a sad lady", "token", rows(0), mask=mask, reference=hat).push_to_hub("me/both")
+found = IdentityAdapter.from_pretrained("me/both")
+for part, wanted, shown in ((found, rows(0), mask), (found.reference, rows(1), 1 - mask)):
+    assert part.rows.keys() == wanted.keys() and torch.equal(part.mask, shown)
+    assert all(torch.equal(part.rows[name], row) for name, row in wanted.items())
+print(found.token, found.reference.token)
+"""
+    assert fresh(hub, tmp_path, script).strip() == "[I] [A]"
+    _, files = hub.commits["me/both"][-1]
+    assert {"learned_embeds.safetensors", "reference_embeds.safetensors", "reference_mask.png"} <= set(files)
+    assert b"tokenizer_2.eos_token_id" in files["README.md"]
+
+
+def test_what_was_looked_at_is_what_is_fetched(hub: Hub, fitted: IdentityAdapter, tmp_path: Path) -> None:
+    """Somebody pushes between the look at the file list and the download: the commit that was looked at is fetched."""
+    files = {p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()}
+    seen = hub.add("me/ada", files)
+    hub.pushed_meanwhile = {**files, "mask.png": bytes(5 * 2**20)}
+    assert fresh(hub, tmp_path, REFUSED, "me/ada").strip() == "loaded"
+    fetched = [request for request in hub.requests if "/resolve/" in request]
+    assert fetched and all(f"/resolve/{seen}/" in request for request in fetched)
+    hub.requests.clear()
+    offline = "from s2edit_pipeline import IdentityAdapter as I; I.from_pretrained('me/ada', local_files_only=True)"
+    fresh(hub, tmp_path, offline)  # by name, as ever
+    assert not hub.requests
+
+
 CUSTOM = """
 import sys, numpy
 sys.meta_path.insert(0, type("Absent", (), {"find_spec": staticmethod(  # as if it had never been installed
@@ -399,7 +441,12 @@ def test_the_published_pipeline_edits_without_the_package(hub: Hub, fitted: Iden
     assert b"base_model" in files["README.md"] and b'custom_pipeline="me/s2edit"' in files["README.md"]
     hub.add("me/ada", {p.name: p.read_bytes() for p in (tmp_path / "ada").iterdir()})
     arguments = (str(tmp_path / "model"), "me/s2edit", "me/ada", str(tmp_path / "picture.png"), "there.npy")
+    hub.requests.clear()
     fresh(hub, tmp_path, CUSTOM, *arguments)
+    # the loader asked for each module once, not once for every path of the import graph
+    asked = [r.rsplit("/", 1)[1] for r in hub.requests if r.startswith("HEAD /me/s2edit/resolve/")]
+    assert sorted(asked) == sorted(path for path in files if path.endswith(".py") and "/" not in path)
+    assert sum("me/s2edit" in request for request in hub.requests) <= 3 * len(asked)
     assert np.array_equal(np.load(tmp_path / "there.npy"), np.load(tmp_path / "here.npy"))
     # and from the same files in a folder
     assert main(["publish", "--out", str(tmp_path / "assembled")]) == 0

@@ -32,8 +32,8 @@ def make_identity(pipe: S2EditPipeline, picture: Any, half_mask: Any) -> Any:
 
     def make(method: str = "lora", **changes: Any) -> IdentityAdapter:
         fitted = pipe.fit_identity(
-            picture, "a photo of a sad lady", "lady", method=method, mask=half_mask, num_steps=2,
-            generator=torch.Generator().manual_seed(0), **changes,
+            picture, "a photo of a sad lady", "lady", method=method, mask=half_mask,
+            generator=torch.Generator().manual_seed(0), **{"num_steps": 2, **changes},
         )  # fmt: skip
         for i, tensor in enumerate(fitted.weights.values()):
             tensor.add_(0.02 * noise(*tensor.shape, seed=i))
@@ -392,6 +392,23 @@ def test_everything_that_is_kept_is_laid_on(pipe: S2EditPipeline, make_identity:
     pipe.load_identity(tmp_path / "ada")
     for name, tensor in state(pipe).items():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=2e-4)
+
+
+def test_numbers_of_numpy_and_torch_are_saved_as_numbers(make_identity: Any, tmp_path: Path) -> None:
+    given = {
+        "learning_rate": np.float32(0.25), "semantic_weight": torch.tensor(0.5), "renormalize": np.bool_(True),
+        "num_steps": np.int64(1),
+    }  # fmt: skip
+    identity = make_identity("token", **given)
+    assert {name: identity.settings[name] for name in given} == {
+        "learning_rate": 0.25,
+        "semantic_weight": 0.5,
+        "renormalize": True,
+        "num_steps": 1,
+    }
+    assert all(type(identity.settings[name]) in (bool, int, float) for name in given)
+    identity.save_pretrained(tmp_path / "ada")
+    assert IdentityAdapter.from_pretrained(tmp_path / "ada").settings == identity.settings
 
 
 def test_its_card_names_what_it_is_and_shows_its_pictures(make_identity: Any, tmp_path: Path, picture: Any) -> None:

@@ -327,7 +327,7 @@ def test_another_familys_identity_is_named(folders: dict[str, Files], loading: A
     with pytest.raises(ValueError, match=r"was fitted to 'me/sdxl', of unet and text_encoder and text_encoder_2; this"):
         pipe.load_identity(tmp_path / "ada")
     files = with_tensors(
-        with_config(folders["full"], base_fingerprint={}),
+        folders["full"],
         LORA_FILE,
         lambda t: {n.replace("text_encoder.", "text_encoder_2."): x for n, x in t.items()},
     )
@@ -397,6 +397,31 @@ def test_what_cannot_be_read_again_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="source_prompt must be a string of 1 to 10,000"):
         identity.save_pretrained(tmp_path / "ada")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_would_be_too_large_to_load_is_not_saved(
+    folders: dict[str, Files], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = IdentityAdapter.from_pretrained(put(folders["lora"], tmp_path / "ada"))
+    most = dict(identity_files._MOST_BYTES)
+    for file in (LORA_FILE, CONFIG_FILE):
+        monkeypatch.setattr(identity_files, "_MOST_BYTES", {**most, file: 100})
+        with pytest.raises(ValueError, match=rf"{file} would have [\d,]+ bytes.*more than 100 .*Nothing was saved"):
+            identity.save_pretrained(tmp_path / "again")
+        assert [p.name for p in tmp_path.iterdir()] == ["ada"]
+    monkeypatch.setattr(identity_files, "_MOST_BYTES", {**most, LORA_FILE: len(folders["lora"][LORA_FILE])})
+    identity.save_pretrained(tmp_path / "again")  # the largest that is loaded is saved
+    IdentityAdapter.from_pretrained(tmp_path / "again")
+
+
+def test_an_identity_that_names_no_weights_is_not_loaded(
+    folders: dict[str, Files], loading: Any, tmp_path: Path
+) -> None:
+    pipe, before = loading
+    put(sealed(with_config(folders["token"], base_fingerprint={})), tmp_path / "ada")
+    with pytest.raises(ValueError, match=r"'\[I\]' doesn't say which weights it was fitted to.*fit_identity"):
+        pipe.load_identity(tmp_path / "ada")
+    assert_untouched(pipe, before)
 
 
 # ------------------------------------------------------------------------------ any change at all
@@ -590,7 +615,7 @@ def test_where_the_hub_cannot_be_looked_at_nothing_new_is_fetched(monkeypatch: p
     def out_of_order(*_: Any, **__: Any) -> None:
         raise OSError("503")
 
-    monkeypatch.setattr(identity_files.HfApi, "list_repo_tree", out_of_order)
+    monkeypatch.setattr(identity_files.HfApi, "model_info", out_of_order)
     monkeypatch.setattr(identity_files, "snapshot_download", lambda *_, **more: asked.append(more) or "fetched")
     monkeypatch.setattr(identity_files.constants, "HF_HUB_OFFLINE", False)
     assert identity_files.fetch_identity("me/ada") == Path("fetched")

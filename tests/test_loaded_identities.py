@@ -111,9 +111,13 @@ def test_compositions_can_be_renamed_whole(
     both = _fit(pipe, picture, half_mask, reference=reference)
     pipe.load_identity(both)
     with pytest.raises(
-        ValueError, match=r"'\[A\]' of a reference attribute is loaded already.*reference_token='\[A2\]'"
+        ValueError, match=r"'\[A\]' is loaded already, with the identity '\[I\]'.*\(\.\.\., reference_token='\[A2\]'"
     ):
         pipe.load_identity(both, token="[J]")
+    with pytest.raises(
+        ValueError, match=r"'\[A\]' is loaded already, with the identity '\[I\]'.*\.\.\., token='\[A2\]'"
+    ):
+        pipe.load_identity(identity, token="[A]")
     assert pipe.load_identity(both, token="[J]", reference_token="[B]") == "[J]"
     assert pipe.tokenizer.tokenize("a [J] lady with [B] hat and [A] hat").count("[B]") == 1
     pipe.unload_identity()
@@ -226,6 +230,18 @@ def test_an_offloaded_model_is_not_fitted(pipe: S2EditPipeline, picture: Image.I
         ({"return_attention_maps": True}, ValueError, "return_attention_maps= is for editing"),
         ({"prompt_embeds": torch.zeros(1, 48, 32)}, ValueError, "pass one of them"),
         ({"generator": [torch.Generator()] * 2}, ValueError, "generator lists 2 for 1 pictures"),
+        ({"pooled_prompt_embeds": torch.zeros(1, 9)}, ValueError, "pooled_prompt_embeds goes with prompt_embeds"),
+        (
+            {"negative_pooled_prompt_embeds": torch.zeros(1, 9)},
+            ValueError,
+            "negative_pooled_prompt_embeds goes with negative_prompt_embeds",
+        ),
+        (
+            {"negative_prompt": "a hat", "negative_prompt_embeds": torch.zeros(1, 48, 32)},
+            ValueError,
+            "negative_prompt and negative_prompt_embeds say the same twice",
+        ),
+        ({"negative_prompt_embeds": torch.zeros(2, 48, 32)}, ValueError, "has 2 rows for 1 prompts"),
     ],
 )
 def test_drawing_refuses_what_it_would_ignore(

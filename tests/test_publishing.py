@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
 from hatchling.builders.wheel import WheelBuilder
 from huggingface_hub import ModelCard
 
@@ -26,10 +28,13 @@ def test_the_folder_holds_the_code_the_card_and_the_licence(tmp_path: Path, caps
     assert str(tmp_path / "repository") in capsys.readouterr().out
     files = {p.name: p.read_bytes() for p in (tmp_path / "repository").iterdir()}
     assert {"pipeline.py", "identity_adapter.py", "README.md", "LICENSE"} <= set(files)
+    siblings = {name for name in files if name.endswith(".py")} - {"pipeline.py"}
     assert not {"__init__.py", "cli.py", "publishing.py", "demo.py"} & set(files)
     for name, data in files.items():
         if name.endswith(".py"):
-            assert data == (PACKAGE / name).read_bytes()
+            assert ast.dump(ast.parse(data)) == ast.dump(ast.parse((PACKAGE / name).read_bytes()))
+            followed = get_relative_imports(tmp_path / "repository" / name)  # by diffusers' loader
+            assert {f"{module}.py" for module in followed} == (siblings if name == "pipeline.py" else set())
     assert b"Apache License" in files["LICENSE"]
     assert ModelCard.load(tmp_path / "repository" / "README.md").data.library_name == "diffusers"
 

@@ -111,6 +111,17 @@ def _families(clip_tokenizer: CLIPTokenizer) -> dict[str, dict[str, Any]]:
     return {family: _components(family, clip_tokenizer) for family in FAMILIES}
 
 
+@pytest.fixture(scope="session")
+def small_families() -> dict[str, S2EditPipeline]:
+    """A pipeline of each family over a small vocabulary: learned words are added to it in no time."""
+    tokenizer = build_tokenizer(num_captions=200)
+    tokenizer.model_max_length = 77
+    pipes = {family: S2EditPipeline(**_components(family, tokenizer)) for family in FAMILIES}
+    for pipe in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+    return pipes
+
+
 @pytest.fixture
 def make_family(_families: dict[str, dict[str, Any]]) -> Callable[..., S2EditPipeline]:
     """A fresh tiny pipeline of the given family and dtype; the tokenizers are shared, copies of them are slow."""

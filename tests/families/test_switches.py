@@ -1,0 +1,417 @@
+"""Every switch of a fit, an inversion and an edit, on each family: turning it changes the result in the way it says.
+
+The formulas behind them are tested where they are; here each is reached from the outside.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from s2edit_pipeline import IdentityAdapter, Inversion, KeepAttention, ReferenceAttribute, S2EditPipeline
+from s2edit_pipeline.attention_control import mask_at
+from s2edit_pipeline.edit_sampling import EditSettings
+from s2edit_pipeline.identity_fitting import FitSettings
+from s2edit_pipeline.identity_token import initial_row
+from s2edit_pipeline.latent_inversion import INVERSIONS
+
+FAMILIES = ("sd1", "sd2_v", "sdxl")
+SOURCE = "a photo of a sad lady with glasses"
+TARGET = "a photo of a smiling lady with glasses"
+LEFT = np.arange(24)[None].repeat(16, 0) < 12
+SIZE = {"height": 16, "width": 24}
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return float((a - b).abs().max()) > 1e-5
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Calls:
+    """Calls of one pipeline on one picture, each made once."""
+
+    def __init__(self, pipe: S2EditPipeline, picture: Image.Image) -> None:
+        self.pipe, self.picture = pipe, picture
+        self.fit, self.invert, self.edit = (self._once(make) for make in (self._fit, self._invert, self._edit))
+
+    @staticmethod
+    def _once(make: Callable[..., Any]) -> Callable[..., Any]:
+        held: dict[str, Any] = {}
+
+        @functools.wraps(make)
+        def call(**changes: Any) -> Any:
+            key = repr(sorted(changes.items(), key=lambda item: item[0]))
+            if key not in held:
+                held[key] = make(**changes)
+            return held[key]
+
+        return call
+
+    def _fit(self, *, seed: int = 0, **changes: Any) -> IdentityAdapter:
+        settings = {"method": "token", "mask": LEFT, "num_steps": 2, "batch_size": 1, **SIZE, **changes}
+        return self.pipe.fit_identity(self.picture, SOURCE, "lady", generator=seeded(seed), **settings)
+
+    def _invert(self, *, seed: int = 0, **changes: Any) -> Inversion:
+        settings = {"num_inference_steps": 2, **SIZE, **changes}
+        return self.pipe.invert(self.picture, SOURCE, generator=seeded(seed), **settings)
+
+    def _edit(self, *, seed: int = 0, **changes: Any) -> Edited:
+        """Not confined unless told so."""
+        steps: list[int] = []
+        settings = {"blend_words": False, "output_type": "latent", **changes}
+        settings["inversion"] = settings.get("inversion") or self.invert(num_inference_steps=4)
+        if isinstance(settings["inversion"], str):
+            settings = {"num_inference_steps": 4, **SIZE, **settings}
+        result = self.pipe(
+            TARGET, self.picture, SOURCE, generator=seeded(seed),
+            callback_on_step_end=lambda pipe, step, timestep, tensors: steps.append(step), **settings,
+        )  # fmt: skip
+        mask = result.edit_masks[0]
+        return Edited(
+            result.images, result.source, None if mask is None else np.asarray(mask) > 127, len(steps),
+            result.attention_maps,
+        )  # fmt: skip
+
+    def moved(self, identity: IdentityAdapter) -> float:
+        """How far the rows went from where they began."""
+        started = {n: initial_row(self.pipe._tokenizers[n], e, "lady") for n, e in self.pipe._text_encoders.items()}
+        return max(float((identity.rows[name] - row).abs().max()) for name, row in started.items())
+
+
+@dataclass(frozen=True)
+class Edited:
+    images: Any
+    source: Any
+    mask: np.ndarray | None
+    steps: int
+    maps: dict[str, Image.Image] | None
+
+
+@pytest.fixture(scope="module")
+def calls(
+    request: pytest.FixtureRequest, small_families: dict[str, S2EditPipeline], wide_picture: Image.Image
+) -> Calls:
+    return Calls(small_families[request.param], wide_picture)
+
+
+def row(identity: IdentityAdapter) -> torch.Tensor:
+    return torch.cat(list(identity.rows.values()))
+
+
+def weights(identity: IdentityAdapter) -> torch.Tensor:
+    return torch.cat([w.flatten() for _, w in sorted(identity.weights.items())])
+
+
+def first_loss(identity: IdentityAdapter) -> float:
+    return identity.measures["reconstruction_loss_first"]
+
+
+@contextmanager
+def batches(pipe: S2EditPipeline) -> Iterator[list[int]]:
+    """How many rows each evaluation of the U-Net has."""
+    seen: list[int] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    yield seen
+    handle.remove()
+
+
+# ------------------------------------------------------------------------------ fits
+
+
+def fit_methods(c: Calls) -> bool:
+    token, lora, full = (set(c.fit(method=method).weights) for method in ("token", "lora", "full"))
+    low_rank = all(".lora_A." in name or ".lora_B." in name for name in lora)
+    return not token and low_rank and "unet.conv_in.weight" in full and not any("lora" in name for name in full)
+
+
+def fit_mask(c: Calls) -> bool:
+    one, other = (c.fit(mask=mask).mask for mask in (LEFT, ~LEFT))
+    wanted = mask_at(torch.from_numpy(LEFT).float(), 8, 12)
+    return torch.equal(one, wanted) and torch.equal(other, 1 - wanted)
+
+
+def fit_semantic_weight(c: Calls) -> bool:
+    longer = {"num_steps": 12, "learning_rate": 2e-2}
+    last = []
+    for weight in (10.0, 0.0):
+        losses: list[float] = []
+        c._fit(
+            semantic_weight=weight,
+            callback_on_step_end=lambda pipe, step, steps, said, to=losses: to.append(said["semantic_loss"]),
+            **longer,
+        )
+        last.append(losses[-1])
+    return last[0] < last[1]
+
+
+def fit_detach_sentence(c: Calls) -> bool:
+    """The loss is the same; what the text encoder learns is not."""
+    one, other = (c.fit(method="lora", semantic_weight=10.0, detach_sentence=d) for d in (False, True))
+    return first_loss(one) == first_loss(other) and apart(weights(one), weights(other))
+
+
+def fit_batch_size(c: Calls) -> bool:
+    with batches(c.pipe) as seen:
+        c._fit(batch_size=3, num_steps=1)
+    return seen == [3]
+
+
+def fit_reference(c: Calls) -> bool:
+    asked = ReferenceAttribute(c.picture.rotate(180), "a photo of a man with a hat", "hat", mask=LEFT)
+    found = c.fit(reference=asked).reference
+    return (
+        found is not None
+        and (found.token, found.subject) == ("[A]", "hat")
+        and found.rows.keys() == c.fit().rows.keys()
+    )
+
+
+FIT: dict[str, Callable[[Calls], bool]] = {
+    "token": lambda c: c.fit(token="<ada>").token == "<ada>" and c.fit().token == "[I]",
+    "method": fit_methods,
+    "mask": fit_mask,
+    "num_steps": lambda c: (
+        c.fit(num_steps=3).settings["num_steps"] == 3 and apart(row(c.fit(num_steps=3)), row(c.fit()))
+    ),
+    "learning_rate": lambda c: c.moved(c.fit(learning_rate=1e-9)) < 1e-6 < 1e-4 < c.moved(c.fit()),
+    "semantic_weight": fit_semantic_weight,
+    "spatial_control": lambda c: (
+        c.fit(spatial_control=False).mask is None and first_loss(c.fit(spatial_control=False)) != first_loss(c.fit())
+    ),
+    "reference": fit_reference,
+    "generator": lambda c: torch.equal(row(c.fit()), row(c._fit())) and apart(row(c.fit(seed=1)), row(c.fit())),
+    "batch_size": fit_batch_size,
+    "lora_rank": lambda c: (
+        {len(w) for n, w in c.fit(method="lora", lora_rank=3).weights.items() if ".lora_A." in n} == {3}
+    ),
+    "detach_sentence": fit_detach_sentence,
+    "renormalize": lambda c: first_loss(c.fit(renormalize=True)) != first_loss(c.fit()),
+    "mask_after": lambda c: first_loss(c.fit(mask_after=True)) != first_loss(c.fit()),
+    "mask_threshold": lambda c: (
+        c.fit(mask=None, mask_threshold=0.9).mask.sum() < c.fit(mask=None, mask_threshold=0.1).mask.sum()
+    ),
+    "height": lambda c: c.fit(height=8).mask.shape == (4, 12),
+    "width": lambda c: c.fit(width=12).mask.shape == (8, 6),
+}
+
+# ------------------------------------------------------------------------------ inversions
+
+
+def invert_methods(c: Calls) -> bool:
+    found = {method: c.invert(method=method) for method in INVERSIONS}
+    with_null = {method for method, i in found.items() if i.unconditional_embeds is not None}
+    with_residuals = {method for method, i in found.items() if i.residuals is not None}
+    pinned = {method for method, i in found.items() if i.pinned}
+    return (with_null, with_residuals, pinned) == (
+        {"null_text", "negative_prompt"},
+        {"edit_friendly"},
+        {"direct", "edit_friendly"},
+    )
+
+
+def null(c: Calls, **changes: Any) -> torch.Tensor:
+    return c.invert(method="null_text", **changes).unconditional_embeds
+
+
+def path(c: Calls, **changes: Any) -> torch.Tensor:
+    return c.invert(**changes).trajectory
+
+
+def invert_keep_attention(c: Calls) -> bool:
+    """Of 40 % of four steps, of all, and of none."""
+    some, all_, none = (
+        c.invert(keep_attention=keep, num_inference_steps=4).attention
+        for keep in (None, KeepAttention(share=1.0), KeepAttention(max_bytes=0))
+    )
+    return (len(some.layers), len(all_.layers), none) == (2, 4, None)
+
+
+INVERT: dict[str, Callable[[Calls], bool]] = {
+    "method": invert_methods,
+    "num_inference_steps": lambda c: len(path(c, num_inference_steps=3)) == 4,
+    "identity": lambda c: (
+        c.invert(identity=c.fit(method="lora")).prompt == "a photo of a sad [I] lady with glasses"
+        and apart(path(c, identity=c.fit(method="lora")), path(c))
+    ),
+    "guidance_scale": lambda c: (
+        apart(null(c, guidance_scale=9.0), null(c)) and torch.equal(path(c, guidance_scale=9.0), path(c))
+    ),
+    "negative_prompt": lambda c: apart(null(c, negative_prompt="a hat"), null(c)),
+    "generator": lambda c: (
+        apart(path(c, method="edit_friendly", seed=1), path(c, method="edit_friendly"))
+        and torch.equal(path(c, seed=1), path(c))
+    ),
+    "height": lambda c: path(c, height=8).shape[-2:] == (4, 12),
+    "width": lambda c: path(c, width=12).shape[-2:] == (8, 6),
+    "clip_skip": lambda c: apart(path(c, clip_skip=1), path(c)),
+    "keep_attention": invert_keep_attention,
+}
+
+# ------------------------------------------------------------------------------ edits
+
+
+def edit_cross(c: Calls) -> bool:
+    all_, none = (c.edit(cross_replace_steps=share).images for share in (1.0, 0.0))
+    named = c.edit(cross_replace_steps={"default_": 1.0}).images
+    less = c.edit(cross_replace_steps={"default_": 1.0, "smiling": 0.0}).images
+    return apart(all_, none) and same(named, all_) and apart(less, all_)
+
+
+def edit_mask(c: Calls) -> bool:
+    found, source = c.edit(edit_mask=LEFT), c.invert(num_inference_steps=4).trajectory[:1]
+    return torch.equal(found.images[..., 6:], source[..., 6:]) and apart(found.images[..., :6], source[..., :6])
+
+
+def edit_keep_pixels(c: Calls) -> bool:
+    settings = {"edit_mask": LEFT, "output_type": "np"}
+    picture = np.asarray(c.picture) / 255
+    kept, decoded = (c.edit(keep_pixels=keep, **settings).images[0][:, 12:] for keep in (True, False))
+    return np.allclose(kept, picture[:, 12:], atol=1e-6) and not np.allclose(decoded, picture[:, 12:], atol=1e-2)
+
+
+def edit_threshold(c: Calls) -> bool:
+    wide, narrow = (c.edit(blend_words=None, blend_threshold=t).mask.sum() for t in (0.05, 0.999))
+    return wide > narrow > 0
+
+
+def edit_keep_attention(c: Calls) -> bool:
+    """The same edit; what wasn't kept is asked for again, in rows of its own."""
+    rows, images = [], []
+    for keep in (None, KeepAttention(max_bytes=0)):
+        with batches(c.pipe) as seen:
+            images.append(c._edit(inversion="direct", keep_attention=keep).images)
+        rows.append(sum(seen))
+    return rows[0] < rows[1] and torch.allclose(*images, rtol=1e-3, atol=1e-3)
+
+
+EDIT: dict[str, Callable[[Calls], bool]] = {
+    "inversion": lambda c: (
+        len({float(c.edit(inversion=method).source.double().sum()) for method in INVERSIONS}) >= 4
+        and same(c.edit(inversion="direct").images, c.edit().images)
+    ),
+    "num_inference_steps": lambda c: c.edit(inversion="direct", num_inference_steps=3).steps == 3,
+    "guidance_scale": lambda c: (
+        apart(c.edit(guidance_scale=9.0).images, c.edit().images)
+        and same(c.edit(guidance_scale=1.0).images, c.edit(guidance_stop=0.0).images)
+    ),
+    "guidance_rescale": lambda c: (
+        apart(c.edit(guidance_rescale=0.7).images, c.edit().images)
+        and same(c.edit(guidance_rescale=0.7, guidance_stop=0.0).images, c.edit(guidance_stop=0.0).images)
+    ),
+    "guidance_stop": lambda c: (
+        apart(c.edit(guidance_stop=1.0).images, c.edit().images)
+        and apart(c.edit(guidance_stop=0.0).images, c.edit().images)
+    ),
+    "strength": lambda c: c.edit(strength=0.5).steps == 2 and c.edit().steps == 4,
+    "cross_replace_steps": edit_cross,
+    "self_replace_steps": lambda c: apart(c.edit(self_replace_steps=1.0).images, c.edit(self_replace_steps=0.0).images),
+    "reweight": lambda c: (
+        apart(c.edit(reweight={"smiling": 4.0}).images, c.edit().images)
+        and same(c.edit(reweight={"smiling": 1.0}).images, c.edit().images)
+    ),
+    "edit": lambda c: (
+        apart(c.edit(edit="refine").images, c.edit().images) and same(c.edit(edit="replace").images, c.edit().images)
+    ),
+    "blend_words": lambda c: c.edit().mask is None and c.edit(blend_words=None).mask.any(),
+    "keep_words": lambda c: not c.edit(blend_words=None, keep_words=["smiling", "sad"]).mask.any(),
+    "blend_threshold": edit_threshold,
+    "edit_mask": edit_mask,
+    "keep_pixels": edit_keep_pixels,
+    "negative_prompt": lambda c: apart(c.edit(negative_prompt="a hat").images, c.edit().images),
+    "generator": lambda c: apart(*(c.edit(inversion="edit_friendly", seed=seed).images for seed in (0, 1))),
+    "height": lambda c: c.edit(inversion="direct", height=8).images.shape[-2:] == (4, 12),
+    "width": lambda c: c.edit(inversion="direct", width=12).images.shape[-2:] == (8, 6),
+    "clip_skip": lambda c: apart(c.edit(inversion="direct", clip_skip=1).images, c.edit().images),
+    "keep_attention": edit_keep_attention,
+    "return_attention_maps": lambda c: (
+        c.edit().maps is None
+        and list(c.edit(return_attention_maps=True).maps) == ["a", "photo", "of", "smiling", "lady", "with", "glasses"]
+    ),
+}
+TABLES = {"fit_identity": FIT, "invert": INVERT, "__call__": EDIT}
+
+
+@pytest.mark.parametrize("calls", FAMILIES, indirect=True)
+@pytest.mark.parametrize(("call", "switch"), [(call, switch) for call, table in TABLES.items() for switch in table])
+def test_a_switch_does_what_it_says(calls: Calls, call: str, switch: str) -> None:
+    assert TABLES[call][switch](calls)
+
+
+@pytest.mark.parametrize("calls", FAMILIES, indirect=True)
+def test_the_papers_own_reading_is_reached(calls: Calls) -> None:
+    """Each of our own choices turned back: all weights tuned, null-text, guidance to the end, no confinement."""
+    pipe, paper = calls.pipe, {"detach_sentence": False, "renormalize": False, "mask_after": False}
+    identity = calls.fit(method="full", semantic_weight=0.1, spatial_control=True, mask=None, **paper)
+    assert {"unet.conv_in.weight"} < set(identity.weights) and identity.mask is not None
+    arguments = {"identity": identity, "guidance_scale": 7.5}
+    inversion = calls.invert(method="null_text", **arguments)
+    assert inversion.unconditional_embeds is not None and not inversion.pinned
+    with_token = "a photo of a smiling [I] lady with glasses"
+    found = pipe(
+        with_token, calls.picture, SOURCE, inversion=inversion, guidance_stop=1.0, blend_words=False,
+        output_type="latent", **arguments,
+    )  # fmt: skip
+    assert found.edit_masks == [None] and bool(torch.isfinite(found.images).all())
+    ours = pipe(with_token, calls.picture, SOURCE, inversion=inversion, output_type="latent", **arguments)
+    assert apart(found.images, ours.images)
+
+
+# ------------------------------------------------------------------------------ and there are no others
+
+INPUTS = {
+    "fit_identity": {"image", "prompt", "subject"},
+    "invert": {"image", "prompt"},
+    "__call__": {"prompt", "image", "source_prompt", "identity"},
+}
+"""What a call is about, not how it is done."""
+
+ELSEWHERE = {
+    "callback_on_step_end": "test_identity_fitting.py::test_the_pipeline_is_left_as_it_was_found",
+    "callback_on_step_end_tensor_inputs": "test_pipeline.py::test_callbacks_see_change_and_stop",
+    "output_type": "test_pipeline.py::test_output_types",
+    "return_dict": "test_pipeline.py::test_output_types",
+    "num_images_per_prompt": "test_pipeline.py::test_drawing_is_what_stable_diffusion_draws",
+    "latents": "test_pipeline.py::test_prompt_embeds_and_latents_are_taken",
+    "prompt_embeds": "test_pipeline.py::test_prompt_embeds_and_latents_are_taken",
+    "negative_prompt_embeds": "test_pipeline.py::test_prompt_embeds_and_latents_are_taken",
+    "pooled_prompt_embeds": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
+    "negative_pooled_prompt_embeds": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
+    "original_size": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
+    "crops_coords_top_left": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
+    "target_size": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
+    "confine_from": "test_edit_plan.py::test_the_source_is_kept_from_the_share_asked_for",
+}
+"""What stock pipelines have as well, and what no argument reaches -> the test that turns it."""
+
+
+@pytest.mark.parametrize("call", TABLES)
+def test_every_switch_is_here(call: str) -> None:
+    asked = set(inspect.signature(getattr(S2EditPipeline, call)).parameters) - {"self"} - INPUTS[call]
+    settings = {"fit_identity": FitSettings, "__call__": EditSettings}.get(call)
+    asked |= {field.name for field in fields(settings)} if settings is not None else set()
+    assert asked == set(TABLES[call]) | (asked & ELSEWHERE.keys())
+
+
+def test_the_others_tests_are_there() -> None:
+    for switch, place in ELSEWHERE.items():
+        file, test = place.split("::")
+        text = (Path(__file__).parent.parent / file).read_text("utf-8")
+        body = text.split(f"def {test}(", 1)[1].split("\ndef ", 1)[0]
+        assert switch in body, place
