@@ -222,7 +222,7 @@ def invert_methods(c: Calls) -> bool:
     return (with_null, with_residuals, pinned) == (
         {"null_text", "negative_prompt"},
         {"edit_friendly"},
-        {"direct", "edit_friendly"},
+        {"direct", "fixed_point", "edit_friendly"},
     )
 
 
@@ -332,6 +332,10 @@ EDIT: dict[str, Callable[[Calls], bool]] = {
     "blend_words": lambda c: c.edit().mask is None and c.edit(blend_words=None).mask.any(),
     "keep_words": lambda c: not c.edit(blend_words=None, keep_words=["smiling", "sad"]).mask.any(),
     "blend_threshold": edit_threshold,
+    "change_threshold": lambda c: (
+        c.edit(blend_words=None, change_threshold=0.9).mask.sum()
+        < c.edit(blend_words=None, change_threshold=0.0).mask.sum()
+    ),
     "edit_mask": edit_mask,
     "keep_pixels": edit_keep_pixels,
     "negative_prompt": lambda c: apart(c.edit(negative_prompt="a hat").images, c.edit().images),
@@ -396,6 +400,7 @@ ELSEWHERE = {
     "original_size": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
     "crops_coords_top_left": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
     "target_size": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
+    "settle_from": "test_edit_sampling.py::test_at_last_what_drifted_a_little_is_the_source_again",
     "confine_from": "test_edit_plan.py::test_the_source_is_kept_from_the_share_asked_for",
 }
 """What stock pipelines have as well, and what no argument reaches -> the test that turns it."""
