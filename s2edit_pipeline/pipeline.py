@@ -54,8 +54,10 @@ from .picture_fitting import MASK_THRESHOLD, PictureFitting
 from .picture_inputs import load_picture
 from .pipeline_output import S2EditPipelineOutput
 from .pipeline_parts import PipelineParts  # noqa: F401
+from .presets import with_preset
 from .prompt_alignment import tokenize  # noqa: F401
 from .prompt_encoding import encode_prompts  # noqa: F401
+from .tuned_weights import lora_weights  # noqa: F401
 
 
 class S2EditPipeline(
@@ -187,7 +189,7 @@ class S2EditPipeline(
         prompt: str,
         subject: str,
         token: str = "[I]",
-        method: str = "lora",
+        method: str | None = None,
         mask: Any = None,
         num_steps: int | None = None,
         learning_rate: float | None = None,
@@ -197,7 +199,12 @@ class S2EditPipeline(
         generator: torch.Generator | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         *,
-        batch_size: int = 4,
+        preset: str | None = None,
+        batch_size: int | None = None,
+        timestep_sampling: str | None = None,
+        early_stop: bool | None = None,
+        optimizer: str = "adamw",
+        gradient_checkpointing: bool = False,
         lora_rank: int = 4,
         detach_sentence: bool = False,
         renormalize: bool = False,
@@ -213,7 +220,7 @@ class S2EditPipeline(
             prompt: P, what it shows: "a photo of a lady with glasses".
             subject: the noun in it that ``token`` will stand before: "lady".
             token: one word in brackets.
-            method: "lora", "full" (the paper's) or "token".
+            method: "lora" (None), "full" (the paper's) or "token".
             mask: the subject's mask, white inside, the picture's shape; None finds it by itself.
             num_steps, learning_rate: None takes the method's own.
             semantic_weight: lambda; 0 leaves the semantic loss out.
@@ -225,7 +232,13 @@ class S2EditPipeline(
             callback_on_step_end: ``f(pipe, step, num_steps, measures)``, ``measures`` a dict with
                 ``reconstruction_loss``, ``semantic_loss``, ``cosine`` (and ``reference_cosine``); set
                 ``pipe._interrupt = True`` to stop early.
-            batch_size: noise levels a step.
+            preset: "paper" is the paper's reading in one word, see ``presets.PRESETS``; what is passed beside it wins.
+            batch_size: noise levels a step; None takes the method's own.
+            timestep_sampling: which noise levels are drawn how often, "uniform" (None), "low_noise", "high_noise" or
+                "logit_normal".
+            early_stop: end when the loss at fixed noise stops falling; off unless asked for.
+            optimizer: "adamw", or "adamw_8bit" with bitsandbytes.
+            gradient_checkpointing: less memory for activations, a third more time.
             lora_rank: of the adapters.
             detach_sentence, renormalize, mask_after: see ``identity_fitting.FitSettings``.
             mask_threshold: of the automatic mask.
@@ -236,14 +249,18 @@ class S2EditPipeline(
 
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
+            ImportError: the optimizer's package is missing.
             FloatingPointError: the loss ran away; the message names the step.
         """
         self._check_ready()
+        chosen = {
+            "method": method, "num_steps": num_steps, "learning_rate": learning_rate, "batch_size": batch_size,
+            "timestep_sampling": timestep_sampling, "early_stop": early_stop,
+        }  # fmt: skip
         settings = FitSettings(
-            method=method,
-            num_steps=num_steps,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
+            **with_preset(preset, "fit", chosen),
+            optimizer=optimizer,
+            gradient_checkpointing=gradient_checkpointing,
             semantic_weight=semantic_weight,
             spatial_control=spatial_control,
             detach_sentence=detach_sentence,
