@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,17 +25,18 @@ TOKEN_LEARNING_RATE = 5e-3
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long, how fast, and with how many noise levels a step a method is fitted where nothing else is said."""
+    """How a method is fitted where nothing else is said; see ``FitSettings``."""
 
     num_steps: int
     learning_rate: float
     batch_size: int
+    timestep_sampling: str
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "full": Recipe(60, 2e-5, 4),
-    "lora": Recipe(60, 1e-3, 4),
-    "token": Recipe(100, 5e-3, 4),
+    "full": Recipe(60, 2e-5, 4, "uniform"),
+    "lora": Recipe(10, 3e-3, 4, "high_noise"),
+    "token": Recipe(20, 2e-2, 4, "uniform"),
 }
 
 TIMESTEP_SAMPLING: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -79,6 +80,12 @@ CHECK_EVERY, CHECK_LEVELS, CHECK_GAIN, CHECK_PATIENCE = 5, 4, 0.01, 2
 the best one, and how many may fail to before the fit ends."""
 
 
+def _check_known(name: str, value: Any, known: Collection[str]) -> None:
+    if value not in known:
+        *others, last = map(repr, known)
+        raise ValueError(f"{name}={value!r} is unknown; choose {', '.join(others)} or {last}.")
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """How to fit. Where it says *ours* the paper leaves it open or does without.
@@ -86,9 +93,10 @@ class FitSettings:
     Attributes:
         method: "full" tunes U-Net and text encoders (the paper's), "lora" low-rank adapters on both (ours),
             "token" the embedding row alone (textual inversion, Gal et al. 2022).
-        num_steps, learning_rate, batch_size: None takes the method's own, see ``RECIPES``. The batch is of noise
-            levels, one in each of as many equally likely stretches of them.
-        timestep_sampling: which levels are drawn how often, see ``TIMESTEP_SAMPLING``; "uniform" is the base model's.
+        num_steps, learning_rate: None takes the method's own, see ``RECIPES``; so with the next two.
+        batch_size: noise levels a step, one in each of as many equally likely stretches of them.
+        timestep_sampling: which levels are drawn how often, see ``TIMESTEP_SAMPLING``; "uniform" is the base model's,
+            the others are ours.
         early_stop: end when the loss at fixed noise and levels has stopped falling (ours), see ``Plateau``; the last
             weights are kept.
         optimizer: "adamw", or "adamw_8bit", whose state takes a quarter of the memory (Dettmers et al. 2022).
@@ -104,7 +112,7 @@ class FitSettings:
     num_steps: int | None = None
     learning_rate: float | None = None
     batch_size: int | None = None
-    timestep_sampling: str = "uniform"
+    timestep_sampling: str | None = None
     early_stop: bool = False
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
@@ -116,16 +124,14 @@ class FitSettings:
     lora_rank: int = 4
 
     def __post_init__(self) -> None:
-        for name, known in (("method", RECIPES), ("timestep_sampling", TIMESTEP_SAMPLING), ("optimizer", OPTIMIZERS)):
-            value = getattr(self, name)
-            if value not in known:
-                *others, last = map(repr, known)
-                raise ValueError(f"{name}={value!r} is unknown; choose {', '.join(others)} or {last}.")
-        if self.optimizer == "adamw_8bit":
-            _bitsandbytes()
+        _check_known("method", self.method, RECIPES)
         for name, own in vars(RECIPES[self.method]).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, own)
+        _check_known("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLING)
+        _check_known("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "adamw_8bit":
+            _bitsandbytes()
         for name in ("num_steps", "batch_size", "lora_rank"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -213,6 +219,14 @@ class FitResult:
     progress: tuple[FitProgress, ...]
 
 
+def draw_levels(
+    count: int, sampling: str, num_train: int, generator: torch.Generator | None, device: torch.device
+) -> torch.Tensor:
+    """(count,) of the ``num_train`` noise levels, one in each of ``count`` equally likely stretches of them."""
+    u = (torch.arange(count) + torch.rand(count, generator=generator, device=device).cpu()) / count
+    return (TIMESTEP_SAMPLING[sampling](u) * num_train).long().clamp(0, num_train - 1)
+
+
 class Objective:
     """The loss of one example with the model as it is when asked; what no step changes is made once."""
 
@@ -225,10 +239,10 @@ class Objective:
         example: FitExample,
         settings: FitSettings,
     ) -> None:
-        assert settings.batch_size is not None
+        assert settings.batch_size is not None and settings.timestep_sampling is not None
         self.unet, self.text_encoders, self.example, self.settings = unet, text_encoders, example, settings
         self.alphas_cumprod, self.prediction_type = alphas_cumprod, prediction_type
-        self.batch = settings.batch_size
+        self.batch, self.sampling = settings.batch_size, settings.timestep_sampling
         self.latents = example.latents.float().expand(self.batch, -1, -1, -1)
         tokens = {} if example.mask is None else {"token": example.token_positions}
         self.control = SpatialControl(
@@ -248,10 +262,7 @@ class Objective:
 
     def draw(self, generator: torch.Generator | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise levels (B,) on the CPU and noise (B, C, h, w), made by ``generator`` on its ``device``."""
-        # one draw in each of B equal stretches of the distribution
-        u = (torch.arange(self.batch) + torch.rand(self.batch, generator=generator, device=device).cpu()) / self.batch
-        num_train = len(self.alphas_cumprod)
-        t = (TIMESTEP_SAMPLING[self.settings.timestep_sampling](u) * num_train).long().clamp(0, num_train - 1)
+        t = draw_levels(self.batch, self.sampling, len(self.alphas_cumprod), generator, device)
         return t, torch.randn(self.latents.shape, generator=generator, device=device).to(self.latents)
 
     def losses(self, t: torch.Tensor, epsilon: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

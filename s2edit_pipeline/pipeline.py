@@ -234,8 +234,8 @@ class S2EditPipeline(
                 ``pipe._interrupt = True`` to stop early.
             preset: "paper" is the paper's reading in one word, see ``presets.PRESETS``; what is passed beside it wins.
             batch_size: noise levels a step; None takes the method's own.
-            timestep_sampling: which noise levels are drawn how often, "uniform" (None), "low_noise", "high_noise" or
-                "logit_normal".
+            timestep_sampling: which noise levels are drawn how often, "uniform", "low_noise", "high_noise" or
+                "logit_normal"; None takes the method's own.
             early_stop: end when the loss at fixed noise stops falling; off unless asked for.
             optimizer: "adamw", or "adamw_8bit" with bitsandbytes.
             gradient_checkpointing: less memory for activations, a third more time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import stats
 
 from s2edit_pipeline import ReferenceAttribute, identity_fitting
-from s2edit_pipeline.identity_fitting import CHECK_EVERY, TIMESTEP_SAMPLING, FitSettings, Objective, Plateau
+from s2edit_pipeline.identity_fitting import CHECK_EVERY, TIMESTEP_SAMPLING, Plateau, draw_levels
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.tuned_weights import checkpointed
 
@@ -78,13 +78,9 @@ DENSITIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # the distribution
 
 @pytest.mark.parametrize("name", TIMESTEP_SAMPLING)
 @pytest.mark.parametrize("batch", [1, 4])
-def test_noise_levels_follow_their_density(pipe: S2EditPipeline, name: str, batch: int) -> None:
-    objective = Objective.__new__(Objective)  # the draw alone
-    objective.batch, objective.latents = batch, torch.zeros(batch, 1, 1, 1)
-    objective.alphas_cumprod = pipe.scheduler.alphas_cumprod
-    objective.settings = FitSettings(timestep_sampling=name)
-    generator = torch.Generator().manual_seed(1)
-    drawn = torch.stack([objective.draw(generator, torch.device("cpu"))[0] for _ in range(8000 // batch)])
+def test_noise_levels_follow_their_density(name: str, batch: int) -> None:
+    generator, cpu = torch.Generator().manual_seed(1), torch.device("cpu")
+    drawn = torch.stack([draw_levels(batch, name, 1000, generator, cpu) for _ in range(8000 // batch)])
     assert drawn.shape == (8000 // batch, batch) and int(drawn.min()) >= 0 and int(drawn.max()) <= 999
     edges = np.arange(1, 20) / 20
     found = np.mean(drawn.flatten().numpy()[:, None] < 1000 * edges, 0)
@@ -175,15 +171,6 @@ def test_eight_bits_need_bitsandbytes(
 
 
 # ------------------------------------------------------------------------------ early stop
-
-
-class Falling:
-    """An objective whose loss goes through given numbers."""
-
-    batch = 4
-
-    def __init__(self, losses: Iterator[float]) -> None:
-        self.loss = lambda: next(losses)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ SERIES: Mapping[str, Sequence[Mapping[str, Any] | None]] = {
     PAPER: [{"preset": "paper"}],
     "the defaults": [{}],
     "lora": [{"num_steps": n} for n in (5, 20, 40)],
-    "full": [{"method": "full", "num_steps": n} for n in (5, 10, 20, 60)],
-    "token": [{"method": "token", "num_steps": n} for n in (10, 30, 100)],
+    "full": [{"method": "full", "num_steps": n, "learning_rate": 1e-3 / n} for n in (5, 10, 20)] + [{"method": "full"}],
+    "token": [{"method": "token", "num_steps": n} for n in (10, 20, 40)],
 }
 """Name -> the fits, as arguments of ``fit_identity``; None fits nothing."""
 
