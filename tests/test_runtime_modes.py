@@ -51,16 +51,17 @@ def compiled_agrees(
     torch._dynamo.reset()
 
 
-def test_a_compiled_unet(pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray) -> None:
-    compiled_agrees(pipe, picture, half_mask, "eager", ("lora",))
+def test_a_unet_behind_torch_compile(pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray) -> None:
+    """The wrapper, whose parameters have other names; tracing it is slow."""
+    with torch.compiler.set_stance("force_eager"):
+        compiled_agrees(pipe, picture, half_mask, "eager", ("lora", "full"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_unet_of_every_method(
-    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, backend: str
-) -> None:
-    compiled_agrees(pipe, picture, half_mask, backend, ("lora", "full", "token"))
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_unet(pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, backend: str) -> None:
+    """Run with ``-m slow``."""
+    compiled_agrees(pipe, picture, half_mask, backend, ("lora",))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
