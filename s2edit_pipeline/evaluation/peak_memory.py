@@ -134,8 +134,8 @@ def table(rows: Sequence[MemoryRow]) -> str:
 
 
 FITS: Mapping[str, Mapping[str, Any]] = {
-    'preset="paper"': {"preset": "paper"},
     "full": {"method": "full"},
+    'preset="paper"': {"preset": "paper"},
     "the defaults, lora": {},
     "the defaults, checkpointed": {"gradient_checkpointing": True},
     "token": {"method": "token"},
