@@ -61,12 +61,15 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("base-model", "inversions", "edits", "confinement", "compositions", "memory"))
+    parser.add_argument(
+        "what", choices=("base-model", "inversions", "edits", "fits", "confinement", "compositions", "memory")
+    )
     parser.add_argument("--model", help="a diffusers folder of the avatars family; the embedded model otherwise")
     parser.add_argument("--captions", type=int, default=256, help="base-model: pictures drawn (%(default)s)")
     parser.add_argument("--people", type=int, help="how many, but for base-model and edits (4, compositions 24)")
-    parser.add_argument("--steps", type=int, help="inference steps (30, 50, 25, 25, 25 and 4)")
+    parser.add_argument("--steps", type=int, help="inference steps (30, 50, 25, 25, 25, 25 and 4)")
     parser.add_argument("--setting", action="append", help="edits: only these rows; give as many as you like")
+    parser.add_argument("--plot", help="fits: also plot them, to this PNG")
     parser.add_argument("--sheet", help="base-model, compositions: also save the first pictures, to this PNG")
 
     def run(args: argparse.Namespace) -> int:
@@ -86,6 +89,14 @@ def _measure(parser: argparse.ArgumentParser) -> None:
             names = args.setting or list(edit_table.SETTINGS)
             print(edit_table.table(edit_table.measure_edits(pipe, names, num_inference_steps=args.steps or 25)))
             return 0
+        if args.what == "fits":
+            from .evaluation import fit_curves
+
+            points = fit_curves.measure_fits(pipe, range(args.people), num_inference_steps=args.steps or 25)
+            print(fit_curves.table(points))
+            if args.plot:
+                fit_curves.plot(points, args.plot)
+            return 0
         if args.what == "confinement":
             from .evaluation import edit_table
             from .evaluation.counterfactual import varied_edits
@@ -103,6 +114,8 @@ def _measure(parser: argparse.ArgumentParser) -> None:
             from .evaluation import peak_memory
 
             print(peak_memory.table(peak_memory.measure_memory(pipe, num_inference_steps=args.steps or 4)))
+            print()
+            print(peak_memory.fit_table(peak_memory.measure_fit_memory(pipe)))
             return 0
         if args.what == "compositions":
             from .evaluation import composition
@@ -140,7 +153,7 @@ def _save_sheet(report: BaseModelReport, path: str) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (_demo, "fit an identity to a drawn face and edit it"),
-    "measure": (_measure, "measure the base model, inversions, edits, confinement, compositions or memory"),
+    "measure": (_measure, "measure the base model, inversions, edits, fits, confinement, compositions or memory"),
     "publish": (_publish, "push the pipeline to the Hub, where any diffusers script loads it from"),
     "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),
 }

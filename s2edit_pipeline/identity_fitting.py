@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import importlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
@@ -15,20 +15,75 @@ from torch import nn
 from .attention_control import SpatialControl, attention_control
 from .ddim_steps import add_noise, gradient_scaler, training_target
 from .identity_losses import cosine, reconstruction_loss, semantic_loss
-from .identity_token import embedding_table, token_rows
-from .lora_format import lora_metadata, published_name
+from .identity_token import token_rows
 from .prompt_alignment import TokenizedPrompt
-from .prompt_encoding import encode_prompts
+from .prompt_encoding import PromptEmbeds, encode_prompts
+from .tuned_weights import checkpointed, frozen, full_weights, lora_weights, no_weights
 
-_CLIP_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-LORA_TARGETS = {
-    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
-    "text_encoder": _CLIP_PROJECTIONS,
-    "text_encoder_2": _CLIP_PROJECTIONS,
-}
-_DEFAULTS = {"full": (60, 2e-5), "lora": (60, 1e-3), "token": (100, 5e-3)}
-"""method -> (num_steps, learning_rate)"""
 TOKEN_LEARNING_RATE = 5e-3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is fitted where nothing else is said; see ``FitSettings``."""
+
+    num_steps: int
+    learning_rate: float
+    batch_size: int
+    timestep_sampling: str
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "full": Recipe(60, 2e-5, 4, "uniform"),
+    "lora": Recipe(10, 3e-3, 4, "high_noise"),
+    "token": Recipe(20, 2e-2, 4, "uniform"),
+}
+
+TIMESTEP_SAMPLING: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "uniform": lambda u: u,
+    "low_noise": lambda u: 1 - (1 - u).sqrt(),
+    "high_noise": lambda u: u.sqrt(),
+    "logit_normal": lambda u: torch.special.ndtri(u).sigmoid(),
+}
+"""Name -> quantile function of the noise levels on [0, 1]: densities 1, 2 (1 - x), 2 x, and the logit-normal of Esser
+et al. 2024."""
+
+
+OPTIMIZERS = ("adamw", "adamw_8bit")
+FUSED_ON = ("cpu", "cuda")
+"""Where PyTorch has AdamW in one kernel."""
+
+
+def make_optimizer(name: str, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """AdamW without decay; "adamw_8bit" is bitsandbytes'.
+
+    Raises:
+        ImportError: bitsandbytes isn't there.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=0.0, fused=device.type in FUSED_ON)
+    adamw: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(groups, weight_decay=0.0)
+    return adamw
+
+
+def _bitsandbytes() -> Any:
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ImportError(
+            "optimizer='adamw_8bit' needs bitsandbytes: pip install bitsandbytes. optimizer='adamw' needs nothing."
+        ) from error
+
+
+CHECK_EVERY, CHECK_LEVELS, CHECK_GAIN, CHECK_PATIENCE = 5, 4, 0.01, 2
+"""Early stop: steps between two looks at the fixed-noise loss, its noise levels, the share by which a look has to beat
+the best one, and how many may fail to before the fit ends."""
+
+
+def _check_known(name: str, value: Any, known: Collection[str]) -> None:
+    if value not in known:
+        *others, last = map(repr, known)
+        raise ValueError(f"{name}={value!r} is unknown; choose {', '.join(others)} or {last}.")
 
 
 @dataclass(frozen=True)
@@ -38,8 +93,14 @@ class FitSettings:
     Attributes:
         method: "full" tunes U-Net and text encoders (the paper's), "lora" low-rank adapters on both (ours),
             "token" the embedding row alone (textual inversion, Gal et al. 2022).
-        num_steps, learning_rate: None takes the method's own.
-        batch_size: noise levels a step, spread evenly over all of them.
+        num_steps, learning_rate: None takes the method's own, see ``RECIPES``; so with the next two.
+        batch_size: noise levels a step, one in each of as many equally likely stretches of them.
+        timestep_sampling: which levels are drawn how often, see ``TIMESTEP_SAMPLING``; "uniform" is the base model's,
+            the others are ours.
+        early_stop: end when the loss at fixed noise and levels has stopped falling (ours), see ``Plateau``; the last
+            weights are kept.
+        optimizer: "adamw", or "adamw_8bit", whose state takes a quarter of the memory (Dettmers et al. 2022).
+        gradient_checkpointing: make the U-Net's activations again in the backward pass instead of keeping them.
         semantic_weight: lambda of the semantic loss; 0.1 is the paper's.
         spatial_control: mask ``[I]``'s cross-attention.
         detach_sentence: keep e_P out of the gradient (ours; off is the default reading).
@@ -50,7 +111,11 @@ class FitSettings:
     method: str = "lora"
     num_steps: int | None = None
     learning_rate: float | None = None
-    batch_size: int = 4
+    batch_size: int | None = None
+    timestep_sampling: str | None = None
+    early_stop: bool = False
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
     semantic_weight: float = 0.1
     spatial_control: bool = True
     detach_sentence: bool = False
@@ -62,11 +127,14 @@ class FitSettings:
         for name, value in list(vars(self).items()):
             if hasattr(value, "item"):  # numpy's and torch's numbers, which JSON doesn't know
                 object.__setattr__(self, name, value.item())
-        if self.method not in _DEFAULTS:
-            raise ValueError(f"method={self.method!r} is unknown; choose 'full', 'lora' or 'token'.")
-        steps, rate = _DEFAULTS[self.method]
-        object.__setattr__(self, "num_steps", steps if self.num_steps is None else self.num_steps)
-        object.__setattr__(self, "learning_rate", rate if self.learning_rate is None else self.learning_rate)
+        _check_known("method", self.method, RECIPES)
+        for name, own in vars(RECIPES[self.method]).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, own)
+        _check_known("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLING)
+        _check_known("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "adamw_8bit":
+            _bitsandbytes()
         for name in ("num_steps", "batch_size", "lora_rank"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -154,97 +222,122 @@ class FitResult:
     progress: tuple[FitProgress, ...]
 
 
-@contextmanager
-def _frozen(components: Mapping[str, nn.Module]) -> Iterator[None]:
-    """No parameter asks for a gradient; afterwards each is as before, its accumulated ``grad`` included."""
-    held = [(p, p.requires_grad, p.grad) for module in components.values() for p in module.parameters()]
-    modes = [(m, m.training) for module in components.values() for m in module.modules()]
-    for module in components.values():
-        module.requires_grad_(False)
-        module.eval()
-    try:
-        yield
-    finally:
-        for parameter, required, gradient in held:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
-        for submodule, mode in modes:
-            submodule.training = mode
+def draw_levels(
+    count: int, sampling: str, num_train: int, generator: torch.Generator | None, device: torch.device
+) -> torch.Tensor:
+    """(count,) of the ``num_train`` noise levels, one in each of ``count`` equally likely stretches of them."""
+    u = (torch.arange(count) + torch.rand(count, generator=generator, device=device).cpu()) / count
+    return (TIMESTEP_SAMPLING[sampling](u) * num_train).long().clamp(0, num_train - 1)
 
 
-@contextmanager
-def _full_weights(components: Mapping[str, nn.Module]) -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
-    """All weights, trained as float32 copies; the original tensors are put back, not written to."""
-    tables = [embedding_table(module).weight for name, module in components.items() if name != "unet"]
-    held = [
-        (published_name(name, inner), p, p.data)
-        for name, module in components.items()
-        for inner, p in module.named_parameters()
-        if not any(p is table for table in tables)  # [I]'s own row is trained; the words' rows stay
-    ]
-    words = [table.data for table in tables]
+class Objective:
+    """The loss of one example with the model as it is when asked; what no step changes is made once."""
 
-    def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return {name: (p.data - original.float()).cpu() for name, p, original in held}, {}
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoders: Mapping[str, nn.Module],
+        alphas_cumprod: torch.Tensor,
+        prediction_type: str,
+        example: FitExample,
+        settings: FitSettings,
+    ) -> None:
+        assert settings.batch_size is not None and settings.timestep_sampling is not None
+        self.unet, self.text_encoders, self.example, self.settings = unet, text_encoders, example, settings
+        self.alphas_cumprod, self.prediction_type = alphas_cumprod, prediction_type
+        self.batch, self.sampling = settings.batch_size, settings.timestep_sampling
+        self.latents = example.latents.float().expand(self.batch, -1, -1, -1)
+        tokens = {} if example.mask is None else {"token": example.token_positions}
+        self.control = SpatialControl(
+            {} if example.mask is None else {"token": example.mask},
+            [tokens] * self.batch,
+            renormalize=settings.renormalize,
+            mask_after=settings.mask_after,
+        )
+        self.sentence: PromptEmbeds | None = None
+        if settings.method == "token":  # P doesn't hold the token: nothing that is trained reaches its encoding
+            with torch.no_grad():
+                self.sentence = encode_prompts(text_encoders, [example.prompt], example.latents.device)
 
-    try:
-        for _, parameter, original in held:
-            parameter.data = original.float().clone()
-            parameter.requires_grad_(True)
-        for table in tables:
-            table.data = table.data.float()
-        yield [p for _, p, _ in held], harvest
-    finally:
-        for table, original in zip(tables, words, strict=True):
-            table.data = original
-        for _, parameter, original in held:
-            parameter.data = original
+    def controlled(self) -> AbstractContextManager[None]:
+        """The token's mask at the U-Net's attention."""
+        return attention_control(self.unet, self.control, *self.latents.shape[-2:])
+
+    def draw(self, generator: torch.Generator | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise levels (B,) on the CPU and noise (B, C, h, w), made by ``generator`` on its ``device``."""
+        t = draw_levels(self.batch, self.sampling, len(self.alphas_cumprod), generator, device)
+        return t, torch.randn(self.latents.shape, generator=generator, device=device).to(self.latents)
+
+    def losses(self, t: torch.Tensor, epsilon: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(L_recons, L_semantic, cosine) at these noise levels, with this noise."""
+        example, device = self.example, self.latents.device
+        asked = (
+            [example.prompt_with_token] if self.sentence is not None else [example.prompt, example.prompt_with_token]
+        )
+        encoded = encode_prompts(self.text_encoders, asked, device)
+        semantics, angles = [], []
+        for name, output in encoded.outputs.items():
+            sentence = (output if self.sentence is None else self.sentence.outputs[name])[0, example.prompt.eos]  # e_P
+            if self.settings.detach_sentence:
+                sentence = sentence.detach()
+            token = output[-1, list(example.token_positions)]  # e_[I]
+            semantics.append(semantic_loss(sentence, token))
+            angles.append(cosine(sentence, token).mean())
+        return self.reconstruction(encoded, t, epsilon), torch.stack(semantics).sum(), torch.stack(angles).mean()
+
+    def reconstruction(self, encoded: PromptEmbeds, t: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+        """L_recons under the last of the ``encoded`` prompts, P~."""
+        unet, device = self.unet, self.latents.device
+        alpha_bar = self.alphas_cumprod[t]
+        noised = add_noise(self.latents, epsilon, alpha_bar).to(unet.dtype)
+        context = encoded.embeds[-1:].to(unet.dtype).expand(self.batch, -1, -1)
+        added = None
+        if encoded.pooled is not None:
+            assert self.example.size_ids is not None
+            both = encoded.pooled[-1:].to(unet.dtype), self.example.size_ids.to(device, unet.dtype)
+            added = dict(zip(("text_embeds", "time_ids"), (one.expand(self.batch, -1) for one in both), strict=True))
+        output = unet(noised, t.to(device), encoder_hidden_states=context, added_cond_kwargs=added).sample
+        target = training_target(self.latents, epsilon, alpha_bar, self.prediction_type)
+        return reconstruction_loss(output, target)
 
 
-@contextmanager
-def _lora_weights(
-    components: Mapping[str, nn.Module], rank: int, seed: int
-) -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
-    """PEFT's LoRA in every attention projection; afterwards the very modules that were there are back."""
-    adapter = "s2edit_fit"
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    attached: list[tuple[nn.Module, str]] = []
-    configs = {name: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS[name]) for name in components}
+class Plateau:
+    """When a fit has stopped gaining: its reconstruction loss at the same noise and levels, looked at every
+    ``CHECK_EVERY`` steps, has not come ``CHECK_GAIN`` below its best for ``CHECK_PATIENCE`` looks.
 
-    def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        weights: dict[str, torch.Tensor] = {}
-        metadata: dict[str, Any] = {}
-        for name, module in components.items():
-            state = peft.get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
-            weights |= {published_name(name, key): value.detach().float().cpu().clone() for key, value in state.items()}
-            said = lora_metadata(rank, LORA_TARGETS[name])
-            metadata |= {f"{name}.{key}": value for key, value in said.items()}
-        return weights, metadata
+    The noise of training changes from step to step and hides what a step gained; with fixed noise it shows. A look
+    costs ``CHECK_LEVELS`` forward passes (or the batch, if that is more), and moves no generator but its own.
+    """
 
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            for name, module in components.items():
-                before = [(p, n, c) for p in module.modules() for n, c in p.named_children()]
-                replaced += before
-                attributes = set(vars(module))
-                peft.inject_adapter_in_model(configs[name], module, adapter_name=adapter)
-                attached += [(module, added) for added in set(vars(module)) - attributes]  # peft_config and the like
-        trained = [p for module in components.values() for n, p in module.named_parameters() if f".{adapter}." in n]
-        for parameter in trained:
-            parameter.data = parameter.data.float()
-        yield trained, harvest
-    finally:
-        for parent, child_name, child in replaced:
-            if getattr(parent, child_name) is not child:
-                setattr(parent, child_name, child)
-        for module, added in attached:
-            delattr(module, added)
+    def __init__(self, objectives: Sequence[Objective], seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.draws = [
+            (objective, objective.draw(generator, torch.device("cpu")))
+            for objective in objectives
+            for _ in range(-(-CHECK_LEVELS // objective.batch))
+        ]
+        self.best, self.failed = float("inf"), 0
 
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Mean over the fixed draws."""
+        found = []
+        for objective, drawn in self.draws:
+            encoded = encode_prompts(
+                objective.text_encoders, [objective.example.prompt_with_token], objective.latents.device
+            )
+            with objective.controlled():
+                found.append(objective.reconstruction(encoded, *drawn).item())
+        return sum(found) / len(found)
 
-@contextmanager
-def _no_weights() -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
-    yield [], lambda: ({}, {})
+    def reached(self, step: int) -> bool:
+        """Whether to end after ``step``."""
+        if (step + 1) % CHECK_EVERY:
+            return False
+        loss = self.loss()
+        self.failed = 0 if loss < (1 - CHECK_GAIN) * self.best else self.failed + 1
+        self.best = min(self.best, loss)
+        return self.failed >= CHECK_PATIENCE
 
 
 def fit_identity_weights(
@@ -275,70 +368,44 @@ def fit_identity_weights(
     Raises:
         FloatingPointError: the loss is no number any more; the message names the step.
     """
-    components: dict[str, nn.Module] = {"unet": unet, **text_encoders}
+    components = {"unet": unet, **text_encoders}
+    components = {name: getattr(module, "_orig_mod", module) for name, module in components.items()}
     device = examples[0].latents.device
-    num_train, batch = len(alphas_cumprod), settings.batch_size
-    draw_on = "cpu" if generator is None else generator.device
+    draw_on = torch.device("cpu") if generator is None else generator.device
     seed = int(torch.randint(2**31, (1,), generator=generator, device=draw_on))
-    settings_steps, rate = settings.num_steps, settings.learning_rate
-    assert settings_steps is not None and rate is not None
+    num_steps, rate, batch = settings.num_steps, settings.learning_rate, settings.batch_size
+    assert num_steps is not None and rate is not None and batch is not None
     if settings.method == "full":
-        tuned = _full_weights(components)
+        tuned = full_weights(components)
     elif settings.method == "lora":
-        tuned = _lora_weights(components, settings.lora_rank, seed)
+        tuned = lora_weights(components, settings.lora_rank, seed)
     else:
-        tuned = _no_weights()
+        tuned = no_weights()
+    saving = checkpointed(unet) if settings.gradient_checkpointing else nullcontext()
 
     learned = [
         {name: nn.Parameter(row.detach().clone().float().to(device)) for name, row in each.items()} for each in rows
     ]
     progress: list[FitProgress] = []
-    with torch.enable_grad(), _frozen(components), tuned as (weights, harvest), ExitStack() as rows_in_place:
+    with torch.enable_grad(), frozen(components), tuned as (weights, harvest), saving, ExitStack() as rows_in_place:
         for name, encoder in text_encoders.items():
             held = {e.token_ids[name]: each[name] for e, each in zip(examples, learned, strict=True)}
             rows_in_place.enter_context(token_rows(encoder, held))
+        objectives = [Objective(unet, text_encoders, alphas_cumprod, prediction_type, e, settings) for e in examples]
         trained_rows = [row for each in learned for row in each.values()]
         groups = [{"params": trained_rows, "lr": rate if settings.method == "token" else TOKEN_LEARNING_RATE}]
         if weights:
             groups.append({"params": weights, "lr": rate})
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        optimizer = make_optimizer(settings.optimizer, groups, device)
         scaler = gradient_scaler(device, unet.dtype)
+        plateau = Plateau(objectives, seed) if settings.early_stop else None
 
-        def losses(example: FitExample) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            """(L_recons, L_semantic, cosine) at ``batch`` noise levels."""
-            # one draw in each of `batch` equal stretches of the noise levels
-            u = (torch.arange(batch) + torch.rand(batch, generator=generator, device=draw_on).cpu()) / batch
-            t = (u * num_train).long().clamp(max=num_train - 1)
-            x0 = example.latents.float().expand(batch, -1, -1, -1)
-            epsilon = torch.randn(x0.shape, generator=generator, device=draw_on).to(device)
-
-            encoded = encode_prompts(text_encoders, [example.prompt, example.prompt_with_token], device)
-            semantics, angles = [], []
-            for output in encoded.outputs.values():
-                sentence = output[0, example.prompt.eos]  # e_P: P's end token
-                if settings.detach_sentence:
-                    sentence = sentence.detach()
-                token = output[1, list(example.token_positions)]  # e_[I]
-                semantics.append(semantic_loss(sentence, token))
-                angles.append(cosine(sentence, token).mean())
-            alpha_bar = alphas_cumprod[t]
-            noised = add_noise(x0, epsilon, alpha_bar).to(unet.dtype)
-            context = encoded.embeds[1:].to(unet.dtype).expand(batch, -1, -1)
-            added = None
-            if encoded.pooled is not None:
-                assert example.size_ids is not None
-                both = encoded.pooled[1:].to(unet.dtype), example.size_ids.to(device, unet.dtype)
-                added = dict(zip(("text_embeds", "time_ids"), (one.expand(batch, -1) for one in both), strict=True))
-            output = unet(noised, t.to(device), encoder_hidden_states=context, added_cond_kwargs=added).sample
-            reconstruction = reconstruction_loss(output, training_target(x0, epsilon, alpha_bar, prediction_type))
-            return reconstruction, torch.stack(semantics).sum(), torch.stack(angles).mean()
-
-        for step in range(settings_steps):
+        for step in range(num_steps):
             optimizer.zero_grad(set_to_none=True)
             measured = []
-            for example in examples:
-                with attention_control(unet, _example_control(example, settings), *example.latents.shape[-2:]):
-                    reconstruction, semantic, angle = losses(example)
+            for objective in objectives:
+                with objective.controlled():
+                    reconstruction, semantic, angle = objective.losses(*objective.draw(generator, draw_on))
                     loss = reconstruction + settings.semantic_weight * semantic
                     if not bool(torch.isfinite(loss)):
                         raise FloatingPointError(
@@ -352,20 +419,8 @@ def fit_identity_weights(
             reconstructions, semantics, angles = zip(*measured, strict=True)
             n = len(examples)
             progress.append(FitProgress(step, sum(reconstructions) / n, sum(semantics) / n, angles))
-            if on_step(progress[-1]) is False:
+            if on_step(progress[-1]) is False or (plateau is not None and plateau.reached(step)):
                 break
         held_weights, metadata = harvest()
     fitted = tuple({name: row.detach().cpu() for name, row in each.items()} for each in learned)
     return FitResult(fitted, held_weights, metadata, tuple(progress))
-
-
-def _example_control(example: FitExample, settings: FitSettings) -> SpatialControl:
-    """The token's mask in every row of the example's batch, or nothing where it has none."""
-    if example.mask is None:
-        return SpatialControl({}, [{}] * settings.batch_size)
-    return SpatialControl(
-        {"token": example.mask},
-        [{"token": example.token_positions}] * settings.batch_size,
-        renormalize=settings.renormalize,
-        mask_after=settings.mask_after,
-    )

@@ -56,9 +56,11 @@ from .picture_fitting import MASK_THRESHOLD, PictureFitting
 from .picture_inputs import load_picture
 from .pipeline_output import S2EditPipelineOutput
 from .pipeline_parts import PipelineParts  # noqa: F401
+from .presets import with_preset
 from .prompt_alignment import tokenize  # noqa: F401
 from .prompt_encoding import encode_prompts  # noqa: F401
 from .source_attention import KeepAttention
+from .tuned_weights import lora_weights  # noqa: F401
 
 
 class S2EditPipeline(
@@ -190,7 +192,7 @@ class S2EditPipeline(
         prompt: str,
         subject: str,
         token: str = "[I]",
-        method: str = "lora",
+        method: str | None = None,
         mask: Any = None,
         num_steps: int | None = None,
         learning_rate: float | None = None,
@@ -200,7 +202,12 @@ class S2EditPipeline(
         generator: torch.Generator | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         *,
-        batch_size: int = 4,
+        preset: str | None = None,
+        batch_size: int | None = None,
+        timestep_sampling: str | None = None,
+        early_stop: bool | None = None,
+        optimizer: str = "adamw",
+        gradient_checkpointing: bool = False,
         lora_rank: int = 4,
         detach_sentence: bool = False,
         renormalize: bool = False,
@@ -216,7 +223,7 @@ class S2EditPipeline(
             prompt: P, what it shows: "a photo of a lady with glasses".
             subject: the noun in it that ``token`` will stand before: "lady".
             token: one word in brackets.
-            method: "lora", "full" (the paper's) or "token".
+            method: "lora" (None), "full" (the paper's) or "token".
             mask: the subject's mask, white inside, the picture's shape; None finds it by itself.
             num_steps, learning_rate: None takes the method's own.
             semantic_weight: lambda; 0 leaves the semantic loss out.
@@ -228,7 +235,13 @@ class S2EditPipeline(
             callback_on_step_end: ``f(pipe, step, num_steps, measures)``, ``measures`` a dict with
                 ``reconstruction_loss``, ``semantic_loss``, ``cosine`` (and ``reference_cosine``); set
                 ``pipe._interrupt = True`` to stop early.
-            batch_size: noise levels a step.
+            preset: "paper" is the paper's reading in one word, see ``presets.PRESETS``; what is passed beside it wins.
+            batch_size: noise levels a step; None takes the method's own.
+            timestep_sampling: which noise levels are drawn how often, "uniform", "low_noise", "high_noise" or
+                "logit_normal"; None takes the method's own.
+            early_stop: end when the loss at fixed noise stops falling; off unless asked for.
+            optimizer: "adamw", or "adamw_8bit" with bitsandbytes.
+            gradient_checkpointing: less memory for activations, a third more time.
             lora_rank: of the adapters.
             detach_sentence, renormalize, mask_after: see ``identity_fitting.FitSettings``.
             mask_threshold: of the automatic mask.
@@ -239,14 +252,18 @@ class S2EditPipeline(
 
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
+            ImportError: the optimizer's package is missing.
             FloatingPointError: the loss ran away; the message names the step.
         """
         self._check_ready()
+        chosen = {
+            "method": method, "num_steps": num_steps, "learning_rate": learning_rate, "batch_size": batch_size,
+            "timestep_sampling": timestep_sampling, "early_stop": early_stop,
+        }  # fmt: skip
         settings = FitSettings(
-            method=method,
-            num_steps=num_steps,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
+            **with_preset(preset, "fit", chosen),
+            optimizer=optimizer,
+            gradient_checkpointing=gradient_checkpointing,
             semantic_weight=semantic_weight,
             spatial_control=spatial_control,
             detach_sentence=detach_sentence,
@@ -338,11 +355,12 @@ class S2EditPipeline(
         callback_on_step_end: Callable[..., Any] | None = None,
         *,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
+        preset: str | None = None,
         edit: str = "auto",
         blend_threshold: float = EditSettings.blend_threshold,
         change_threshold: float = EditSettings.change_threshold,
         guidance_rescale: float = 0.0,
-        guidance_stop: float = EditSettings.guidance_stop,
+        guidance_stop: float | None = None,
         strength: float = 1.0,
         keep_words: Sequence[str] | None = None,
         keep_pixels: bool = False,
@@ -374,8 +392,10 @@ class S2EditPipeline(
             num_inference_steps: 50, or the inversion's own.
             guidance_scale: 3.5 to 5.5 are S2Edit's.
             guidance_rescale: from 0 to 1, against colours burnt by guidance (Lin et al. 2024).
-            guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024);
-                1 is prompt-to-prompt's own, guided to the end.
+            preset: "paper" is the paper's reading in one word (null-text inversion, guided to the end, not confined),
+                see ``presets.PRESETS``; what is passed beside it wins.
+            guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024), half of
+                them by default; 1 is prompt-to-prompt's own, guided to the end.
             cross_replace_steps: share of the steps in which words common to both prompts keep the source's
                 cross-attention; or ``{"word": share, "default_": share}``.
             self_replace_steps: share of the steps in which the self-attention at 1/16 of the picture's side and
@@ -414,16 +434,21 @@ class S2EditPipeline(
         """
         self._check_ready()
         self._interrupt = False
+        drawing = image is None and not hasattr(inversion, "trajectory")
+        asked_for = {"inversion": inversion, "guidance_stop": guidance_stop, "blend_words": blend_words}
+        chosen = with_preset(preset, "edit", asked_for)
+        if not drawing:
+            inversion = chosen.get("inversion")
         settings = EditSettings(
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
-            guidance_stop=guidance_stop,
+            guidance_stop=chosen.get("guidance_stop", EditSettings.guidance_stop),
             strength=strength,
             edit=edit,
             cross_replace_steps=cross_replace_steps,
             self_replace_steps=self_replace_steps,
             reweight=reweight,
-            blend_words=blend_words,
+            blend_words=chosen.get("blend_words"),
             keep_words=keep_words,
             blend_threshold=blend_threshold,
             change_threshold=change_threshold,
@@ -453,7 +478,6 @@ class S2EditPipeline(
                 raise StopIteration
             return result
 
-        drawing = image is None and not hasattr(inversion, "trajectory")
         if drawing:
             for name, given in (
                 ("source_prompt", source_prompt), ("inversion", inversion), ("reweight", reweight),

@@ -51,7 +51,9 @@ class PipelineParts:
         return {name: tokenizer for name, tokenizer in both.items() if tokenizer is not None}
 
     def _components_with_weights(self) -> dict[str, nn.Module]:
-        return {"unet": self.unet, **self._text_encoders}
+        """Name -> the module whose parameters' names are the model's own: behind ``torch.compile``, what it wraps."""
+        components = {"unet": self.unet, **self._text_encoders}
+        return {name: getattr(module, "_orig_mod", module) for name, module in components.items()}
 
     def _check_ready(self) -> None:
         needed = ["vae", "text_encoder", "tokenizer", "unet", "scheduler"]

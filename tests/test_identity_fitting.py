@@ -338,7 +338,7 @@ def test_the_joint_loss_is_the_sum_of_both(pipe: S2EditPipeline, picture: Image.
         rows.append({"text_encoder": initial_row(pipe.tokenizer, pipe.text_encoder, noun)})
 
     class Descent(torch.optim.SGD):
-        def __init__(self, groups: Any, weight_decay: float) -> None:
+        def __init__(self, groups: Any, weight_decay: float, fused: bool) -> None:
             super().__init__([{**g, "lr": 1.0} for g in groups])
 
     def step(chosen: list[int], generator: torch.Generator) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from s2edit_pipeline import identity_fitting
+from s2edit_pipeline.identity_fitting import Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def test_python_examples_run(
     document: str, written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity_fitting, "_DEFAULTS", {"lora": (3, 1e-3)})  # as written, but shorter
+    monkeypatch.setattr(identity_fitting, "RECIPES", {"lora": Recipe(3, 1e-3, 4, "uniform")})  # as written, but shorter
     examples = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text("utf-8"), flags=re.DOTALL)
     assert examples
     monkeypatch.chdir(tmp_path)

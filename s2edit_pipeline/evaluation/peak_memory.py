@@ -1,9 +1,9 @@
-"""How much memory an edit takes at its peak, against diffusers' own pipeline sampling the same batch."""
+"""How much memory an edit takes at its peak, against diffusers' own pipeline sampling the same batch; and a fit."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,4 +130,48 @@ def table(rows: Sequence[MemoryRow]) -> str:
     lines = ["| edit | U-Net rows | edit, MB | stock sampling, MB | ratio |", "|---|---|---|---|---|"]
     for row in rows:
         lines.append(f"| {row.name} | {row.rows} | {row.edit / 1e6:.1f} | {row.stock / 1e6:.1f} | {row.ratio:.2f} |")
+    return "\n".join(lines)
+
+
+FITS: Mapping[str, Mapping[str, Any]] = {
+    "full": {"method": "full"},
+    'preset="paper"': {"preset": "paper"},
+    "the defaults, lora": {},
+    "the defaults, checkpointed": {"gradient_checkpointing": True},
+    "token": {"method": "token"},
+    "full, batch of 1": {"method": "full", "batch_size": 1},
+    "lora, batch of 1": {"batch_size": 1},
+}
+"""Name -> arguments of ``fit_identity``."""
+
+
+@dataclass(frozen=True)
+class FitMemoryRow:
+    """``peak`` in bytes of a fit: activations, gradients, the optimizer's state, and what weights the fit makes itself
+    (adapters, or the full fit's own copy of the model); the model's own weights, which were there, are left out."""
+
+    name: str
+    peak: int
+
+
+def measure_fit_memory(pipe: Any, fits: Mapping[str, Mapping[str, Any]] = FITS) -> list[FitMemoryRow]:
+    """Peaks of fits of three steps: by the second the optimizer has its state beside everything else."""
+    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8))
+    rows = []
+    for name, arguments in fits.items():
+        with tracked_allocations(pipe.unet.device) as peak:
+            pipe.fit_identity(
+                picture, SOURCE, "man", mask=np.ones((side, side), bool), num_steps=3,
+                generator=torch.Generator().manual_seed(0), **arguments,
+            )  # fmt: skip
+            rows.append(FitMemoryRow(name, peak()))
+    return rows
+
+
+def fit_table(rows: Sequence[FitMemoryRow]) -> str:
+    """A Markdown table, each against the first."""
+    lines = ["| fit | peak, MB | share |", "|---|---|---|"]
+    for row in rows:
+        lines.append(f"| {row.name} | {row.peak / 1e6:.1f} | {row.peak / rows[0].peak:.2f} |")
     return "\n".join(lines)

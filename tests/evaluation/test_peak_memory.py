@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from s2edit_pipeline import load_avatars
-from s2edit_pipeline.evaluation.peak_memory import measure_memory, table, tracked_allocations
+from s2edit_pipeline.evaluation.peak_memory import (
+    FITS,
+    fit_table,
+    measure_fit_memory,
+    measure_memory,
+    table,
+    tracked_allocations,
+)  # fmt: skip
 
 CPU = torch.device("cpu")
 
@@ -36,3 +43,16 @@ def test_an_edit_takes_hardly_more_than_stock_sampling() -> None:
         # activations grow with the batch: megabytes, and no less than the skip connections' share of it
         assert row.stock > 2e6 * row.rows and 1.0 < row.ratio <= 1.3, row
     assert table(rows).count("\n") == 5
+
+
+def test_a_lora_fit_takes_two_fifths_of_a_full_one() -> None:
+    pipe = load_avatars()
+    pipe.set_progress_bar_config(disable=True)
+    names = ["full", "the defaults, lora", "the defaults, checkpointed"]
+    rows = measure_fit_memory(pipe, {name: FITS[name] for name in names})
+    full, lora, checkpointed = (row.peak for row in rows)
+    tables = pipe.text_encoder.get_input_embeddings().weight
+    trained = sum(p.numel() for m in (pipe.unet, pipe.text_encoder) for p in m.parameters()) - tables.numel()
+    assert full > 4 * 4 * trained  # the copy, its gradients, AdamW's two moments
+    assert checkpointed < 0.8 * lora and lora <= 0.4 * full, (checkpointed, lora, full)
+    assert fit_table(rows).splitlines()[3].endswith(f"| {lora / 1e6:.1f} | {lora / full:.2f} |")

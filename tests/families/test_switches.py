@@ -202,6 +202,10 @@ FIT: dict[str, Callable[[Calls], bool]] = {
         {len(w) for n, w in c.fit(method="lora", lora_rank=3).weights.items() if ".lora_A." in n} == {3}
     ),
     "detach_sentence": fit_detach_sentence,
+    "preset": lambda c: c.fit(method=None, preset="paper").method == "full" and c.fit(method=None).method == "lora",
+    "timestep_sampling": lambda c: (
+        first_loss(c.fit(timestep_sampling="high_noise")) != first_loss(c.fit(timestep_sampling="uniform"))
+    ),
     "renormalize": lambda c: first_loss(c.fit(renormalize=True)) != first_loss(c.fit()),
     "mask_after": lambda c: first_loss(c.fit(mask_after=True)) != first_loss(c.fit()),
     "mask_threshold": lambda c: (
@@ -287,7 +291,8 @@ def edit_keep_pixels(c: Calls) -> bool:
 
 
 def edit_threshold(c: Calls) -> bool:
-    wide, narrow = (c.edit(blend_words=None, blend_threshold=t).mask.sum() for t in (0.05, 0.999))
+    settings = {"blend_words": None, "change_threshold": 0.0}
+    wide, narrow = (c.edit(blend_threshold=t, **settings).mask.sum() for t in (0.05, 0.999))
     return wide > narrow > 0
 
 
@@ -302,6 +307,9 @@ def edit_keep_attention(c: Calls) -> bool:
 
 
 EDIT: dict[str, Callable[[Calls], bool]] = {
+    "preset": lambda c: same(
+        c.edit(inversion="direct", preset="paper").images, c.edit(inversion="direct", guidance_stop=1.0).images
+    ),
     "inversion": lambda c: (
         len({float(c.edit(inversion=method).source.double().sum()) for method in INVERSIONS}) >= 4
         and same(c.edit(inversion="direct").images, c.edit().images)
@@ -400,6 +408,9 @@ ELSEWHERE = {
     "original_size": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
     "crops_coords_top_left": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
     "target_size": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
+    "early_stop": "test_fit_cost.py::test_a_fit_that_gains_nothing_ends",
+    "optimizer": "test_fit_cost.py::test_eight_bits_need_bitsandbytes",
+    "gradient_checkpointing": "test_fit_cost.py::test_checkpointing_makes_the_same_gradients",
     "settle_from": "test_edit_sampling.py::test_at_last_what_drifted_a_little_is_the_source_again",
     "confine_from": "test_edit_plan.py::test_the_source_is_kept_from_the_share_asked_for",
 }

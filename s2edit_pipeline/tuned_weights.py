@@ -1,0 +1,130 @@
+"""What a fit trains, and that it is put back: contexts around the model's own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from .identity_token import embedding_table
+from .lora_format import lora_metadata, published_name
+
+_CLIP_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+LORA_TARGETS = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+    "text_encoder": _CLIP_PROJECTIONS,
+    "text_encoder_2": _CLIP_PROJECTIONS,
+}
+
+
+@contextmanager
+def frozen(components: Mapping[str, nn.Module]) -> Iterator[None]:
+    """No parameter asks for a gradient; afterwards each is as before, its accumulated ``grad`` included."""
+    held = [(p, p.requires_grad, p.grad) for module in components.values() for p in module.parameters()]
+    modes = [(m, m.training) for module in components.values() for m in module.modules()]
+    for module in components.values():
+        module.requires_grad_(False)
+        module.eval()
+    try:
+        yield
+    finally:
+        for parameter, required, gradient in held:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        for submodule, mode in modes:
+            submodule.training = mode
+
+
+@contextmanager
+def full_weights(components: Mapping[str, nn.Module]) -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
+    """All weights, trained as float32 copies; the original tensors are put back, not written to."""
+    tables = [embedding_table(module).weight for name, module in components.items() if name != "unet"]
+    held = [
+        (published_name(name, inner), p, p.data)
+        for name, module in components.items()
+        for inner, p in module.named_parameters()
+        if not any(p is table for table in tables)  # [I]'s own row is trained; the words' rows stay
+    ]
+    words = [table.data for table in tables]
+
+    def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {name: (p.data - original.float()).cpu() for name, p, original in held}, {}
+
+    try:
+        for _, parameter, original in held:
+            parameter.data = original.to(torch.float32, copy=True)
+            parameter.requires_grad_(True)
+        for table in tables:
+            table.data = table.data.float()
+        yield [p for _, p, _ in held], harvest
+    finally:
+        for table, original in zip(tables, words, strict=True):
+            table.data = original
+        for _, parameter, original in held:
+            parameter.data = original
+
+
+@contextmanager
+def lora_weights(
+    components: Mapping[str, nn.Module], rank: int, seed: int
+) -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
+    """PEFT's LoRA in every attention projection; afterwards the very modules that were there are back."""
+    adapter = "s2edit_fit"
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    attached: list[tuple[nn.Module, str]] = []
+    configs = {name: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS[name]) for name in components}
+
+    def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        weights: dict[str, torch.Tensor] = {}
+        metadata: dict[str, Any] = {}
+        for name, module in components.items():
+            state = peft.get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
+            weights |= {published_name(name, key): value.detach().float().cpu().clone() for key, value in state.items()}
+            said = lora_metadata(rank, LORA_TARGETS[name])
+            metadata |= {f"{name}.{key}": value for key, value in said.items()}
+        return weights, metadata
+
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for name, module in components.items():
+                before = [(p, n, c) for p in module.modules() for n, c in p.named_children()]
+                replaced += before
+                attributes = set(vars(module))
+                peft.inject_adapter_in_model(configs[name], module, adapter_name=adapter)
+                attached += [(module, added) for added in set(vars(module)) - attributes]  # peft_config and the like
+        trained = [p for module in components.values() for n, p in module.named_parameters() if f".{adapter}." in n]
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+        yield trained, harvest
+    finally:
+        for parent, child_name, child in replaced:
+            if getattr(parent, child_name) is not child:
+                setattr(parent, child_name, child)
+        for module, added in attached:
+            delattr(module, added)
+
+
+@contextmanager
+def no_weights() -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
+    yield [], lambda: ({}, {})
+
+
+@contextmanager
+def checkpointed(unet: Any) -> Iterator[None]:
+    """``unet``'s activations are made again in the backward pass instead of kept (Chen et al. 2016); afterwards each
+    block does as before."""
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    held = [(m, {n: vars(m)[n] for n in names if n in vars(m)}) for m in unet.modules()]
+    unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for module, before in held:
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(before)
