@@ -62,7 +62,7 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
 
 def _train_instruct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder of pairs, checkpoints and model/")
-    parser.add_argument("--model", help="a diffusers folder of the avatars family to start from (default: the embedded)")
+    parser.add_argument("--model", help="a diffusers folder of the avatars family to start from (the embedded)")
     parser.add_argument("--people", type=int, default=8000, help="training people, edited once (default: %(default)s)")
     parser.add_argument("--creatures", type=int, default=6000, help="as many of them (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1500, help="(default: %(default)s)")

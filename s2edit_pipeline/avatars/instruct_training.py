@@ -70,7 +70,8 @@ def sample_edit(subject: Subject, donors: Sequence[Subject], rng: random.Random)
         names = rng.sample(list(subject.ATTRIBUTES), 2 if rng.random() < 0.3 else 1)
         target = subject.edited(**{name: getattr(donor, name) for name in names})
         changes = all(target.shows(name) and getattr(target, name) != getattr(subject, name) for name in names)
-        if changes and not _uncovers(subject, target) and not (isinstance(target, Creature) and has_unseen_pair(target)):
+        unseen = isinstance(target, Creature) and has_unseen_pair(target)
+        if changes and not unseen and not _uncovers(subject, target):
             return target
 
 
@@ -123,8 +124,8 @@ def _code_of(vae: AutoencoderKL, images: np.ndarray) -> LinearCode:
     error = (code.encode(to_tensor(images[:4])) - wanted).square().mean().sqrt() / wanted.std()
     if error > 0.02:
         raise ValueError(
-            f"The model's encoder is {float(error):.0%} off the linear code of these {len(images)} pictures: it was not "
-            "made by train-avatars, or of fewer people. Give the model's own number of people, at least 2,000."
+            f"The model's encoder is {float(error):.0%} off the linear code of these {len(images)} pictures: it was "
+            "not made by train-avatars, or of fewer people. Give the model's own number of people, at least 2,000."
         )
     return code
 
@@ -133,7 +134,7 @@ def _draw_latents(subjects: Sequence[Subject], code: LinearCode) -> torch.Tensor
     chunks = []
     for i in tqdm(range(0, len(subjects), _CHUNK), desc="drawing pairs"):
         images = np.stack([render_array(subject) for subject in subjects[i : i + _CHUNK]])
-        chunks.append(code.encode(to_tensor(images)).half())
+        chunks.append(code.encode(to_tensor(images)).half().contiguous())
     return torch.cat(chunks)
 
 
