@@ -214,12 +214,12 @@ def decode_runs(runs: Sequence[int], side: int = PIE_SIDE, *, border: bool = Tru
     whole = numbers.size == 0 or (np.issubdtype(numbers.dtype, np.integer) and numbers.ndim == 1)
     if not whole or len(numbers) % 2 or (numbers < 0).any():
         raise ValueError("a mask is whole numbers from 0, in pairs of a start and a length")
-    mask = np.zeros(side * side, bool)
+    mask = np.zeros((side, side), bool)
+    flat = mask.reshape(-1)
     for start, length in numbers.reshape(-1, 2):
-        if start >= mask.size:
+        if start >= flat.size:
             raise ValueError(f"a run starts at {start}, outside {side} x {side} pixels")
-        mask[start : start + length] = True
-    mask = mask.reshape(side, side)
+        flat[start : start + length] = True
     if border:
         mask[[0, -1], :] = mask[:, [0, -1]] = True
     return mask
