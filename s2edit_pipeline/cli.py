@@ -65,7 +65,7 @@ def _train_instruct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a diffusers folder of the avatars family to start from (the embedded)")
     parser.add_argument("--people", type=int, default=8000, help="training people, edited once (default: %(default)s)")
     parser.add_argument("--creatures", type=int, default=6000, help="as many of them (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1600, help="(default: %(default)s)")
     parser.add_argument("--device", help="where to train (default: a CUDA device if there is one)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
 
