@@ -1,4 +1,5 @@
-"""The metrics that papers report on real pictures, as torchmetrics computes them.
+"""The metrics that papers report on real pictures: FID, LPIPS, PSNR and SSIM as torchmetrics computes them, and CLIP
+score by transformers' CLIP alone (torchmetrics' own can't yet read what transformers 5 returns).
 
 There is no truth to compare with: pictures before and after the edit are. FID looks at all of them together, the others
 at one pair, or at one picture and its prompt, and are means. Each works, or raises an error that says what is missing;
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.functional import cosine_similarity
+from transformers import CLIPModel, CLIPProcessor
 
 CLIP_MODEL = "openai/clip-vit-large-patch14"
 _TORCHVISION = (
@@ -130,7 +133,8 @@ def psnr(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
 
 
 def ssim(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
-    """Structural similarity (Wang et al. 2004) with the paper's Gaussian window of 11 x 11, mean over the pairs.
+    """Structural similarity (Wang et al. 2004) with the paper's Gaussian window of 11 x 11, over all pixels, the border
+    mirrored; mean over the pairs.
 
     Raises:
         ValueError: other numbers or sizes of pictures.
@@ -151,25 +155,23 @@ def clip_score(pictures: Sequence[Image.Image], prompts: Sequence[str], *, model
 
     Raises:
         ValueError: another number of prompts than of pictures.
-        ImportError, OSError: torchmetrics or the model is missing.
+        OSError: the model is missing.
     """
     if len(pictures) != len(prompts):
         raise ValueError(f"There are {len(pictures)} pictures and {len(prompts)} prompts; give one for each.")
-    tensors = _tensors(pictures, "pictures")
-    cls = _metric("multimodal.clip_score", "CLIPScore")
-
-    def load() -> tuple[Any, Any]:
-        from transformers import CLIPModel, CLIPProcessor
-
-        return CLIPModel.from_pretrained(model).eval(), CLIPProcessor.from_pretrained(model)
-
-    metric = _ready(
-        lambda: cls(model_name_or_path=load),
-        "CLIP score",
-        "transformers with CLIP: pip install transformers",
-        "With no network, pass the folder of a CLIP model: model='clip-vit-large-patch14/'",
-    )
-    with torch.no_grad():
-        for tensor, prompt in zip(tensors, prompts, strict=True):
-            metric.update(tensor[0], prompt)
-    return float(metric.compute())
+    if len(pictures) == 0:
+        raise ValueError("pictures is empty: there is no picture to measure.")
+    try:
+        clip, processor = CLIPModel.from_pretrained(model).eval(), CLIPProcessor.from_pretrained(model)
+    except OSError as error:
+        raise OSError(
+            f"CLIP score could not get its model: {error}. With no network, pass the folder of one: "
+            "model='clip-vit-large-patch14/'."
+        ) from error
+    scores = []
+    for picture, prompt in zip(pictures, prompts, strict=True):
+        inputs = processor(text=[prompt], images=[picture.convert("RGB")], return_tensors="pt", truncation=True)
+        with torch.no_grad():
+            out = clip(**inputs)
+        scores.append(100 * cosine_similarity(out.image_embeds, out.text_embeds).clamp(min=0))
+    return float(torch.cat(scores).mean())
