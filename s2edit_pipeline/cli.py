@@ -1,4 +1,4 @@
-"""The command line: ``s2edit demo``, ``s2edit measure``, ``s2edit publish``, ``s2edit train-avatars``."""
+"""The command line: ``s2edit demo``, ``measure``, ``publish``, ``train-avatars``, ``train-instruct``."""
 
 from __future__ import annotations
 

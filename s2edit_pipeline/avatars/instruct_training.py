@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..atomic_folder import atomic_folder
 from . import MODEL_FOLDER
 from .autoencoder_training import LinearCode, fit_linear_code, to_tensor
 from .captions import Caption, describe
@@ -220,7 +221,8 @@ def train_instruct(
         )
         average.swap()
         kept = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
-        export_model(folder / "model", unet=unet, pipeline_class=StableDiffusionInstructPix2PixPipeline, **kept)
+        with atomic_folder((folder / "model").absolute()) as made:  # somebody may be reading the last one
+            export_model(made, unet=unet, pipeline_class=StableDiffusionInstructPix2PixPipeline, **kept)
         average.swap()
 
     last = num_steps if stop_at is None else min(stop_at, num_steps)

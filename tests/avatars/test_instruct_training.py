@@ -207,6 +207,16 @@ def test_the_first_step_is_the_loss_of_its_formulas(train, model, vae, cache, tm
     assert record["loss"] == pytest.approx((weight * error).mean().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_picture_that_is_left_out_teaches_its_channels_nothing(train, tmp_path, monkeypatch, shown):
+    # weights of zero, on inputs of zero, stay so
+    all_of_them = torch.ones(2, dtype=torch.bool)
+    monkeypatch.setattr(instruct_training, "dropped", lambda u: (all_of_them, ~all_of_them if shown else all_of_them))
+    train(tmp_path / "run", stop_at=1)
+    learned = torch.load(tmp_path / "run" / "instruct.ckpt", weights_only=True)["unet"]["conv_in.weight"]
+    assert learned[:, 16:].any() == shown and learned[:, :16].all()
+
+
 def test_going_on_gives_the_same_as_going_through(train, tmp_path, model, cache):
     train(tmp_path / "whole")
     train(tmp_path / "parts", stop_at=1)
