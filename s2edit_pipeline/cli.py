@@ -1,4 +1,4 @@
-"""The command line: ``s2edit demo``, ``s2edit measure``, ``s2edit publish``, ``s2edit train-avatars``."""
+"""The command line: ``s2edit demo``, ``measure``, ``publish``, ``train-avatars``, ``train-instruct``."""
 
 from __future__ import annotations
 
@@ -51,6 +51,34 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
             start_from=args.start_from,
             autoencoder_steps=args.autoencoder_steps,
             denoiser_steps=args.denoiser_steps,
+            device=args.device,
+            seed=args.seed,
+        )
+        print(f"The model is in {model}")
+        return 0
+
+    parser.set_defaults(run=run)
+
+
+def _train_instruct(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, help="folder of pairs, checkpoints and model/")
+    parser.add_argument("--model", help="a diffusers folder of the avatars family to start from (the embedded)")
+    parser.add_argument("--people", type=int, default=8000, help="training people, edited once (default: %(default)s)")
+    parser.add_argument("--creatures", type=int, default=6000, help="as many of them (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1600, help="(default: %(default)s)")
+    parser.add_argument("--device", help="where to train (default: a CUDA device if there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
+    def run(args: argparse.Namespace) -> int:
+        from .avatars import MODEL_FOLDER
+        from .avatars.instruct_training import train_instruct
+
+        model = train_instruct(
+            args.out,
+            model=args.model or MODEL_FOLDER,
+            num_people=args.people,
+            num_creatures=args.creatures,
+            num_steps=args.steps,
             device=args.device,
             seed=args.seed,
         )
@@ -156,6 +184,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "measure": (_measure, "measure the base model, inversions, edits, fits, confinement, compositions or memory"),
     "publish": (_publish, "push the pipeline to the Hub, where any diffusers script loads it from"),
     "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),
+    "train-instruct": (_train_instruct, "train an InstructPix2Pix of the embedded model, to compare with"),
 }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import s2edit_pipeline
-from s2edit_pipeline.avatars import recipe
+from s2edit_pipeline.avatars import MODEL_FOLDER, instruct_training, recipe
 from s2edit_pipeline.cli import main
 
 
@@ -26,6 +26,23 @@ def test_train_avatars_passes_its_options_on(monkeypatch, capsys):
     plain = {"num_pictures": 16000, "autoencoder_steps": 2400, "denoiser_steps": 3800, "device": None, "seed": 0}
     plain |= {"num_creatures": 12000, "start_from": None}
     assert calls == [("here", given), ("here", plain)]
+    assert str(Path("here") / "model") in capsys.readouterr().out
+
+
+def test_train_instruct_passes_its_options_on(monkeypatch, capsys):
+    calls = []
+
+    def train(folder, **settings):
+        calls.append((folder, settings))
+        return Path(folder) / "model"
+
+    monkeypatch.setattr(instruct_training, "train_instruct", train)
+    options = "--model there --people 7 --creatures 4 --steps 5 --device cpu --seed 2".split()
+    assert main(["train-instruct", "--out", "here", *options]) == 0
+    assert main(["train-instruct", "--out", "here"]) == 0
+    given = {"model": "there", "num_people": 7, "num_creatures": 4, "num_steps": 5, "device": "cpu", "seed": 2}
+    plain = {"model": MODEL_FOLDER, "num_people": 8000, "num_creatures": 6000, "num_steps": 1600, "device": None}
+    assert calls == [("here", given), ("here", {**plain, "seed": 0})]
     assert str(Path("here") / "model") in capsys.readouterr().out
 
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
         ("docs/identities.md", ["ada/identity.json", "ada/preview_1.png", "ada-and-bob.png"]),
         ("docs/avatars.md", ["the-truth.png"]),
         ("docs/composition.md", ["ada-and-bobs-turban/identity.json", "ada-with-bobs-turban.png"]),
+        ("docs/benchmark-rivals.md", ["faces/bob.txt"]),
     ],
 )
 def test_python_examples_run(

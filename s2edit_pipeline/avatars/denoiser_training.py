@@ -211,6 +211,20 @@ def min_snr_weight(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return (1 + snr).clamp(max=5) / (1 + snr)
 
 
+def stratified_timesteps(batch_size: int, num_train: int, generator: torch.Generator) -> torch.Tensor:
+    """(batch_size,) noise levels, one in each of as many equal stretches: every batch sees them all."""
+    u = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+    return (u * num_train).long().clamp(max=num_train - 1)
+
+
+def denoising_loss(
+    predicted: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, scheduler: DDIMScheduler
+) -> torch.Tensor:
+    """Mean squared error of ``predicted`` (B, C, h, w) against v, weighted by :func:`min_snr_weight`."""
+    error = (predicted - scheduler.get_velocity(x0, noise, t)).square().mean((1, 2, 3))
+    return (min_snr_weight(scheduler.alphas_cumprod.to(t.device)[t]) * error).mean()
+
+
 def train_denoiser(
     pictures: PictureSet,
     latents: torch.Tensor,
@@ -249,7 +263,6 @@ def train_denoiser(
         text_encoder.load_state_dict(CLIPTextModel.from_pretrained(folders[0], dtype=torch.float32).state_dict())
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(folders[1]).state_dict())
     scheduler = build_scheduler()
-    alphas_cumprod = scheduler.alphas_cumprod.to(device)
     keepers = {name: _MapKeeper() for name in unet.attn_processors if name.endswith("attn2.processor")}
     unet.set_attn_processor({name: keepers.get(name, held) for name, held in unet.attn_processors.items()})
     trained = trained_parameters(unet, text_encoder)
@@ -293,13 +306,10 @@ def train_denoiser(
         batch = _captions(tokenizer, pictures, index, rng, drop_caption)
         x0 = latents[index].to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
-        # stratified over the batch: each step sees every noise level
-        t = ((torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size * 1000).long()
-        t = t.clamp(max=999).to(device)
+        t = stratified_timesteps(batch_size, scheduler.config.num_train_timesteps, generator).to(device)
         context = text_encoder(batch.input_ids.to(device)).last_hidden_state
         predicted = unet(scheduler.add_noise(x0, noise, t), t, context).sample
-        error = (predicted - scheduler.get_velocity(x0, noise, t)).square().mean((1, 2, 3))
-        denoising = (min_snr_weight(alphas_cumprod[t]) * error).mean()
+        denoising = denoising_loss(predicted, x0, noise, t, scheduler)
         assert pictures.masks is not None
         masks = torch.from_numpy(pictures.masks[index]).to(device).float() / 255
         grounding = grounding_loss([k.map for k in keepers.values()], batch.token_parts.to(device), masks)  # type: ignore[misc]

@@ -185,16 +185,17 @@ def export_model(
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
     scheduler: DDIMScheduler,
+    pipeline_class: type[StableDiffusionPipeline] = StableDiffusionPipeline,
 ) -> None:
     """Write a standard diffusers folder, weights as float16 safetensors; the arguments stay as they are.
 
-    It loads with ``StableDiffusionPipeline.from_pretrained(out)``, in float32 unless told otherwise.
+    It loads with ``pipeline_class.from_pretrained(out)``, in float32 unless told otherwise.
     """
     out = Path(out)
     halves = {
         name: copy.deepcopy(m).half() for name, m in (("vae", vae), ("text_encoder", text_encoder), ("unet", unet))
     }
-    pipeline = StableDiffusionPipeline(
+    pipeline = pipeline_class(
         **halves,
         tokenizer=tokenizer,
         scheduler=scheduler,
