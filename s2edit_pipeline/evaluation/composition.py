@@ -17,6 +17,7 @@ from ..avatars.world import Person, changed_pixels, render, sample_person
 from ..identity_fitting import ReferenceAttribute
 from ..prompt_alignment import insert_token
 from .counterfactual import grade_against
+from .intervals import bootstrap_interval
 
 _MOVED = {
     "clothes": ("clothes", "clothes_color", "clothes_shade", "garment", "print"),
@@ -142,14 +143,6 @@ def measure_compositions(
         whole, inside, outside, unedited = np.array(scores).T
         rows.append(CompositionRow(name, whole, inside, outside, unedited, pictures))
     return rows
-
-
-def bootstrap_interval(values: np.ndarray, *, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean of ``values`` (N,)."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def table(rows: Sequence[CompositionRow]) -> str:
