@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -198,11 +198,8 @@ class _Workplace:
     def work(self, entrant: Entrant, subject: SubjectKey) -> None:
         """Make and write one record."""
         strip = None
-        record: Record = {
-            "name": entrant.name,
-            "subject": subject,
-            "settings": self.run.settings(entrant, self.weights),
-        }
+        settings = self.run.settings(entrant, self.weights)
+        record: Record = {"name": entrant.name, "subject": subject, "settings": settings}
         try:
             found, images = self._edit(self.methods[entrant.name], subject)
             if fingerprint(self.pipe) != self.weights:
@@ -221,11 +218,8 @@ class _Workplace:
         kind, number = subject
         if kind not in self.classifiers:
             self.classifiers[kind] = load_attribute_classifier(kind)
-        avatar, edits, seed = (
-            sample(kind, number, "held_out"),
-            edits_of(self.run, subject),
-            subject_seed(self.run, subject),
-        )
+        avatar, edits = sample(kind, number, "held_out"), edits_of(self.run, subject)
+        seed = subject_seed(self.run, subject)
         unet = getattr(method, "pipe", self.pipe).unet  # a system may have a model of its own
         torch.manual_seed(seed)  # for what takes no generator
         picture, prompt = render(avatar), describe(avatar).text
@@ -256,21 +250,17 @@ def _said(error: Exception) -> str:
 # ---------------------------------------------------------------------------- one process of several
 
 
-@dataclass
-class _Worker:
-    workplace: _Workplace | None = field(default=None)
-
-
-_worker = _Worker()
+_workplaces: list[_Workplace] = []
+"""This process's own, once it is a worker."""
 
 
 def _start_worker(run: BenchmarkRun) -> None:
     torch.set_num_threads(1)
-    _worker.workplace = _Workplace(run)
+    _workplaces.append(_Workplace(run))
 
 
 def _work(subject: SubjectKey, left: list[Entrant]) -> int:
-    assert _worker.workplace is not None
+    (workplace,) = _workplaces
     for entrant in left:
-        _worker.workplace.work(entrant, subject)
+        workplace.work(entrant, subject)
     return len(left)
