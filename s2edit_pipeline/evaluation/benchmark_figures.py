@@ -14,14 +14,25 @@ from PIL import Image
 from ..atomic_folder import atomic_folder
 from ..avatars.world import render
 from .benchmark import BenchmarkRun, SubjectKey, edits_of, file_name, load_model, run_benchmark, subject_seed
-from .benchmark_methods import BENCHMARK_METHODS, METHODS, Entrant, variants
+from .benchmark_methods import (
+    ABLATION_METHODS,
+    ABLATION_PREFIX,
+    BENCHMARK_METHODS,
+    METHODS,
+    Entrant,
+    variants,
+)
 from .benchmark_report import METRICS, Values, collect, edited_pictures, example_sheet, summary, write_report
-from .own_methods import ABLATION, SETTINGS, PipelineMethod
+from .own_methods import SETTINGS, PipelineMethod
 from .sheets import save_figure, save_sheet
 
 GUIDANCE = tuple(float(scale) for scale in range(1, 11))
-METHODS_OF: Mapping[int, tuple[str, ...]] = {7: BENCHMARK_METHODS, 8: (), 9: ("S2Edit", "S2Edit, the paper's")}
-"""Figure -> the methods that it shows unless told; Figure 8 has its own."""
+METHODS_OF: Mapping[int, tuple[str, ...]] = {
+    7: BENCHMARK_METHODS,
+    8: ABLATION_METHODS,
+    9: ("S2Edit", "S2Edit, the paper's"),
+}
+"""Figure -> the methods that it shows unless told."""
 
 _EXAMPLES = 3
 
@@ -30,7 +41,7 @@ def draw_figure(number: int, run: BenchmarkRun, jobs: int = 1) -> Path:
     """Measure and draw Figure 7, 8 or 9; what is under ``run.out`` already isn't measured again.
 
     Args:
-        run: its entrants are the curves of Figures 7 and 9; Figure 8 has its own.
+        run: its entrants are the figure's curves, or rows; those that have no strength to turn have no curve.
 
     Returns:
         The figure's path; beside it are the records and, as JSON, its points.
@@ -56,9 +67,8 @@ def _figure_7(run: BenchmarkRun, jobs: int) -> Path:
 
 def _figure_8(run: BenchmarkRun, jobs: int) -> Path:
     """From null-text inversion to S2Edit, a row for each part that is added, with what noun and token look at."""
-    run = replace(run, entrants=tuple(Entrant(name, f"ablation: {name}") for name in ABLATION))
     unavailable = run_benchmark(run, jobs)
-    write_report(run, unavailable, next(iter(ABLATION)))
+    write_report(run, unavailable, run.entrants[0].name)
     lines: list[list[Image.Image | None]] = []
     labels = []
     model = cache(lambda: load_model(run))
@@ -68,7 +78,7 @@ def _figure_8(run: BenchmarkRun, jobs: int) -> Path:
             pictures = edited_pictures(run, entrant.name, subject)
             maps = _attention_maps(run, entrant, subject, model)
             lines.append([render(edit.subject), edit.truth(), pictures[0] if pictures else None, *maps])
-            labels.append(f"{entrant.name}: {edit.name}")
+            labels.append(f"{entrant.name.removeprefix(ABLATION_PREFIX)}: {edit.name}")
     path = run.out / "figure-8.png"
     save_sheet(path, lines, ["source", "truth", "edit", "the noun looks at", "[I] looks at"], labels)
     return path

@@ -80,6 +80,8 @@ _GRIDS: Mapping[str, tuple[Arguments, ...]] = {
 }
 """S2Edit's defaults were chosen on other people, and its confined ablations have to share its arguments."""
 
+ABLATION_PREFIX = "ablation: "
+
 METHODS: Mapping[str, Contender] = {
     "unedited": Contender(partial(_reference, Unedited)),
     "autoencoder alone": Contender(partial(_reference, AutoencoderAlone)),
@@ -87,10 +89,11 @@ METHODS: Mapping[str, Contender] = {
         name: Contender(partial(_from_setting, setting), _GRIDS.get(name, ()), _GUIDANCE)
         for name, setting in SETTINGS.items()
     },
-    **{f"ablation: {name}": Contender(partial(_from_setting, setting)) for name, setting in ABLATION.items()},
+    **{f"{ABLATION_PREFIX}{name}": Contender(partial(_from_setting, setting)) for name, setting in ABLATION.items()},
 }
 
-BENCHMARK_METHODS = tuple(name for name in METHODS if not name.startswith("ablation"))
+ABLATION_METHODS = tuple(name for name in METHODS if name.startswith(ABLATION_PREFIX))
+BENCHMARK_METHODS = tuple(name for name in METHODS if name not in ABLATION_METHODS)
 QUICK_METHODS = ("unedited", "autoencoder alone", "S2Edit", "DDIM + P2P", "direct + P2P", "DreamBooth")
 
 
