@@ -220,7 +220,8 @@ class _Workplace:
             self.classifiers[kind] = load_attribute_classifier(kind)
         avatar, edits = sample(kind, number, "held_out"), edits_of(self.run, subject)
         seed = subject_seed(self.run, subject)
-        unet = getattr(method, "pipe", self.pipe).unet  # a system may have a model of its own
+        # a system may have a model of its own
+        unet = next((held.unet for held in vars(method).values() if hasattr(held, "unet")), self.pipe.unet)
         torch.manual_seed(seed)  # for what takes no generator
         picture, prompt = render(avatar), describe(avatar).text
         edit, prepared = _measured(unet, partial(method.prepare, picture, prompt, avatar.noun, seed))
