@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _QUICK = {"people": 6, "creatures": 2, "edits": 3}
+_SMALL = {"people": 4, "creatures": 0, "edits": 6}
 _FULL = {"people": 24, "creatures": 12, "edits": 8}
 
 
@@ -16,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", default="s2edit-bench", help="folder of records and report; a rerun goes on (%(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="few subjects, edits and methods: about ten minutes")
-    parser.add_argument("--people", type=int, help="held-out people (24; quick: 6)")
-    parser.add_argument("--creatures", type=int, help="held-out creatures (12; quick: 2)")
-    parser.add_argument("--edits", type=int, help="at most so many of each subject (8; quick: 3)")
+    parser.add_argument("--people", type=int, help="held-out people (24; quick: 6; --tune and figures: 4)")
+    parser.add_argument("--creatures", type=int, help="held-out creatures (12; quick: 2; else none)")
+    parser.add_argument("--edits", type=int, help="at most so many of each subject (8; quick: 3; else 6)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these; --list names them")
     parser.add_argument("--list", action="store_true", help="name the methods and stop")
     parser.add_argument("--baseline", default="S2Edit", help="what the others are compared with (%(default)s)")
@@ -64,7 +65,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.list:
         print("\n".join(BENCHMARK_METHODS))
         return
-    sizes = {**(_QUICK if args.quick else _FULL), **{n: v for n in _FULL if (v := getattr(args, n)) is not None}}
+    drawing = args.figures or args.figure
+    sizes = dict(_QUICK if args.quick else _SMALL if args.tune or drawing else _FULL)
+    sizes |= {name: value for name in sizes if (value := getattr(args, name)) is not None}
     shared = {
         "edits": sizes["edits"],
         "num_inference_steps": args.steps,
@@ -88,10 +91,10 @@ def _run(args: argparse.Namespace) -> None:
     def of(names: Sequence[str]) -> BenchmarkRun:
         return BenchmarkRun(Path(args.out), entrants(args.methods or names, settings, models), subjects, **shared)
 
-    if figures := (7, 8, 9) if args.figures else args.figure:
+    if drawing:
         from .benchmark_figures import METHODS_OF, draw_figure
 
-        for number in figures:
+        for number in (7, 8, 9) if args.figures else args.figure:
             print(f"Figure {number} is {draw_figure(number, of(METHODS_OF[number]), args.jobs)}")
         return
     bench = of(QUICK_METHODS if args.quick else BENCHMARK_METHODS)

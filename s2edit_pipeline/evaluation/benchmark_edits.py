@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -49,19 +49,21 @@ def benchmark_edits(subject: Subject, number: int | None = None, *, seed: int = 
         seed: which ones; of several subjects, each with a seed of its own, every category gets its share.
     """
     rng = random.Random(f"edits-{seed}")
-    of_category: dict[str, list[BenchmarkEdit]] = {}
-    hidden, targets = list(_hidden_variants(subject)), {subject}
+    of_category: dict[str, list[tuple[BenchmarkEdit, dict[str, str]]]] = {}
+    targets = {subject}
     for category, name, changes in _changes(subject):
         edit = BenchmarkEdit(name, subject, subject.edited(**changes), category)
-        if edit.target not in targets and _is_settled(edit, changes, hidden):
+        if edit.target not in targets:
             targets.add(edit.target)
-            of_category.setdefault(category, []).append(edit)
+            of_category.setdefault(category, []).append((edit, changes))
     groups = list(of_category.values())
     rng.shuffle(groups)
     for group in groups:
         rng.shuffle(group)
-    by_turns = [edit for turn in zip_longest(*groups) for edit in turn if edit is not None]
-    return by_turns[:number]
+    hidden = list(_hidden_variants(subject))
+    settled = [(edit for edit, changes in group if _is_settled(edit, changes, hidden)) for group in groups]
+    by_turns = (edit for turn in zip_longest(*settled) for edit in turn if edit is not None)
+    return list(islice(by_turns, number))  # an edit is drawn when its turn has come
 
 
 def _changes(subject: Subject) -> Iterator[tuple[str, str, dict[str, str]]]:

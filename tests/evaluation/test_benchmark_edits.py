@@ -11,7 +11,7 @@ import pytest
 from s2edit_pipeline.avatars.world import Subject, changed_pixels, render_array, sample, sample_person
 from s2edit_pipeline.evaluation.benchmark_edits import BENCHMARK_FIRST, benchmark_edits
 
-SUBJECTS = [sample(kind, BENCHMARK_FIRST + i, "held_out") for kind in ("person", "creature") for i in range(6)]
+SUBJECTS = [sample(kind, BENCHMARK_FIRST + i, "held_out") for kind in ("person", "creature") for i in range(3)]
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=[f"{s.noun}-{i}" for i, s in enumerate(SUBJECTS)])
@@ -32,16 +32,17 @@ def test_a_few_are_one_of_each_category_and_the_same_every_time() -> None:
         person = sample_person(BENCHMARK_FIRST + number, "held_out")
         few = benchmark_edits(person, 4, seed=number)
         assert len({edit.category for edit in few}) == 4
-        assert few == benchmark_edits(person, 4, seed=number) == benchmark_edits(person, seed=number)[:4]
+        assert few[:2] == benchmark_edits(person, 2, seed=number)
         counted.update(edit.category for edit in few)
-    assert {"expression", "clothes colour", "background", "two at once", "hat", "hair colour"} <= set(counted)
+    # of a few of each, every kind comes up
+    assert set(counted) == {
+        "glasses", "sunglasses", "glasses off", "beard", "moustache", "shaved", "expression", "hair colour", "hat",
+        "clothes colour", "background", "two at once",
+    }  # fmt: skip
 
 
-def test_all_kinds_come_up() -> None:
-    people = [sample_person(BENCHMARK_FIRST + number, "held_out") for number in range(12)]
-    found = {edit.category for person in people for edit in benchmark_edits(person)}
-    assert found >= {"glasses", "sunglasses", "glasses off", "beard", "moustache", "shaved", "expression", "hat"}
-    found = {edit.category for subject in SUBJECTS[6:] for edit in benchmark_edits(subject)}
+def test_creatures_have_kinds_of_their_own() -> None:
+    found = {edit.category for subject in SUBJECTS[3:] for edit in benchmark_edits(subject, 8)}
     assert found >= {"glasses", "fur colour", "pattern", "hat", "background", "two at once"}
 
 
@@ -52,7 +53,7 @@ def test_what_the_picture_hides_is_not_asked_for() -> None:
     # the hair under a hat could have any colour, and so could the beard
     assert "beard" not in {edit.category for edit in benchmark_edits(replace(man, headwear="turban"))}
     # behind sunglasses a creature's eyes could have any colour
-    cat = replace(SUBJECTS[6], glasses="sunglasses", expression="smiling")  # type: ignore[type-var]
+    cat = replace(SUBJECTS[3], glasses="sunglasses", expression="smiling")  # type: ignore[type-var]
     other = replace(cat, eyes="#1f6a6a" if getattr(cat, "eyes") != "#1f6a6a" else "#5a2a5e")  # noqa: B009
     assert np.array_equal(render_array(cat), render_array(other))
     assert not {"glasses off", "glasses"} & {edit.category for edit in benchmark_edits(cat)}
