@@ -126,7 +126,7 @@ def score_edit(edit: CounterfactualEdit, edited: Image.Image, classifier: Attrib
     Raises:
         ValueError: the sizes differ.
     """
-    picture, truth, source = np.asarray(edited.convert("RGB")), render_array(edit.target), render_array(edit.subject)
+    picture, truth, source = np.array(edited.convert("RGB")), render_array(edit.target), render_array(edit.subject)
     changed = changed_pixels(edit.subject, edit.target)
 
     def near(other: np.ndarray, region: np.ndarray | None = None) -> float:
