@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,10 +139,11 @@ def run_benchmark(run: BenchmarkRun, jobs: int = 1) -> dict[str, str]:
         The entrants that couldn't be made, each with the reason.
 
     Raises:
-        ValueError: records made with other settings are there.
+        ValueError: records made with other settings, or of other edits, are there.
     """
     workplace = _Workplace(run)
     to_do: dict[SubjectKey, list[Entrant]] = {}
+    prompts = cache(lambda subject: [edit.target_prompt for edit in edits_of(run, subject)])
     for entrant in (e for e in run.entrants if e.name in workplace.methods):
         for subject in run.subjects:
             record = read_record(run.folder(entrant, subject))
@@ -150,6 +151,8 @@ def run_benchmark(run: BenchmarkRun, jobs: int = 1) -> dict[str, str]:
                 _check_same(run, entrant, record, workplace.weights)
             if record is None or record["error"] is not None:
                 to_do.setdefault(subject, []).append(entrant)
+            elif [edit["prompt"] for edit in record["edits"]] != prompts(subject):
+                raise ValueError(f"{run.out} holds records of {entrant.name!r} with other edits; give another --out.")
     with tqdm(total=sum(map(len, to_do.values())), desc="bench", unit="record") as bar:
         if jobs == 1:
             for subject, left in to_do.items():

@@ -258,11 +258,11 @@ def _plot_trade_off(report: Mapping[str, Any], path: Path) -> None:
     with save_figure(path, (7, 5)) as figure:
         axis = figure.subplots()
         for name, row in report["methods"].items():
-            if "means" in row:
+            if "means" in row and row["cost"]["cost_edit"] > 0:  # the references would stretch the axes
                 x, y = row["means"]["outside"], row["means"]["aligned"]
                 bars = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (x, y)]
-                axis.errorbar(x["mean"], y["mean"], bars[1], bars[0], "o", markersize=4, linewidth=0.7)
-                axis.annotate(name, (x["mean"], y["mean"]), (4, 4), textcoords="offset points", fontsize=7)
+                axis.errorbar(x["mean"], y["mean"], bars[1], bars[0], "o", markersize=4, linewidth=0.7, label=name)
+        figure.legend(loc="outside right upper", fontsize=7)
         axis.set(xlabel="preservation: PSNR outside the edit, dB", ylabel="alignment: attributes read as asked for")
 
 

@@ -154,6 +154,14 @@ def test_records_of_other_settings_are_refused(tmp_path: Path, made: list[Any], 
     assert len(made) == 1
 
 
+def test_records_of_other_edits_are_refused(tmp_path: Path, made: list[Any], monkeypatch) -> None:
+    run = _run(tmp_path, "soft", subjects=SUBJECTS[:1])
+    run_benchmark(run)
+    monkeypatch.setattr(benchmark, "edits_of", lambda run, subject: edits_of(run, subject)[::-1])
+    with pytest.raises(ValueError, match="'soft' with other edits; give another --out"):
+        run_benchmark(run)
+
+
 def test_a_failure_is_recorded_and_tried_once_more(tmp_path: Path, made: list[Any]) -> None:
     run = _run(tmp_path, "blind", "soft", "absent")
     unavailable = run_benchmark(run)
