@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from s2edit_pipeline.evaluation import benchmark_figures, benchmark_methods
 from s2edit_pipeline.evaluation.benchmark import BenchmarkRun
 from s2edit_pipeline.evaluation.benchmark_methods import entrants
 from s2edit_pipeline.evaluation.benchmark_tuning import TUNING_FIRST, criterion
+from s2edit_pipeline.evaluation.own_methods import ABLATION, PipelineMethod, Setting
 
 SMALL = ["--people", "1", "--creatures", "0", "--edits", "2", "--steps", "2", "--device", "cpu"]
 FITTED = ("S2Edit", "S2Edit, the paper's", *(f"ablation: {name}" for name in ("+ IFT", "+ SeC", "+ SpC")))
@@ -110,10 +113,17 @@ def test_the_figures(tmp_path: Path, best: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "figure-9" / "figure-9-direct-P2P.png").is_file()
 
 
+def _made_of(setting: Setting, name: str, pipe: Any, steps: int, fit: Any = None) -> PipelineMethod:
+    return PipelineMethod(name, pipe, setting.with_changes(fit), steps)
+
+
 def test_figure_8_shows_where_noun_and_token_look(tmp_path: Path, best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(benchmark_figures, "save_sheet", lambda path, lines, *names: drawn.append((lines, names)))
     names = benchmark_figures.METHODS_OF[8]
+    for name, setting in zip(names, ABLATION.values(), strict=True):  # null-text takes its time
+        make = partial(_made_of, replace(setting, inversion="direct"))
+        monkeypatch.setitem(benchmark_methods.METHODS, name, benchmark_methods.Contender(make))
     run = BenchmarkRun(tmp_path, entrants(names, best), (("person", 1000),), edits=1, num_inference_steps=2)
     benchmark_figures.draw_figure(8, run)
     ((lines, (titles, labels)),) = drawn
