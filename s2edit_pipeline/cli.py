@@ -1,4 +1,4 @@
-"""The command line: ``s2edit demo``, ``measure``, ``publish``, ``train-avatars``, ``train-instruct``."""
+"""The command line: ``s2edit demo``, ``bench``, ``measure``, ``publish``, ``train-avatars``, ``train-instruct``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 
     demo.add_arguments(parser)
     parser.set_defaults(run=demo.run)
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    from .evaluation import benchmark_command
+
+    benchmark_command.add_arguments(parser)
+    parser.set_defaults(run=benchmark_command.run)
 
 
 def _publish(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +188,7 @@ def _save_sheet(report: BaseModelReport, path: str) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (_demo, "fit an identity to a drawn face and edit it"),
+    "bench": (_bench, "compare methods on edits whose true result is known"),
     "measure": (_measure, "measure the base model, inversions, edits, fits, confinement, compositions or memory"),
     "publish": (_publish, "push the pipeline to the Hub, where any diffusers script loads it from"),
     "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),

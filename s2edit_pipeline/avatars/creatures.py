@@ -59,7 +59,7 @@ UNSEEN_PAIRS: tuple[dict[str, str], ...] = (
 
 CREATURE_MARKS = ("none", "patch", "blaze", "socks")
 _TRAIN_EYES = ("#3a2a20", "#2f5d3a", "#2b4a7a")
-_HELD_OUT_EYES = ("#6b4a1e", "#5a2a5e", "#1f6a6a")
+HELD_OUT_EYES = ("#6b4a1e", "#5a2a5e", "#1f6a6a")
 NUM_EARS, NUM_LAYOUTS, NUM_HEADS = 3, 3, 2
 
 
@@ -135,7 +135,7 @@ def sample_creature(seed: int, split: str = "train") -> Creature:
             glasses=rng.choices(GLASSES, (5, 3, 3))[0],
             expression=rng.choice(EXPRESSIONS),
             background=rng.choice(BACKGROUNDS),
-            eyes=rng.choice(_HELD_OUT_EYES if held_out else _TRAIN_EYES),
+            eyes=rng.choice(HELD_OUT_EYES if held_out else _TRAIN_EYES),
             ears=rng.randrange(NUM_EARS),
             head=rng.randrange(NUM_HEADS),
             layout=rng.randrange(NUM_LAYOUTS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -135,12 +136,18 @@ def rasterize(svg: str, size: int) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
 
 
-def render_array(subject: Subject, size: int = IMAGE_SIZE) -> np.ndarray:
-    """The picture of ``subject`` as a (size, size, 3) uint8 array."""
+@functools.lru_cache(maxsize=256)  # comparing subjects draws the same ones again and again
+def _picture(subject: Subject, size: int) -> np.ndarray:
     rgba = subject.draw(size).astype(np.float32)
     alpha = rgba[..., 3:] / 255
     ground = np.array(rgb(shade(BACKGROUND_BASE[subject.background], subject.background_shade)), np.float32)
-    return (rgba[..., :3] * alpha + ground * (1 - alpha)).round().astype(np.uint8)
+    picture: np.ndarray = (rgba[..., :3] * alpha + ground * (1 - alpha)).round().astype(np.uint8)
+    return picture
+
+
+def render_array(subject: Subject, size: int = IMAGE_SIZE) -> np.ndarray:
+    """The picture of ``subject`` as a (size, size, 3) uint8 array."""
+    return _picture(subject, size).copy()
 
 
 def render(subject: Subject, size: int = IMAGE_SIZE) -> Image.Image:

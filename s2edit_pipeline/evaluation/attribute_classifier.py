@@ -70,6 +70,15 @@ class AttributeClassifier(nn.Module):
         features = self.features(2 * x - 1)
         return {name: head(features) for name, head in self.heads.items()}
 
+    def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Pictures (N, 3, H, W) in [0, 1] to the activations (N, C, h, w) of each strided convolution."""
+        x, maps = 2 * x - 1, []
+        for layer in list(self.features)[: 3 * len(self.widths)]:
+            x = layer(x)
+            if isinstance(layer, nn.SiLU):
+                maps.append(x)
+        return maps
+
     @torch.no_grad()
     def predict(self, images: np.ndarray, batch_size: int = 64) -> list[dict[str, str]]:
         """The most likely value of each named attribute, for each of (N, 128, 128, 3) uint8 pictures.
@@ -89,7 +98,7 @@ class AttributeClassifier(nn.Module):
         try:
             found: list[dict[str, str]] = []
             for start in range(0, len(images), batch_size):
-                logits = self(_to_tensor(images[start : start + batch_size]).to(device))
+                logits = self(to_tensor(images[start : start + batch_size]).to(device))
                 indices = {name: values.argmax(-1).tolist() for name, values in logits.items()}
                 for row in zip(*indices.values(), strict=True):
                     found.append({name: self.attributes[name][i] for name, i in zip(indices, row, strict=True)})
@@ -98,7 +107,7 @@ class AttributeClassifier(nn.Module):
             self.train(was_training)
 
 
-def _to_tensor(images: np.ndarray) -> torch.Tensor:
+def to_tensor(images: np.ndarray) -> torch.Tensor:
     """(N, H, W, 3) uint8 to (N, 3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
 
@@ -192,7 +201,7 @@ def train_attribute_classifier(
     for step in bar:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)  # so that going on is going through
         index = torch.randint(num_pictures, (batch_size,), generator=generator)
-        x = _augment(_to_tensor(pictures.images[index.numpy()]).to(device), generator)
+        x = _augment(to_tensor(pictures.images[index.numpy()]).to(device), generator)
         x = x.contiguous(memory_format=torch.channels_last)  # half the time on a CPU
         loss = attribute_loss(model(x), {name: values[index].to(device) for name, values in labels.items()})
         for group in optimizer.param_groups:

@@ -19,6 +19,7 @@ from ..identity_fitting import ReferenceAttribute
 from ..prompt_alignment import insert_token
 from .attribute_classifier import AttributeClassifier, load_attribute_classifier
 from .counterfactual import grade_against
+from .intervals import bootstrap_interval
 
 _MOVED = {
     "clothes": ("clothes", "clothes_color", "clothes_shade", "garment", "print"),
@@ -262,14 +263,6 @@ def part_agreement(classifier: AttributeClassifier, pair: CompositionPair, compo
     named = [name for name in _MOVED[pair.part] if name in PERSON_ATTRIBUTES and truth.shows(name)]
     (found,) = classifier.predict(np.array(composed.convert("RGB"))[None])
     return float(np.mean([found[name] == getattr(truth, name) for name in named])) if named else float("nan")
-
-
-def bootstrap_interval(values: np.ndarray, *, seed: int = 0, draws: int = 10_000) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean of ``values`` (N,)."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (draws, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def table(rows: Sequence[CompositionRow]) -> str:

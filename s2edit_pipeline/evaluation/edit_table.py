@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,11 @@ from ..avatars.world import Subject, changed_pixels, render, sample_person
 from ..prompt_alignment import insert_token
 from .attribute_classifier import load_attribute_classifier
 from .counterfactual import CounterfactualEdit, demo_edits, grade
+from .own_methods import Setting
 from .picture_metrics import psnr
 
 PEOPLE = (3, 12, 5, 18, 9, 21)
 """Held-out people, on whom the defaults were chosen too."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """``fit``: arguments of ``fit_identity``, or None for no identity; ``inversion``: a method; ``edit``: arguments
-    of the call."""
-
-    fit: Mapping[str, Any] | None = field(default_factory=dict)
-    inversion: str = "direct"
-    edit: Mapping[str, Any] = field(default_factory=dict)
 
 
 SETTINGS: Mapping[str, Setting] = {
@@ -98,10 +89,8 @@ def measure_edits(
             if setting.fit is not None:
                 key = (repr(sorted(setting.fit.items())), number)
                 if key not in fitted:
-                    generator = torch.Generator().manual_seed(seed)
-                    fitted[key] = pipe.fit_identity(
-                        picture, prompt, person.noun, num_steps=num_steps, generator=generator, **setting.fit
-                    )
+                    fitting = setting.with_changes(fit={"num_steps": num_steps})
+                    fitted[key] = fitting.fit_identity(pipe, picture, prompt, person.noun, seed)
                 identity = fitted[key]
                 cosines.append([abs(identity.measures[f"cosine_{end}"]) for end in ("first", "last")])
             edits = edits_of(person)

@@ -1,0 +1,154 @@
+"""Systems that are settings of this pipeline: S2Edit, its ablations, and what came before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..identity_adapter import IdentityAdapter
+from ..latent_inversion import Inversion
+from ..prompt_alignment import insert_token
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``fit``: arguments of ``fit_identity``, or None for no identity; ``inversion``: a method; ``edit``: arguments
+    of the call."""
+
+    fit: Mapping[str, Any] | None = field(default_factory=dict)
+    inversion: str = "direct"
+    edit: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_changes(self, fit: Mapping[str, Any] | None = None, edit: Mapping[str, Any] | None = None) -> Setting:
+        """The same with other, or more, arguments.
+
+        Raises:
+            ValueError: arguments of a fit where there is none.
+        """
+        if fit and self.fit is None:
+            raise ValueError(f"This setting fits no identity, so {', '.join(fit)} can't be set for its fit.")
+        changed = None if self.fit is None else {**self.fit, **(fit or {})}
+        return replace(self, fit=changed, edit={**self.edit, **(edit or {})})
+
+    def fit_identity(
+        self, pipe: Any, picture: Image.Image, prompt: str, subject: str, seed: int
+    ) -> IdentityAdapter | None:
+        if self.fit is None:
+            return None
+        identity: IdentityAdapter = pipe.fit_identity(
+            picture, prompt, subject, generator=torch.Generator().manual_seed(seed), **self.fit
+        )
+        return identity
+
+
+_PUBLISHED: Mapping[str, Any] = {"guidance_stop": 1.0, "blend_words": False}
+"""Prompt-to-prompt without what this package adds: guided to the end, and free to change the whole picture."""
+
+_UNCONTROLLED: Mapping[str, Any] = {"semantic_weight": 0.0, "spatial_control": False}
+
+PAPER = Setting({"method": "full"}, "null_text", _PUBLISHED)
+"""S2Edit as the paper has it."""
+
+SETTINGS: Mapping[str, Setting] = {
+    "S2Edit": Setting(),
+    "S2Edit, the paper's": PAPER,
+    "null-text + P2P": Setting(None, "null_text", _PUBLISHED),
+    "DDIM + P2P": Setting(None, "ddim", _PUBLISHED),
+    "direct + P2P": Setting(None, "direct", _PUBLISHED),
+    "null-text + P2P, confined": Setting(None, "null_text"),
+    "DDIM + P2P, confined": Setting(None, "ddim"),
+    "direct + P2P, confined": Setting(None, "direct"),
+    "edit-friendly + P2P": Setting(None, "edit_friendly", {**_PUBLISHED, "strength": 0.64}),
+    "DreamBooth": Setting({"method": "full", **_UNCONTROLLED}, "direct", _PUBLISHED),
+    "textual inversion": Setting({"method": "token", **_UNCONTROLLED}, "direct", _PUBLISHED),
+}
+"""Name in the benchmark -> setting."""
+
+ABLATION: Mapping[str, Setting] = {
+    "null-text": SETTINGS["null-text + P2P"],
+    "+ IFT": PAPER.with_changes(fit=_UNCONTROLLED),
+    "+ SeC": PAPER.with_changes(fit={"spatial_control": False}),
+    "+ SpC": PAPER,
+}
+"""The paper's: identity fine-tuning, then its semantic and its spatial control, one after the other."""
+
+
+@dataclass(frozen=True)
+class PreparedPicture:
+    """A picture fitted and inverted: called with target prompts, it edits."""
+
+    pipe: Any
+    picture: Image.Image
+    subject: str
+    identity: IdentityAdapter | None
+    inversion: Inversion
+    edit_arguments: Mapping[str, Any]
+
+    def __call__(self, targets: Sequence[str]) -> list[Image.Image]:
+        images: list[Image.Image] = self._edit(targets).images
+        return images
+
+    def attention_maps(self, target: str) -> dict[str, Image.Image]:
+        """Word of ``target``, the token among them, -> where it looked, a PIL "L" picture."""
+        maps: dict[str, Image.Image] = self._edit([target], return_attention_maps=True).attention_maps
+        return maps
+
+    def _edit(self, targets: Sequence[str], **more: Any) -> Any:
+        if self.identity is not None:
+            targets = [insert_token(target, self.subject, self.identity.token) for target in targets]
+        arguments = {**self.edit_arguments, **more}
+        return self.pipe(list(targets), self.picture, None, self.identity, self.inversion, **arguments)
+
+
+@dataclass(frozen=True)
+class PipelineMethod:
+    """``setting`` of ``pipe`` as a system of the benchmark, see ``edit_methods.EditMethod``."""
+
+    name: str
+    pipe: Any
+    setting: Setting
+    num_inference_steps: int = 50
+
+    def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> PreparedPicture:
+        identity = self.setting.fit_identity(self.pipe, picture, source_prompt, subject, seed)
+        scale = {k: v for k, v in self.setting.edit.items() if k == "guidance_scale"}
+        inversion = self.pipe.invert(
+            picture,
+            source_prompt,
+            self.setting.inversion,
+            self.num_inference_steps,
+            identity=identity,
+            generator=torch.Generator().manual_seed(seed),
+            **scale,
+        )
+        return PreparedPicture(self.pipe, picture, subject, identity, inversion, self.setting.edit)
+
+
+@dataclass(frozen=True)
+class Unedited:
+    """The picture as it is: what doing nothing scores."""
+
+    name: str
+    pipe: Any
+
+    def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Any:
+        return lambda targets: [picture] * len(targets)
+
+
+@dataclass(frozen=True)
+class AutoencoderAlone:
+    """The picture as the autoencoder returns it: no edit through latents keeps more of it."""
+
+    name: str
+    pipe: Any
+
+    def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Any:
+        pixels = self.pipe.image_processor.preprocess(picture).to(self.pipe.device)
+        with torch.no_grad():
+            decoded = self.pipe.vae.decode(self.pipe.vae.encode(pixels).latent_dist.mode()).sample
+        returned = self.pipe.image_processor.postprocess(decoded, output_type="pil")[0]
+        return lambda targets: [returned] * len(targets)

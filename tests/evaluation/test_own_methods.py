@@ -1,0 +1,90 @@
+"""The pipeline's own settings as systems of the benchmark: against the same calls made by hand."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from s2edit_pipeline import S2EditPipeline
+from s2edit_pipeline.evaluation.benchmark_methods import METHODS, Entrant
+from s2edit_pipeline.evaluation.own_methods import ABLATION, PAPER, SETTINGS, Setting
+from s2edit_pipeline.evaluation.unet_counts import count_unet
+from s2edit_pipeline.latent_inversion import check_method
+from s2edit_pipeline.prompt_alignment import insert_token
+
+SOURCE, TARGET = "a photo of a smiling lady with glasses", "a photo of a sad lady with glasses"
+STEPS = 3
+
+
+@pytest.mark.parametrize("name", ["S2Edit", "S2Edit, the paper's", "edit-friendly + P2P"])
+def test_a_setting_is_its_call(pipe: S2EditPipeline, picture: Image.Image, name: str) -> None:
+    setting = SETTINGS[name]
+    fit = None if setting.fit is None else {"num_steps": 1}
+    changes = {"guidance_scale": 6.0}
+    method = Entrant("mine", name, {"fit": fit, "edit": changes}).make(pipe, STEPS)
+    assert method.name == "mine"
+    with count_unet(pipe.unet) as counts:
+        prepared = method.prepare(picture, SOURCE, "lady", seed=5)
+    assert counts.evaluations >= STEPS
+    (got,) = prepared([TARGET])
+    identity, target = None, TARGET
+    if setting.fit is not None:
+        identity = pipe.fit_identity(
+            picture, SOURCE, "lady", generator=torch.Generator().manual_seed(5), num_steps=1, **setting.fit
+        )
+        target = insert_token(target, "lady", "[I]")
+    result = pipe(
+        target, picture, SOURCE, identity, setting.inversion, STEPS, generator=torch.Generator().manual_seed(5),
+        **{**setting.edit, **changes},
+    )  # fmt: skip
+    assert np.array_equal(got, result.images[0])
+    assert pipe.identities == ()
+    maps = prepared.attention_maps(TARGET)
+    assert "lady" in maps and ("[I]" in maps) == (identity is not None)
+
+
+def test_the_reference_rows_edit_nothing(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    for name in ("unedited", "autoencoder alone"):
+        prepared = METHODS[name].make(name, pipe, STEPS).prepare(picture, SOURCE, "lady", 0)
+        first, second = prepared([TARGET, "anything"])
+        assert np.array_equal(first, second)
+        if name == "unedited":
+            assert np.array_equal(first, picture)
+    with torch.no_grad():
+        x = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        back = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mode()).sample[0].permute(1, 2, 0).clamp(-1, 1)
+    assert np.abs(127.5 * (back.numpy() + 1) - np.asarray(first)).max() < 1
+
+
+def test_every_setting_is_one_that_the_pipeline_takes() -> None:
+    fit, call = (inspect.signature(f).parameters for f in (S2EditPipeline.fit_identity, S2EditPipeline.__call__))
+    for contender in METHODS.values():
+        for arguments in (*contender.grid, *contender.curve):
+            assert set(arguments.get("edit", {})) <= set(call) and set(arguments.get("fit", {})) <= set(fit)
+        assert len(contender.grid) <= 6
+    for setting in (*SETTINGS.values(), *ABLATION.values()):
+        check_method(setting.inversion)
+        assert set(setting.edit) <= set(call) and set(setting.fit or {}) <= set(fit)
+
+
+def test_the_papers_setting_and_its_ablation() -> None:
+    assert PAPER.fit == {"method": "full"} and PAPER.inversion == "null_text"
+    assert PAPER.edit == {"guidance_stop": 1.0, "blend_words": False}
+    first, tuned, semantic, both = ABLATION.values()
+    assert first.fit is None and (tuned.fit, semantic.fit, both.fit) == (
+        {"method": "full", "semantic_weight": 0.0, "spatial_control": False},
+        {"method": "full", "spatial_control": False},
+        {"method": "full"},
+    )
+    assert len({(s.inversion, tuple(s.edit.items())) for s in ABLATION.values()}) == 1
+
+
+def test_a_fit_that_is_not_there_takes_no_arguments() -> None:
+    with pytest.raises(ValueError, match="fits no identity, so num_steps"):
+        Setting(None).with_changes(fit={"num_steps": 3})
+    changed = Setting({"method": "full"}).with_changes({"num_steps": 3}, {"strength": 0.5})
+    assert changed == Setting({"method": "full", "num_steps": 3}, "direct", {"strength": 0.5})
