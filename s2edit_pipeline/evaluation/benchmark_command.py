@@ -80,7 +80,8 @@ def _run(args: argparse.Namespace) -> None:
         from .benchmark_tuning import TUNING_FIRST, tune, tuned_methods
 
         subjects = _numbered(TUNING_FIRST, sizes["people"], sizes["creatures"])
-        found = tune(args.methods or tuned_methods(), subjects, Path(args.out), settings, args.jobs, **shared)
+        models = dict(_method_model(given) for given in args.method_model)
+        found = tune(args.methods or tuned_methods(), subjects, Path(args.out), settings, args.jobs, models, **shared)
         for scores in found.values():
             print("\n".join(f"{score:7.2f}  {name}" for name, score in scores.items()))
         print(f"The best are in {settings}")

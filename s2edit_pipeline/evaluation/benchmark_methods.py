@@ -11,6 +11,7 @@ from typing import Any
 
 from .edit_methods import EditMethod
 from .own_methods import ABLATION, SETTINGS, AutoencoderAlone, PipelineMethod, Setting, Unedited
+from .rivals import SINE, InstructPix2Pix, SDEdit
 
 Arguments = Mapping[str, Any]
 
@@ -60,17 +61,31 @@ def _reference(kind: Callable[[str, Any], EditMethod], name: str, pipe: Any, num
     return kind(name, pipe)
 
 
+def _from_class(
+    kind: Callable[..., EditMethod], name: str, pipe: Any, num_inference_steps: int, **arguments: Any
+) -> EditMethod:
+    return kind(pipe, num_inference_steps=num_inference_steps, name=name, **arguments)
+
+
+def _instruct(name: str, pipe: Any, num_inference_steps: int, model: str | None = None, **arguments: Any) -> EditMethod:
+    if model is None:
+        raise FileNotFoundError(
+            f"Its weights aren't part of the package. Train them, s2edit train-instruct --out OUT, and pass "
+            f"--method-model {name}=OUT/model."
+        )
+    made = InstructPix2Pix.from_folder(model, num_inference_steps=num_inference_steps, name=name, **arguments)
+    made.model.to(pipe.device)
+    return made
+
+
 _GUIDANCE = tuple({"edit": {"guidance_scale": scale}} for scale in (2.0, 3.5, 5.0, 7.5, 10.0))
-_EDIT_GRID = tuple(
-    {"edit": {"guidance_scale": scale, "cross_replace_steps": cross, "self_replace_steps": own}}
-    for scale in (4.5, 7.5)
-    for cross, own in ((0.4, 0.4), (0.8, 0.4), (0.8, 0.6))
+_EDIT_GRID = (
+    {"edit": {"guidance_scale": 2.5}},
+    {"edit": {"guidance_scale": 7.5}},
+    {"edit": {"guidance_scale": 2.5, "cross_replace_steps": 0.8, "self_replace_steps": 0.6}},
 )
-_FIT_GRID = tuple(
-    {"fit": {"num_steps": steps}, "edit": {"guidance_scale": scale}} for steps in (30, 60, 120) for scale in (3.5, 5.5)
-)
+_FIT_GRID = ({"edit": {"guidance_scale": 2.5}}, {"fit": {"num_steps": 100}, "edit": {"guidance_scale": 2.5}})
 _GRIDS: Mapping[str, tuple[Arguments, ...]] = {
-    "S2Edit, the paper's": _FIT_GRID,
     "null-text + P2P": _EDIT_GRID,
     "DDIM + P2P": _EDIT_GRID,
     "direct + P2P": _EDIT_GRID,
@@ -78,7 +93,26 @@ _GRIDS: Mapping[str, tuple[Arguments, ...]] = {
     "DreamBooth": _FIT_GRID,
     "textual inversion": _FIT_GRID,
 }
-"""S2Edit's defaults were chosen on other people, and its confined ablations have to share its arguments."""
+"""S2Edit's defaults were chosen on other people, the paper's are the paper's, and the confined ablations have to share
+S2Edit's arguments."""
+
+_RIVALS: Mapping[str, Contender] = {
+    "SDEdit": Contender(
+        partial(_from_class, SDEdit),
+        ({"strength": 0.4}, {"strength": 0.5}, {"strength": 0.5, "guidance_scale": 7.5}),
+        tuple({"strength": strength} for strength in (0.2, 0.35, 0.5, 0.65, 0.8)),
+    ),
+    "SINE": Contender(
+        partial(_from_class, SINE),
+        ({"fine_tuned_weight": 0.4}, {"fine_tuned_weight": 0.8}, {"fine_tuned_weight": 0.8, "mixed_share": 0.8}),
+        tuple({"fine_tuned_weight": weight} for weight in (0.9, 0.7, 0.5, 0.3, 0.1)),
+    ),
+    "InstructPix2Pix": Contender(
+        _instruct,
+        ({"guidance_scale": 2.0}, {"guidance_scale": 2.0, "image_guidance_scale": 1.0}, {"image_guidance_scale": 2.0}),
+        tuple({"guidance_scale": scale} for scale in (1.5, 2.5, 4.5, 7.5, 10.0)),
+    ),
+}
 
 ABLATION_PREFIX = "ablation: "
 
@@ -89,12 +123,13 @@ METHODS: Mapping[str, Contender] = {
         name: Contender(partial(_from_setting, setting), _GRIDS.get(name, ()), _GUIDANCE)
         for name, setting in SETTINGS.items()
     },
+    **_RIVALS,
     **{f"{ABLATION_PREFIX}{name}": Contender(partial(_from_setting, setting)) for name, setting in ABLATION.items()},
 }
 
 ABLATION_METHODS = tuple(name for name in METHODS if name.startswith(ABLATION_PREFIX))
 BENCHMARK_METHODS = tuple(name for name in METHODS if name not in ABLATION_METHODS)
-QUICK_METHODS = ("unedited", "autoencoder alone", "S2Edit", "DDIM + P2P", "direct + P2P", "DreamBooth")
+QUICK_METHODS = ("unedited", "autoencoder alone", "S2Edit", "null-text + P2P", "DDIM + P2P", "direct + P2P", "SDEdit")
 
 
 def entrants(

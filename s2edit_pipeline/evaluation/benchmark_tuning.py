@@ -26,7 +26,13 @@ def criterion(records: Sequence[Record]) -> float:
 
 
 def tune(
-    names: Sequence[str], subjects: Sequence[SubjectKey], out: Path, settings: Path, jobs: int = 1, **more: Any
+    names: Sequence[str],
+    subjects: Sequence[SubjectKey],
+    out: Path,
+    settings: Path,
+    jobs: int = 1,
+    models: Mapping[str, str] | None = None,
+    **more: Any,
 ) -> dict[str, dict[str, float]]:
     """Try each method's grid, and the method as it is, on ``subjects``; write the best into the file ``settings``.
 
@@ -34,6 +40,7 @@ def tune(
 
     Args:
         out: where the records are kept; a run that was stopped goes on there.
+        models: method -> a model folder of its own, which is no argument to keep.
         more: of ``BenchmarkRun``.
 
     Returns:
@@ -44,7 +51,8 @@ def tune(
     """
     if idle := [name for name in names if name not in METHODS or not METHODS[name].grid]:
         raise ValueError(f"There is nothing to tune of {', '.join(idle)}; tuned are {', '.join(tuned_methods())}.")
-    tried = {name: (Entrant(name, name), *variants(Entrant(name, name), METHODS[name].grid)) for name in names}
+    plain = {n: Entrant(n, n, {"model": models[n]} if models and n in models else {}) for n in names}
+    tried = {name: (plain[name], *variants(plain[name], METHODS[name].grid)) for name in names}
     run = BenchmarkRun(out, tuple(e for some in tried.values() for e in some), tuple(subjects), **more)
     run_benchmark(run, jobs)
     records: dict[str, list[Record]] = {}
@@ -54,7 +62,12 @@ def tune(
         name: {e.name: criterion(records[e.name]) for e in some if e.name in records} for name, some in tried.items()
     }
     best = {name: max(some, key=lambda e: scores[name].get(e.name, float("-inf"))) for name, some in tried.items()}
-    _write(settings, {name: entrant.arguments for name, entrant in best.items() if scores[name]}, scores, run)
+    kept = {
+        name: {argument: value for argument, value in entrant.arguments.items() if argument != "model"}
+        for name, entrant in best.items()
+        if scores[name]
+    }
+    _write(settings, kept, scores, run)
     return scores
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..identity_adapter import IdentityAdapter
 from ..latent_inversion import Inversion
+from ..presets import PRESETS
 from ..prompt_alignment import insert_token
 
 
@@ -45,12 +46,12 @@ class Setting:
         return identity
 
 
-_PUBLISHED: Mapping[str, Any] = {"guidance_stop": 1.0, "blend_words": False}
+_PUBLISHED: Mapping[str, Any] = {n: v for n, v in PRESETS["paper"].edit.items() if n != "inversion"}
 """Prompt-to-prompt without what this package adds: guided to the end, and free to change the whole picture."""
 
 _UNCONTROLLED: Mapping[str, Any] = {"semantic_weight": 0.0, "spatial_control": False}
 
-PAPER = Setting({"method": "full"}, "null_text", _PUBLISHED)
+PAPER = Setting({"preset": "paper"}, PRESETS["paper"].edit["inversion"], _PUBLISHED)
 """S2Edit as the paper has it."""
 
 SETTINGS: Mapping[str, Setting] = {
@@ -63,7 +64,7 @@ SETTINGS: Mapping[str, Setting] = {
     "DDIM + P2P, confined": Setting(None, "ddim"),
     "direct + P2P, confined": Setting(None, "direct"),
     "edit-friendly + P2P": Setting(None, "edit_friendly", {**_PUBLISHED, "strength": 0.64}),
-    "DreamBooth": Setting({"method": "full", **_UNCONTROLLED}, "direct", _PUBLISHED),
+    "DreamBooth": Setting({"preset": "paper", **_UNCONTROLLED}, "direct", _PUBLISHED),
     "textual inversion": Setting({"method": "token", **_UNCONTROLLED}, "direct", _PUBLISHED),
 }
 """Name in the benchmark -> setting."""

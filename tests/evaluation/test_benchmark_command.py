@@ -52,7 +52,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for more, message in (
         (["--methods", "magic"], "no method magic"),
         (["--method-model", "S2Edit"], "METHOD=FOLDER"),
-        (["--tune", "--methods", "S2Edit"], "nothing to tune of S2Edit; tuned are S2Edit, the paper's"),
+        (["--tune", "--methods", "S2Edit"], "nothing to tune of S2Edit; tuned are null-text"),
         (["--settings", str(tmp_path / "none.json")], "none.json"),
     ):
         assert main([*argv, *more]) == 2
