@@ -356,6 +356,11 @@ class LayerAttention:
     probabilities: dict[str, torch.Tensor] = field(default_factory=dict)
     queries_keys: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
+    @property
+    def num_bytes(self) -> int:
+        tensors = [*self.probabilities.values(), *(x for both in self.queries_keys.values() for x in both)]
+        return sum(x.nbytes for x in tensors)
+
 
 class PromptToPrompt(AttentionController):
     """Prompt-to-prompt (Hertz et al. 2022): the target rows take over the source's attention.
@@ -381,11 +386,11 @@ class PromptToPrompt(AttentionController):
         self.max_self_queries = max_self_queries
         self._last_cross = max((float(until.max()) for until in self.cross_until), default=0.0)
         self.step, self.target_rows = 0, torch.arange(0)
-        self.source: int | LayerAttention = 0
+        self.source: LayerAttention | None = None
 
-    def begin(self, step: int, source: int | LayerAttention, target_rows: Sequence[int]) -> None:
-        """Be told of the next batch: which row the source's is, or what its evaluation attended to, and which rows
-        the targets' conditional branches are."""
+    def begin(self, step: int, source: LayerAttention | None, target_rows: Sequence[int]) -> None:
+        """Be told of the next batch: what the source's evaluation there attended to, None where nothing is taken over,
+        and which rows are the targets' conditional branches."""
         self.step, self.source, self.target_rows = step, source, torch.tensor(list(target_rows))
 
     @property
@@ -404,24 +409,19 @@ class PromptToPrompt(AttentionController):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if site.is_cross:
             return query, key
-        if isinstance(self.source, LayerAttention):
-            source = self.source.queries_keys[site.name]
-        else:
-            source = query[self.source], key[self.source]
+        assert self.source is not None
         rows = self.target_rows.to(query.device)
         query, key = (
             whole.index_copy(0, rows, one.to(whole).expand(len(rows), *one.shape))
-            for whole, one in zip((query, key), source, strict=True)
+            for whole, one in zip((query, key), self.source.queries_keys[site.name], strict=True)
         )
         return query, key
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
         if not site.is_cross:
             return probs
-        if isinstance(self.source, LayerAttention):
-            source = self.source.probabilities[site.name].to(probs)
-        else:
-            source = probs[self.source]
+        assert self.source is not None
+        source = self.source.probabilities[site.name].to(probs)
         edited = list(probs.unbind(0))
         for alignment, until, row in zip(self.alignments, self.cross_until, self.target_rows.tolist(), strict=True):
             share = (alignment.share * (self.step < until)).to(probs)

@@ -102,7 +102,7 @@ def _measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a diffusers folder of the avatars family; the embedded model otherwise")
     parser.add_argument("--captions", type=int, default=256, help="base-model: pictures drawn (%(default)s)")
     parser.add_argument("--people", type=int, help="how many, but for base-model and edits (4, compositions 24)")
-    parser.add_argument("--steps", type=int, help="inference steps (30, 50, 25, 25, 25, 25 and 4)")
+    parser.add_argument("--steps", type=int, help="inference steps (30, 50, 25, 25, 25, 25 and 10)")
     parser.add_argument("--setting", action="append", help="edits: only these rows; give as many as you like")
     parser.add_argument("--plot", help="fits: also plot them, to this PNG")
     parser.add_argument("--sheet", help="base-model, compositions: also save the first pictures, to this PNG")
@@ -148,7 +148,7 @@ def _measure(parser: argparse.ArgumentParser) -> None:
         if args.what == "memory":
             from .evaluation import peak_memory
 
-            print(peak_memory.table(peak_memory.measure_memory(pipe, num_inference_steps=args.steps or 4)))
+            print(peak_memory.table(peak_memory.measure_memory(pipe, num_inference_steps=args.steps or 10)))
             print()
             print(peak_memory.fit_table(peak_memory.measure_fit_memory(pipe)))
             return 0

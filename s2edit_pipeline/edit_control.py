@@ -1,34 +1,28 @@
-"""The branches of an edit in one batch, and everything that is done to their attention."""
+"""The branches of an edit in their batches, and everything that is done to their attention."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from .attention_control import (
-    AttentionController,
-    Controllers,
-    LayerAttention,
-    MapRecorder,
-    PromptToPrompt,
-    Reweighting,
-    SpatialControl,
-)
-from .source_attention import SourceAttention
+from .attention_control import Controllers, MapRecorder, PromptToPrompt, Reweighting, SpatialControl
+from .source_attention import AttentionKeeper, KeepAttention, SourceAttention
 
 
 @dataclass(frozen=True)
 class BranchRows:
-    """Which row of the U-Net's batch is what: the source's conditional branch, its unconditional one, the targets'
-    unconditional ones, their conditional ones; each but the last only where a step has it."""
+    """Which row of a U-Net's batch is what. The source goes alone: its conditional branch and, where it isn't pinned to
+    its trajectory, its unconditional one. Then the targets: their unconditional branches while they are guided, then
+    their conditional ones."""
 
-    num_targets: int
-    source: bool
-    source_unconditional: bool
-    guided: bool
+    source: bool = False
+    source_unconditional: bool = False
+    num_targets: int = 0
+    guided: bool = False
 
     @property
     def unconditional(self) -> slice:
@@ -45,19 +39,26 @@ class BranchRows:
         return range(self.conditional.start, self.conditional.stop)
 
     @property
+    def num_unconditional(self) -> int:
+        return self.source_unconditional + self.num_targets * self.guided
+
+    @property
     def total(self) -> int:
         return self.conditional.stop
 
 
 class EditControl(Controllers):
-    """The spatial control, prompt-to-prompt, the recording of where words look and the re-weighting, in this order.
+    """Everything that is done to the attention of an edit's branches.
 
-    The source is masked before its attention is taken over; the targets' own columns are masked with it, and a column
-    that was taken over is 0 already wherever the mask is. Where a word looks is read before it is weighed.
+    To the source's: the spatial control, then its attention is kept for the targets of the same step. To the targets':
+    the spatial control, prompt-to-prompt, the recording of where words look and the re-weighting, in this order. So the
+    source is masked before its attention is taken over; the targets' own columns are masked with it, and a column that
+    was taken over is 0 already wherever the mask is. Where a word looks is read before it is weighed.
 
     Args:
         spatial_control: for a batch of such rows.
         map_queries: the most and the fewest queries of the layers that tell where words look.
+        kept: what the inversion kept of the source's attention.
     """
 
     def __init__(
@@ -68,30 +69,37 @@ class EditControl(Controllers):
         reweighting: Reweighting,
         kept: SourceAttention | None = None,
     ) -> None:
+        super().__init__(())
         self._spatial_control = cache(spatial_control)
-        self.prompt_to_prompt, self.reweighting = prompt_to_prompt, reweighting
+        self.prompt_to_prompt, self.reweighting, self.map_queries = prompt_to_prompt, reweighting, map_queries
         self.source_maps, self.target_maps = MapRecorder(*map_queries), MapRecorder(*map_queries)
         self.kept = SourceAttention() if kept is None else kept
-        super().__init__(())
+        self._keeper: AttentionKeeper | None = None
 
     def needs_source(self, step: int, level: int, *, maps: bool) -> bool:
-        """Whether the source's branch has to be asked at ``step`` for its attention, or with ``maps`` for where its
-        words look: what was kept serves as well."""
+        """Whether the source has to be asked at ``step`` for its attention, or with ``maps`` for where its words look:
+        what was kept serves as well."""
         taken_over = step < self.prompt_to_prompt.active_until and level not in self.kept.layers
         return taken_over or (maps and level not in self.kept.maps)
 
+    def begin_source(self, step: int, level: int, rows: BranchRows) -> None:
+        """Be told that the next batch is the source's."""
+        self.prompt_to_prompt.source = None  # the last step's goes before this one's comes
+        share = 1.0 if step < self.prompt_to_prompt.active_until else 0.0
+        self._keeper = AttentionKeeper(KeepAttention(share, max_bytes=sys.maxsize), level, self.map_queries)
+        self._keeper.begin(level)
+        self.controllers = (self._spatial_control(rows), self._keeper)
+
     def begin(self, step: int, level: int, rows: BranchRows) -> None:
-        """Be told of the next batch."""
-        source: int | LayerAttention = self.kept.layers.get(level, 0)
-        self.prompt_to_prompt.begin(step, source, rows.conditional_rows)
+        """Be told that the next batch is the targets'."""
+        asked = SourceAttention() if self._keeper is None else self._keeper.kept()
+        self._keeper = None
+        self.prompt_to_prompt.begin(step, self.kept.layers.get(level) or asked.layers.get(level), rows.conditional_rows)
+        maps = self.kept.maps.get(level) or asked.maps.get(level)
+        if maps is not None:
+            self.source_maps.add(maps)
         self.reweighting.rows = self.target_maps.rows = rows.conditional_rows
-        if level in self.kept.maps:
-            self.source_maps.add(self.kept.maps[level])
-        self.source_maps.rows = range(rows.source and level not in self.kept.maps)
-        recorders: list[AttentionController] = [self.source_maps, self.target_maps]
-        self.controllers = (
-            self._spatial_control(rows), self.prompt_to_prompt, *recorders, self.reweighting,
-        )  # fmt: skip
+        self.controllers = (self._spatial_control(rows), self.prompt_to_prompt, self.target_maps, self.reweighting)
 
     def looks(
         self,

@@ -127,7 +127,8 @@ def sample_edits(
     """Prompt-to-prompt (Hertz et al. 2022, algorithm 1) from an inverted picture, all targets in one batch.
 
     A branch is asked only where it counts: the targets' unconditional ones while they are guided, a pinned source
-    while its attention is taken over and wasn't kept.
+    while its attention is taken over and wasn't kept; before the targets, so that no batch holds more than stock
+    sampling's.
 
     Args:
         denoise: ``denoise(x, level, prompt_embeds, rows)``, under ``control``.
@@ -152,23 +153,24 @@ def sample_edits(
     regions: list[torch.Tensor | None] = [None] * n
     for k in range(first, 0, -1):
         step = schedule.num_steps - k
-        rows = BranchRows(
-            n,
-            source=free or control.needs_source(step, k, maps=looks_at_source),
-            source_unconditional=free,
-            guided=step < settings.guidance_stop * schedule.num_steps and guidance_scale != 1,
-        )
-        control.begin(step, k, rows)
         null = negative_embeds
         if inversion.unconditional_embeds is not None:
             null = inversion.unconditional_embeds[k - 1 : k].to(target_embeds)
-        latents = [source] * (rows.source + rows.source_unconditional) + [x] * (rows.guided + 1)
-        embeds = [source_embeds] * rows.source + [null] * (rows.source_unconditional + n * rows.guided)
-        output = denoise(torch.cat(latents), k, torch.cat([*embeds, target_embeds]), rows)
+        if free or control.needs_source(step, k, maps=looks_at_source):
+            rows = BranchRows(source=True, source_unconditional=free)
+            control.begin_source(step, k, rows)
+            embeds = [source_embeds, *[null] * free]
+            source_output = denoise(source.expand(rows.total, -1, -1, -1), k, torch.cat(embeds), rows)
+        is_guided = step < settings.guidance_stop * schedule.num_steps and guidance_scale != 1
+        rows = BranchRows(num_targets=n, guided=is_guided)
+        control.begin(step, k, rows)
+        output = denoise(
+            torch.cat([x] * (1 + is_guided)), k, torch.cat([*[null] * rows.num_unconditional, target_embeds]), rows
+        )
 
         a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
         target_output = output[rows.conditional]
-        if rows.guided:
+        if is_guided:
             unconditional = output[rows.unconditional]
             target_output = guided(unconditional, target_output, guidance_scale, settings.guidance_rescale)
         if inversion.residuals is not None:
@@ -179,7 +181,7 @@ def sample_edits(
         if inversion.pinned:
             source = inversion.trajectory[k - 1 : k].to(x)
         else:
-            source_output = guided(output[1:2], output[0:1], guidance_scale)
+            source_output = guided(source_output[1:], source_output[:1], guidance_scale)
             source = ddim_move(source, source_output, a, a_next, schedule.prediction_type)
 
         check_finite(x, "the edit", first - k)

@@ -230,16 +230,16 @@ class PictureEditing(IdentityLoading):
         # negative-prompt inversion asks the unconditional branch with the source's words, [I] among them
         as_source = inversion.method == "negative_prompt"
         unconditional, encoded_unconditional = (source, encoded_source) if as_source else (None, negative)
-        n = len(targets)
 
         def spatial_control(rows: BranchRows) -> SpatialControl:
-            plain = [unconditional] * (rows.source_unconditional + n * rows.guided)
-            return self._spatial_control([*[source] * rows.source, *plain, *targets])
+            plain = [unconditional] * rows.num_unconditional
+            return self._spatial_control([*[source] * rows.source, *plain, *targets[: rows.num_targets]])
 
         @cache
         def denoiser(rows: BranchRows) -> Denoise:
-            plain = [encoded_unconditional] * (rows.source_unconditional + n * rows.guided)
-            pooled = join_pooled([*[encoded_source] * rows.source, *plain, encoded_targets])
+            plain = [encoded_unconditional] * rows.num_unconditional
+            asked = [encoded_targets] if rows.num_targets else []
+            pooled = join_pooled([*[encoded_source] * rows.source, *plain, *asked])
             return self._denoiser(schedule, pooled, self._size_ids(*latent_size))
 
         def denoise(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor, rows: BranchRows) -> torch.Tensor:

@@ -56,7 +56,7 @@ class SourceAttention:
 
 
 class AttentionKeeper(AttentionController):
-    """Keeps what passes the seam, for one row.
+    """Keeps what passes the seam, for a batch's first row.
 
     Args:
         keep: how much.
@@ -71,17 +71,15 @@ class AttentionKeeper(AttentionController):
         self.level = 0
         self.layers: dict[int, LayerAttention] = {}
         self.maps: dict[int, MapRecorder] = {}
-        self._bytes: dict[int, int] = {}
 
     def begin(self, level: int) -> None:
         """Be told of the next evaluation; one at the same level takes the place of an earlier one."""
         self._make_room()
         self.level = level
-        self.maps[level] = MapRecorder(*self.map_queries)
+        self.maps[level] = MapRecorder(*self.map_queries, rows=[0])
         self.layers.pop(level, None)
         if level >= self.first_kept:
             self.layers[level] = LayerAttention()
-        self._bytes[level] = 0
 
     def wants(self, site: AttentionSite) -> Look:
         kept = self.level in self.layers
@@ -107,13 +105,11 @@ class AttentionKeeper(AttentionController):
 
     def _held(self, x: torch.Tensor) -> torch.Tensor:
         # clone: a view would hold on to the whole batch
-        held = x.detach().to(device=self.keep.device, dtype=self.keep.dtype, copy=True)
-        self._bytes[self.level] += held.numel() * held.element_size()
-        return held
+        return x.detach().to(device=self.keep.device, dtype=self.keep.dtype, copy=True)
 
     def _make_room(self) -> None:
         """Let the levels farthest from the noise go until the rest fits."""
-        while self.layers and sum(self._bytes[level] for level in self.layers) > self.keep.max_bytes:
+        while self.layers and sum(layers.num_bytes for layers in self.layers.values()) > self.keep.max_bytes:
             del self.layers[min(self.layers)]
 
     def kept(self) -> SourceAttention:

@@ -210,14 +210,14 @@ def test_a_callback_may_change_the_latents_and_stop() -> None:
         torch.testing.assert_close(stopped.targets[i : i + 1], wanted)
 
 
-@pytest.mark.parametrize("source", [False, True])
-@pytest.mark.parametrize("source_unconditional", [False, True])
+@pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
-def test_rows_are_all_there_and_apart(source: bool, source_unconditional: bool, guided: bool) -> None:
-    rows = BranchRows(3, source, source_unconditional, guided)
-    every = [*range(source + source_unconditional), *range(99)[rows.unconditional], *range(99)[rows.conditional]]
-    assert every == list(range(rows.total)) and list(rows.conditional_rows) == every[-3:]
-    assert rows.total == source + source_unconditional + (6 if guided else 3)
+def test_rows_are_all_there_and_apart(free: bool, guided: bool) -> None:
+    source, targets = BranchRows(source=True, source_unconditional=free), BranchRows(num_targets=3, guided=guided)
+    every = [*range(99)[targets.unconditional], *range(99)[targets.conditional]]
+    assert every == list(range(targets.total)) and list(targets.conditional_rows) == every[-3:]
+    assert (targets.total, targets.num_unconditional) == ((6, 3) if guided else (3, 0))
+    assert (source.total, source.num_unconditional) == ((2, 1) if free else (1, 0))
 
 
 def test_drawing_from_noise_is_guided_ddim() -> None:

@@ -17,6 +17,7 @@ from diffusers.models.attention_processor import Attention
 from s2edit_pipeline.attention_control import (
     AttentionSite,
     ControlledAttnProcessor,
+    Controllers,
     PromptToPrompt,
     Reweighting,
     SpatialControl,
@@ -26,6 +27,7 @@ from s2edit_pipeline.ddim_steps import NoiseSchedule, ddim_move, noise_schedule
 from s2edit_pipeline.identity_losses import reconstruction_loss, semantic_loss
 from s2edit_pipeline.latent_inversion import INVERSIONS
 from s2edit_pipeline.prompt_alignment import TokenizedPrompt, align_prompts, tokenize
+from s2edit_pipeline.source_attention import AttentionKeeper, KeepAttention
 
 KINDS = ("epsilon", "v_prediction")
 LIMIT = 1e-5
@@ -126,12 +128,15 @@ def masked(renormalize: bool, after: bool) -> Callable[[list[float], list[float]
     return change
 
 
-def taken_over(source: TokenizedPrompt, target: TokenizedPrompt, edit: str) -> PromptToPrompt:
+def taken_over(source: TokenizedPrompt, target: TokenizedPrompt, edit: str) -> Controllers:
+    """The first row's attention, kept as it comes by and taken over by the last row."""
     length = target.input_ids.shape[1]
     until = torch.full((length,), 9.0)
     controller = PromptToPrompt([align_prompts(source, target, edit)], [until], self_until=9, max_self_queries=QUERIES)
-    controller.begin(0, source=0, target_rows=[2])
-    return controller
+    keeper = AttentionKeeper(KeepAttention(share=1.0), 1, (QUERIES, 1))
+    keeper.begin(1)
+    controller.begin(0, keeper.layers[1], target_rows=[2])
+    return Controllers([keeper, controller])
 
 
 def spatial(**switches: bool) -> SpatialControl:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from s2edit_pipeline import KeepAttention
-from s2edit_pipeline.attention_control import AttentionSite, LayerAttention, Look
+from s2edit_pipeline.attention_control import AttentionSite, Look
 from s2edit_pipeline.evaluation.unet_counts import count_unet
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.source_attention import AttentionKeeper
@@ -83,14 +83,12 @@ def test_nothing_is_asked_twice(pipe: S2EditPipeline, picture: Any) -> None:
     assert counts.backward_evaluations == 0
 
 
-def num_bytes(layers: LayerAttention) -> int:
-    tensors = [*layers.probabilities.values(), *(x for both in layers.queries_keys.values() for x in both)]
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
 def test_it_stays_within_the_limit_and_keeps_the_noise_longest(pipe: S2EditPipeline, picture: Any) -> None:
     whole = pipe.invert(picture, SOURCE, num_inference_steps=STEPS, keep_attention=KeepAttention(share=1.0))
-    each = num_bytes(whole.attention.layers[STEPS])
+    each = whole.attention.layers[STEPS].num_bytes
+    layers = whole.attention.layers[STEPS]
+    naive = sum(4 * x.numel() for x in layers.probabilities.values())
+    assert each == naive + sum(4 * x.numel() for both in layers.queries_keys.values() for x in both) > 10_000
     limit = 2 * each + 7
     some = pipe.invert(
         picture, SOURCE, num_inference_steps=STEPS, keep_attention=KeepAttention(share=1.0, max_bytes=limit)
@@ -100,7 +98,7 @@ def test_it_stays_within_the_limit_and_keeps_the_noise_longest(pipe: S2EditPipel
         picture, SOURCE, num_inference_steps=STEPS,
         keep_attention=KeepAttention(share=1.0, max_bytes=limit, dtype=torch.float16),
     )  # fmt: skip
-    assert len(half.attention.layers) == 4 and 2 * num_bytes(half.attention.layers[STEPS]) == each
+    assert len(half.attention.layers) == 4 and 2 * half.attention.layers[STEPS].num_bytes == each
     exact = edited(pipe, whole)
     torch.testing.assert_close(edited(pipe, half), exact, rtol=0, atol=2e-2)
     none = pipe.invert(picture, SOURCE, num_inference_steps=STEPS, keep_attention=KeepAttention(max_bytes=1))

@@ -15,6 +15,8 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..source_attention import KeepAttention
+
 SOURCE = "a photo of a surprised man with short curly black hair and a moustache and a green sweater"
 TARGETS = (
     "a photo of a smiling man with short curly black hair and a moustache and a green sweater",
@@ -68,12 +70,13 @@ def tracked_allocations(device: torch.device) -> Iterator[Callable[[], int]]:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """``edit`` and ``stock`` are peaks in bytes, weights left out; ``rows`` of both U-Net batches."""
+    """``edit`` and ``stock`` are peaks in bytes, weights left out; ``kept``, of the edit, what the inversion holds of
+    the source's attention."""
 
     name: str
-    rows: int
     edit: int
     stock: int
+    kept: int
 
     @property
     def ratio(self) -> float:
@@ -83,14 +86,14 @@ class MemoryRow:
 def measure_memory(
     pipe: Any,
     size: int | None = None,
-    num_inference_steps: int = 4,
+    num_inference_steps: int = 10,
     numbers: Sequence[int] = (1, 3),
-    output_type: str = "latent",
+    output_type: str = "pil",
 ) -> list[MemoryRow]:
-    """Peaks of an edit with 1 and 3 targets, for a source that is pinned ("direct") and one that runs free ("ddim").
+    """Peaks of a picture's first edit, its inversion included, beside stock sampling of as many guided pictures.
 
-    The U-Net's batch is the same on both sides. A pinned source and ``n`` targets are ``2 n + 1`` rows, against as
-    many pictures sampled unguided; a free source has another one, ``2 n + 2``, against ``n + 1`` guided pictures.
+    With 1 and 3 targets; while the source's attention is kept for the edits to come, or only for its own step; and
+    for a source that runs free ("ddim").
 
     Args:
         size: of the picture in pixels; None takes the model's own.
@@ -101,35 +104,35 @@ def measure_memory(
     side = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
     y, x = np.mgrid[0:side, 0:side] / side
     picture = Image.fromarray((np.stack([x, y, 1 - x * y], -1) * 255).astype(np.uint8))
-    shape: dict[str, Any] = {"height": side, "width": side}
+    shape: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": num_inference_steps}
     rows = []
-    for method in ("direct", "ddim"):
-        inversion = pipe.invert(picture, SOURCE, method, num_inference_steps, **shape)
-        for n in numbers:
-            pictures, scale = (2 * n + 1, 1.0) if method == "direct" else (n + 1, 4.5)
+    for n in numbers:
+        with tracked_allocations(pipe.unet.device) as peak:
+            stock([SOURCE] * n, output_type=output_type, guidance_scale=4.5, **shape)
+            sampled = peak()
+        for name, method, keep in (
+            ("nothing kept", "direct", KeepAttention(max_bytes=0)),
+            ("the defaults", "direct", KeepAttention()),
+            ("DDIM", "ddim", KeepAttention()),
+        ):
             with tracked_allocations(pipe.unet.device) as peak:
                 pipe(
-                    list(TARGETS[:n]), picture, SOURCE, inversion=inversion, guidance_stop=1.0, output_type=output_type
-                )
+                    list(TARGETS[:n]), picture, SOURCE, inversion=method, guidance_stop=1.0, keep_attention=keep,
+                    output_type=output_type, **shape,
+                )  # fmt: skip
                 edit = peak()
-            with tracked_allocations(pipe.unet.device) as peak:
-                stock(
-                    [SOURCE] * pictures,
-                    output_type=output_type,
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=scale,
-                    **shape,
-                )
-                sampled = peak()
-            rows.append(MemoryRow(f"{method}, {n} target{'s' * (n > 1)}", pictures * (1 + (scale > 1)), edit, sampled))
+            kept = pipe.invert(picture, SOURCE, method, keep_attention=keep, **shape).attention
+            held = 0 if kept is None else sum(layers.num_bytes for layers in kept.layers.values())
+            rows.append(MemoryRow(f"{name}, {n} target{'s' * (n > 1)}", edit, sampled, held))
     return rows
 
 
 def table(rows: Sequence[MemoryRow]) -> str:
     """A Markdown table."""
-    lines = ["| edit | U-Net rows | edit, MB | stock sampling, MB | ratio |", "|---|---|---|---|---|"]
+    lines = ["| edit | edit, MB | of it kept, MB | stock sampling, MB | ratio |", "|---|---|---|---|---|"]
     for row in rows:
-        lines.append(f"| {row.name} | {row.rows} | {row.edit / 1e6:.1f} | {row.stock / 1e6:.1f} | {row.ratio:.2f} |")
+        sizes = " | ".join(f"{size / 1e6:.1f}" for size in (row.edit, row.kept, row.stock))
+        lines.append(f"| {row.name} | {sizes} | {row.ratio:.2f} |")
     return "\n".join(lines)
 
 
