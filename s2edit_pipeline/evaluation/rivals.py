@@ -182,7 +182,7 @@ class SINE:
     pipe: Any
     fine_tuned_weight: float = 0.6
     mixed_share: float = 0.5
-    fit_steps: int = 120
+    fit_steps: int = 60
     learning_rate: float = 1e-4
     num_inference_steps: int = 50
     guidance_scale: float = 4.5
