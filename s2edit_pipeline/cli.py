@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .evaluation.base_model import BaseModelReport
@@ -61,15 +61,35 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("base-model", "inversions", "edits", "confinement", "compositions", "memory"))
+    parser.add_argument(
+        "what",
+        choices=(
+            "base-model", "inversions", "edits", "confinement", "compositions", "memory", "costs", "steps", "scaling",
+        ),
+    )  # fmt: skip
     parser.add_argument("--model", help="a diffusers folder of the avatars family; the embedded model otherwise")
     parser.add_argument("--captions", type=int, default=256, help="base-model: pictures drawn (%(default)s)")
     parser.add_argument("--people", type=int, default=4, help="how many, but for base-model and edits (%(default)s)")
-    parser.add_argument("--steps", type=int, help="inference steps (30, 50, 25, 25, 25 and 4)")
+    parser.add_argument("--steps", type=int, help="inference steps (30, 50, 25, 25, 25, 4 and 50)")
     parser.add_argument("--setting", action="append", help="edits: only these rows; give as many as you like")
     parser.add_argument("--sheet", help="base-model, compositions: also save the first pictures, to this PNG")
+    parser.add_argument("--repeats", type=int, default=5, help="costs, scaling: of each run (%(default)s)")
+    parser.add_argument("--items", nargs="+", help="costs: of stock, first, further, three, null_text; all otherwise")
+    parser.add_argument("--json", help="costs, steps, scaling: also save what was measured, to this file")
+    parser.add_argument("--plot", help="scaling: also plot it, to this PNG")
+    parser.add_argument(
+        "--random", nargs="+", metavar="MODEL", help="costs: on a CUDA device, of sd15, sd21, sdxl with random weights"
+    )
+    parser.add_argument("--sides", type=int, nargs="+", help="costs --random: of the pictures (512, 768 and 1024)")
+    parser.add_argument("--tiny", action="store_true", help="costs --random: narrow models, on the CPU, as a trial")
 
     def run(args: argparse.Namespace) -> int:
+        if args.what in ("costs", "steps", "scaling"):
+            try:
+                return _measure_costs(args)
+            except ValueError as error:
+                print(f"s2edit measure {args.what}: {error}", file=sys.stderr)
+                return 2
         from .avatars import load_avatars
         from .pipeline import S2EditPipeline
 
@@ -127,6 +147,49 @@ def _measure(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _measure_costs(args: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from .avatars import load_avatars
+    from .pipeline import S2EditPipeline
+
+    report: Any
+    if args.random:
+        from .evaluation.gpu_costs import measure_gpu_costs
+
+        report = measure_gpu_costs(
+            args.random,
+            tiny=args.tiny,
+            sides=args.sides,
+            num_inference_steps=args.steps or (2 if args.tiny else 50),
+            num_fit_steps=2 if args.tiny else None,
+            repeats=args.repeats,
+        )
+    else:
+        pipe = S2EditPipeline.from_pretrained(args.model) if args.model else load_avatars()
+        pipe.set_progress_bar_config(disable=True)
+        if args.what == "costs":
+            from .evaluation.edit_costs import ITEMS, measure_edit_costs
+
+            report = measure_edit_costs(pipe, args.steps or 50, args.repeats, items=args.items or tuple(ITEMS))
+        elif args.what == "steps":
+            from .evaluation.few_steps import measure_steps
+
+            report = measure_steps(pipe, people=range(args.people))
+        else:
+            from .evaluation.cost_scaling import measure_scaling, plot
+
+            report = measure_scaling(pipe, repeats=args.repeats)
+            if args.plot:
+                plot(report, args.plot)
+    print(report.table())
+    if args.json:
+        Path(args.json).write_text(json.dumps(asdict(report), indent=2) + "\n", "utf-8")
+    return 0
+
+
 def _save_sheet(report: BaseModelReport, path: str) -> None:
     """Sixteen people, sixteen creatures and eight unseen pairs of words, drawn."""
     import numpy as np
@@ -140,7 +203,7 @@ def _save_sheet(report: BaseModelReport, path: str) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (_demo, "fit an identity to a drawn face and edit it"),
-    "measure": (_measure, "measure the base model, inversions, edits, confinement, compositions or memory"),
+    "measure": (_measure, "measure the base model, inversions, edits, compositions, memory, costs and more"),
     "publish": (_publish, "push the pipeline to the Hub, where any diffusers script loads it from"),
     "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),
 }

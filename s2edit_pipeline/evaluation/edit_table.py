@@ -26,7 +26,7 @@ PEOPLE = (3, 12, 5, 18, 9, 21)
 @dataclass(frozen=True)
 class Setting:
     """``fit``: arguments of ``fit_identity``, or None for no identity; ``inversion``: a method; ``edit``: arguments
-    of the call."""
+    of the call, which go before what all settings share."""
 
     fit: Mapping[str, Any] | None = field(default_factory=dict)
     inversion: str = "direct"
@@ -74,13 +74,14 @@ def measure_edits(
     pipe: Any,
     names: Sequence[str] = tuple(SETTINGS),
     *,
+    settings: Mapping[str, Setting] = SETTINGS,
     people: Sequence[int] = PEOPLE,
     edits_of: Callable[[Subject], list[CounterfactualEdit]] = demo_edits,
     num_inference_steps: int = 25,
     seed: int = 0,
     num_steps: int | None = None,
 ) -> list[EditRow]:
-    """One row for each of ``SETTINGS`` named; identities that several rows share are fitted once.
+    """One row for each of the ``settings`` named; identities that several rows share are fitted once.
 
     Args:
         num_steps: of the fits; None takes each method's own.
@@ -89,7 +90,7 @@ def measure_edits(
     fitted: dict[tuple[str, int], Any] = {}
     rows = []
     for name in names:
-        setting = SETTINGS[name]
+        setting = settings[name]
         scores, own, done, cosines, seconds = [], [], [], [], []
         for number in tqdm(people, desc=name, leave=False):
             person = sample_person(number, "held_out")
@@ -116,9 +117,8 @@ def measure_edits(
                 source_prompt=prompt,
                 identity=identity,
                 inversion=setting.inversion,
-                num_inference_steps=num_inference_steps,
                 generator=torch.Generator().manual_seed(seed),
-                **setting.edit,
+                **{"num_inference_steps": num_inference_steps, **setting.edit},
             )
             seconds.append(time.perf_counter() - started)
             read = classifier.predict(np.stack([np.asarray(image) for image in result.images]))
