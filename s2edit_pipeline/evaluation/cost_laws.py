@@ -77,9 +77,11 @@ def fit_power(x: Sequence[float], y: Sequence[float]) -> PowerFit:
     """Least squares of the logarithms.
 
     Raises:
-        ValueError: fewer than two different ``x``.
+        ValueError: fewer than two different ``x``, or what no power can be.
     """
     _check_points(x)
+    if min(*x, *y) <= 0:
+        raise ValueError(f"A power is above 0, and there is {min(*x, *y):g}; with seconds, repeat more often.")
     measured = np.asarray(y, float)
     exponent, logarithm = np.polyfit(np.log(x), np.log(measured), 1)
     fitted = np.exp(logarithm) * np.asarray(x, float) ** exponent

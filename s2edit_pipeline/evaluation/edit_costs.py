@@ -1,4 +1,4 @@
-"""What edits cost, beside diffusers' own pipeline drawing a picture on the same model, and beside null-text inversion."""
+"""What edits cost, beside diffusers' own pipeline drawing a picture on the same model, and beside null-text's."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class CostRow:
 
 @dataclass(frozen=True)
 class EditCosts:
-    """``null_text_cost``: of null-text inversion and one edit where no optimisation stops early, as ``CostRow.cost``."""
+    """``null_text_cost``: as ``CostRow.cost``, of null-text inversion and an edit where no optimisation stops early."""
 
     num_inference_steps: int
     machine: Mapping[str, str | int]
@@ -73,7 +73,7 @@ class EditCosts:
     def table(self) -> str:
         """As Markdown; an item that was left out says so."""
         lines = [
-            f"| {self.num_inference_steps} steps | U-Net evaluations | backward | cost | seconds | × stock | PSNR, dB |",
+            f"| in {self.num_inference_steps} steps | evaluations | backward | cost | seconds | × stock | PSNR, dB |",
             "|---|---|---|---|---|---|---|",
         ]
         measured = {row.item: row for row in self.rows}

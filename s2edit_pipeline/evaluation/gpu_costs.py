@@ -159,7 +159,7 @@ def _measure_family(
         )  # fmt: skip
 
     def measure(side: int) -> GpuRow:
-        at = {"height": side, "width": side}
+        at: dict[str, Any] = {"height": side, "width": side}
 
         def edit(target: str, **changes: Any) -> Any:
             return pipe(

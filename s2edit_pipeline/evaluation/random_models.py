@@ -75,8 +75,8 @@ FAMILIES: Mapping[str, Family] = {
 
 def _tiny_text(**changes: Any) -> Config:
     return {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 2000,
-        **changes,
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": 2000, **changes,
     }  # fmt: skip
 
 
