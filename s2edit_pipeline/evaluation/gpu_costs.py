@@ -20,7 +20,7 @@ from .peak_memory import tracked_allocations
 from .random_models import FAMILIES, TINY_FAMILIES, Family, random_pipeline
 from .timing import Timing, machine, take_turns, timed
 
-SIDES, TINY_SIDES = (512, 768, 1024), (64, 96, 128)
+SIDES, TINY_SIDES = (512, 768, 1024), (64, 128, 192)
 
 
 @dataclass(frozen=True)
