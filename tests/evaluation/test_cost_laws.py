@@ -23,7 +23,7 @@ SOURCE = "a photo of a smiling lady with glasses"
 TARGETS = ["a photo of a sad lady with glasses", "a photo of a smiling lady", "a photo of a smiling man with glasses"]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 7])
+@pytest.mark.parametrize("steps", [1, 2, 5])
 def test_inversions_and_edits_ask_as_often_as_the_law_says(pipe: Any, picture: Image.Image, steps: int) -> None:
     with count_unet(pipe.unet) as counts:
         inversion = pipe.invert(picture, SOURCE, num_inference_steps=steps)
