@@ -45,13 +45,6 @@ class Scaling:
     by_edits: LineFit
     slopes: PowerFit | None
 
-    def one_edit(self, side: int) -> list[ScalingPoint]:
-        return [p for p in self.points if p.side == side and p.edits == 1]
-
-    def of_edits(self) -> list[ScalingPoint]:
-        first = next(iter(self.by_side))
-        return [p for p in self.points if p.steps == self.edits_steps and p.side == first]
-
     def table(self) -> str:
         """As Markdown: what was measured, then seconds = a + b × evaluations."""
         lines = ["| steps | side | edits | U-Net evaluations | seconds |", "|---|---|---|---|---|"]
@@ -66,6 +59,14 @@ class Scaling:
                 f"b grows like side^{self.slopes.exponent:.2f} (largest residual {self.slopes.residual:.1%}).",
             ]
         return "\n".join(lines)
+
+
+def _of_one_edit(points: Sequence[ScalingPoint], side: int) -> list[ScalingPoint]:
+    return [p for p in points if p.side == side and p.edits == 1]
+
+
+def _of_several_edits(points: Sequence[ScalingPoint], steps: int, side: int) -> list[ScalingPoint]:
+    return sorted((p for p in points if p.steps == steps and p.side == side), key=lambda p: p.edits)
 
 
 def measure_scaling(
@@ -110,10 +111,10 @@ def measure_scaling(
     def line(chosen: Sequence[ScalingPoint]) -> LineFit:
         return fit_line([p.evaluations for p in chosen], [p.seconds for p in chosen])
 
-    by_side = {side: line([p for p in points if p.side == side and p.edits == 1]) for side in sides}
+    by_side = {side: line(_of_one_edit(points, side)) for side in sides}
     slopes = fit_power(list(by_side), [fit.slope for fit in by_side.values()]) if len(by_side) > 1 else None
-    of_edits = [p for p in points if p.steps == fewer[-1] and p.side == sides[0]]
-    return Scaling(machine(pipe.unet.device), tuple(points), fewer[-1], by_side, line(of_edits), slopes)
+    by_edits = line(_of_several_edits(points, fewer[-1], sides[0]))
+    return Scaling(machine(pipe.unet.device), tuple(points), fewer[-1], by_side, by_edits, slopes)
 
 
 def plot(scaling: Scaling, out: str | Path) -> None:
@@ -129,7 +130,7 @@ def plot(scaling: Scaling, out: str | Path) -> None:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     of_steps, of_sides, of_edits = figure.subplots(1, 3)
     for side, fit in scaling.by_side.items():
-        measured = scaling.one_edit(side)
+        measured = _of_one_edit(scaling.points, side)
         (drawn,) = of_steps.plot([p.steps for p in measured], [p.seconds for p in measured], "o", label=f"{side} px")
         law = [fit.at(p.evaluations) for p in measured]
         of_steps.plot([p.steps for p in measured], law, color=drawn.get_color(), linewidth=1)
@@ -145,7 +146,7 @@ def plot(scaling: Scaling, out: str | Path) -> None:
     of_sides.set(title="each U-Net evaluation", xlabel="side, pixels", ylabel="milliseconds")
     of_sides.set_xticks(sides, [str(side) for side in sides], minor=False)
     of_sides.set_xticks([], minor=True)
-    calls = sorted(scaling.of_edits(), key=lambda p: p.edits)
+    calls = _of_several_edits(scaling.points, scaling.edits_steps, sides[0])
     of_edits.plot([p.edits for p in calls], [p.seconds for p in calls], "o")
     of_edits.plot([p.edits for p in calls], [scaling.by_edits.at(p.evaluations) for p in calls], linewidth=1)
     of_edits.set(title=f"one call, {scaling.edits_steps} steps", xlabel="edits in it", ylabel="seconds", ylim=(0, None))

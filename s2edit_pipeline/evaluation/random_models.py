@@ -19,8 +19,8 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """Arguments of the components' classes, where they differ from the classes' own defaults; ``text_encoder_2`` and
-    ``force_upcast`` are SDXL's."""
+    """Arguments of the components' classes, where they differ from the classes' own defaults; ``text_encoder_2`` is
+    SDXL's."""
 
     unet: Config
     text_encoder: Config
