@@ -52,10 +52,11 @@ class GpuRow:
 
 @dataclass(frozen=True)
 class GpuCosts:
-    """``matmul_rate``: operations a second of a large product of bfloat16 matrices."""
+    """``matmul_rate``: operations a second of a large product of matrices of ``dtype``, which the models have too."""
 
     machine: Mapping[str, str | int]
     num_inference_steps: int
+    dtype: str
     matmul_rate: float
     rows: tuple[GpuRow, ...]
 
@@ -73,7 +74,7 @@ class GpuCosts:
             "edit_share": ("whole edit's", "{:.0%}".format),
         }
         lines = [
-            f"{self.machine['device']}, {self.num_inference_steps} steps, bfloat16; "
+            f"{self.machine['device']}, {self.num_inference_steps} steps, {self.dtype}; "
             f"{self.matmul_rate / 1e12:.3g} TFLOP/s in matrix products.",
             "",
             "| model | side | " + " | ".join(title for title, _ in columns.values()) + " |",
@@ -108,7 +109,7 @@ def measure_gpu_costs(
     """A row for each of ``FAMILIES`` and each of ``SIDES``, measured for those in ``names`` and ``sides``.
 
     Args:
-        tiny: narrow models on small pictures, on the CPU: to try the measurement, not the machine.
+        tiny: narrow float32 models on small pictures, on the CPU: to try the measurement, not the machine.
         num_fit_steps: None takes the default recipe's.
 
     Raises:
@@ -124,28 +125,33 @@ def measure_gpu_costs(
         if name not in families:
             raise ValueError(f"The model {name!r} is unknown; choose from {', '.join(families)}.")
     sides = all_sides if sides is None else sides
-    device = torch.device("cpu" if tiny else "cuda")
-    rate = matmul_rate(device, 256 if tiny else 8192, repeats)
+    # bfloat16 convolutions are slow on many CPUs
+    device, dtype, size = (
+        (torch.device("cpu"), torch.float32, 256) if tiny else (torch.device("cuda"), torch.bfloat16, 8192)
+    )
+    rate = matmul_rate(device, dtype, size, repeats)
     rows = {(name, side): GpuRow(name, side) for name in families for side in sorted({*all_sides, *sides})}
     for name in names:
         measured = _measure_family(
-            name, families[name], device, sides, num_inference_steps, num_fit_steps, repeats, rate
+            name, families[name], device, dtype, sides, num_inference_steps, num_fit_steps, repeats, rate
         )
         rows |= {(row.family, row.side): row for row in measured}
-    return GpuCosts(machine(device), num_inference_steps, rate, tuple(rows.values()))
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    return GpuCosts(machine(device), num_inference_steps, name_of_dtype, rate, tuple(rows.values()))
 
 
 def _measure_family(
     name: str,
     family: Family,
     device: torch.device,
+    dtype: torch.dtype,
     sides: Sequence[int],
     num_inference_steps: int,
     num_fit_steps: int | None,
     repeats: int,
     rate: float,
 ) -> list[GpuRow]:
-    pipe = random_pipeline(family, device)
+    pipe = random_pipeline(family, device, dtype)
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     weights = sum(p.nbytes for module in modules for p in module.parameters())
     person = sample_person(PERSON, "held_out")
@@ -221,9 +227,9 @@ def _if_it_fits(run: Callable[[], Any]) -> Any:
         return None
 
 
-def matmul_rate(device: torch.device, size: int, repeats: int) -> float:
-    """Operations a second in products of ``size`` x ``size`` bfloat16 matrices, ten after one another; the median."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int, repeats: int) -> float:
+    """Operations a second in products of ``size`` x ``size`` matrices, ten after one another; the median."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
 
     def products() -> None:
         for _ in range(10):

@@ -84,14 +84,17 @@ _TINY_AUTOENCODER = (32, 32, 32, 32)
 
 TINY_FAMILIES: Mapping[str, Family] = {
     "sd15": Family(
-        {"sample_size": 8, "cross_attention_dim": 32, "block_out_channels": (32, 32, 64, 64), "attention_head_dim": 4},
+        {
+            "sample_size": 8, "cross_attention_dim": 32, "block_out_channels": (32, 32, 64, 64),
+            "attention_head_dim": 4, "layers_per_block": 1,
+        },
         _tiny_text(),
         autoencoder_channels=_TINY_AUTOENCODER,
     ),
     "sd21": Family(
         {
             "sample_size": 8, "cross_attention_dim": 48, "block_out_channels": (32, 32, 64, 64),
-            "attention_head_dim": [2, 2, 4, 4], "use_linear_projection": True,
+            "attention_head_dim": [2, 2, 4, 4], "use_linear_projection": True, "layers_per_block": 1,
         },
         _tiny_text(hidden_size=48, hidden_act="gelu"),
         "v_prediction",
@@ -101,7 +104,7 @@ TINY_FAMILIES: Mapping[str, Family] = {
         {
             **_SDXL_BLOCKS,
             "sample_size": 8, "cross_attention_dim": 80, "attention_head_dim": [2, 2, 4],
-            "block_out_channels": (32, 32, 64), "transformer_layers_per_block": [1, 1, 2],
+            "block_out_channels": (32, 32, 64), "transformer_layers_per_block": [1, 1, 2], "layers_per_block": 1,
             "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 24,
         },
         _tiny_text(),
