@@ -26,7 +26,7 @@ PEOPLE = (3, 12, 5, 18, 9, 21)
 @dataclass(frozen=True)
 class Setting:
     """``fit``: arguments of ``fit_identity``, or None for no identity; ``inversion``: a method; ``edit``: arguments
-    of the call, which go before what all settings share."""
+    of the call."""
 
     fit: Mapping[str, Any] | None = field(default_factory=dict)
     inversion: str = "direct"
@@ -84,6 +84,7 @@ def measure_edits(
     """One row for each of the ``settings`` named; identities that several rows share are fitted once.
 
     Args:
+        num_inference_steps: of the settings that don't name their own.
         num_steps: of the fits; None takes each method's own.
     """
     classifier = load_attribute_classifier()
