@@ -177,7 +177,7 @@ def _measure_costs(args: argparse.Namespace) -> int:
         elif args.what == "steps":
             from .evaluation.few_steps import measure_steps
 
-            report = measure_steps(pipe, people=range(args.people))
+            report = measure_steps(pipe, people=range(args.people or 4))
         else:
             from .evaluation.cost_scaling import measure_scaling, plot
 
