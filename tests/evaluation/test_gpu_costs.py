@@ -74,15 +74,16 @@ def test_operations_are_those_of_its_layers(family: str) -> None:
 
 def test_the_whole_script_at_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "costs.json"
-    options = ["--random", *TINY_FAMILIES, "--tiny", "--sides", "64", "--repeats", "1", "--steps", "1"]
+    options = ["--random", "sd21", "sdxl", "--tiny", "--sides", "64", "--repeats", "1", "--steps", "1"]
     assert main(["measure", "costs", *options, "--json", str(out)]) == 0
     shown = capsys.readouterr().out
     rows = [GpuRow(**row) for row in json.loads(out.read_text("utf-8"))["rows"]]
     assert [(row.family, row.side) for row in rows] == [(f, s) for f in TINY_FAMILIES for s in (64, 128, 192)]
     for row in rows:
         values = [value for name, value in vars(row).items() if name not in ("family", "side")]
-        assert all(v > 0 for v in values) if row.side == 64 else all(v is None for v in values), row
-    assert shown.count("not measured") == 3 * 2 * 9 and "TFLOP/s in matrix products" in shown
+        measured = row.side == 64 and row.family != "sd15"
+        assert all(v > 0 for v in values) if measured else all(v is None for v in values), row
+    assert shown.count("not measured") == (3 + 2 + 2) * 9 and "TFLOP/s in matrix products" in shown
 
 
 def test_no_device_and_no_room(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
