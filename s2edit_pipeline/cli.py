@@ -5,10 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .evaluation.base_model import BaseModelReport
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -96,100 +92,16 @@ def _train_instruct(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "what", choices=("base-model", "inversions", "edits", "fits", "confinement", "compositions", "memory")
-    )
-    parser.add_argument("--model", help="a diffusers folder of the avatars family; the embedded model otherwise")
-    parser.add_argument("--captions", type=int, default=256, help="base-model: pictures drawn (%(default)s)")
-    parser.add_argument("--people", type=int, help="how many, but for base-model and edits (4, compositions 24)")
-    parser.add_argument("--steps", type=int, help="inference steps (30, 50, 25, 25, 25, 25 and 10)")
-    parser.add_argument("--setting", action="append", help="edits: only these rows; give as many as you like")
-    parser.add_argument("--plot", help="fits: also plot them, to this PNG")
-    parser.add_argument("--sheet", help="base-model, compositions: also save the first pictures, to this PNG")
+    from .evaluation import measure_command
 
-    def run(args: argparse.Namespace) -> int:
-        from .avatars import load_avatars
-        from .pipeline import S2EditPipeline
-
-        pipe = S2EditPipeline.from_pretrained(args.model) if args.model else load_avatars()
-        pipe.set_progress_bar_config(disable=True)
-        if args.what == "inversions":
-            from .evaluation.inversion_table import measure_inversions, table
-
-            print(table(measure_inversions(pipe, people=range(args.people or 4), num_inference_steps=args.steps or 50)))
-            return 0
-        if args.what == "edits":
-            from .evaluation import edit_table
-
-            names = args.setting or list(edit_table.SETTINGS)
-            print(edit_table.table(edit_table.measure_edits(pipe, names, num_inference_steps=args.steps or 25)))
-            return 0
-        if args.what == "fits":
-            from .evaluation import fit_curves
-
-            points = fit_curves.measure_fits(pipe, range(args.people), num_inference_steps=args.steps or 25)
-            print(fit_curves.table(points))
-            if args.plot:
-                fit_curves.plot(points, args.plot)
-            return 0
-        if args.what == "confinement":
-            from .evaluation import edit_table
-            from .evaluation.counterfactual import varied_edits
-
-            rows = edit_table.measure_edits(
-                pipe,
-                ["the defaults", "not confined"],
-                people=range(args.people or 4),
-                edits_of=varied_edits,
-                num_inference_steps=args.steps or 25,
-            )
-            print(edit_table.table(rows))
-            return 0
-        if args.what == "memory":
-            from .evaluation import peak_memory
-
-            print(peak_memory.table(peak_memory.measure_memory(pipe, num_inference_steps=args.steps or 10)))
-            print()
-            print(peak_memory.fit_table(peak_memory.measure_fit_memory(pipe)))
-            return 0
-        if args.what == "compositions":
-            from .evaluation import composition
-
-            composed = composition.measure_compositions(
-                pipe, composition.composition_pairs(args.people or 24), num_inference_steps=args.steps or 25
-            )
-            print(composition.table(composed))
-            if args.sheet:
-                composition.sheet(composed).save(args.sheet)
-            return 0
-        from .evaluation.base_model import measure_base_model
-
-        report = measure_base_model(
-            pipe, num_captions=args.captions, num_pairs=args.captions // 4, num_inference_steps=args.steps or 30
-        )
-        print(report.table())
-        if args.sheet:
-            _save_sheet(report, args.sheet)
-        return 0
-
-    parser.set_defaults(run=run)
-
-
-def _save_sheet(report: BaseModelReport, path: str) -> None:
-    """Sixteen people, sixteen creatures and eight unseen pairs of words, drawn."""
-    import numpy as np
-    from PIL import Image
-
-    half = len(report.generated) // 2
-    shown = [report.generated[:16], report.generated[half : half + 16], report.generated_pairs[:8]]
-    lines = [np.concatenate(list(line), 1) for some in shown for line in np.split(some, len(some) // 8)]
-    Image.fromarray(np.concatenate(lines)).save(path)
+    measure_command.add_arguments(parser)
+    parser.set_defaults(run=measure_command.run)
 
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "demo": (_demo, "fit an identity to a drawn face and edit it"),
     "bench": (_bench, "compare methods on edits whose true result is known"),
-    "measure": (_measure, "measure the base model, inversions, edits, fits, confinement, compositions or memory"),
+    "measure": (_measure, "measure the base model, inversions, edits, compositions, memory, costs and more"),
     "publish": (_publish, "push the pipeline to the Hub, where any diffusers script loads it from"),
     "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),
     "train-instruct": (_train_instruct, "train an InstructPix2Pix of the embedded model, to compare with"),

@@ -39,6 +39,7 @@ SETTINGS: Mapping[str, Setting] = {
     "edit-friendly": Setting(inversion="edit_friendly"),
     "edit-friendly, strength 0.64": Setting(inversion="edit_friendly", edit={"strength": 0.64}),
     "DDIM": Setting(inversion="ddim"),
+    "drift left": Setting(edit={"change_threshold": 0.0}),
     "not confined": Setting(edit={"blend_words": False}),
 }
 
@@ -65,22 +66,24 @@ def measure_edits(
     pipe: Any,
     names: Sequence[str] = tuple(SETTINGS),
     *,
+    settings: Mapping[str, Setting] = SETTINGS,
     people: Sequence[int] = PEOPLE,
     edits_of: Callable[[Subject], list[CounterfactualEdit]] = demo_edits,
     num_inference_steps: int = 25,
     seed: int = 0,
     num_steps: int | None = None,
 ) -> list[EditRow]:
-    """One row for each of ``SETTINGS`` named; identities that several rows share are fitted once.
+    """One row for each of the ``settings`` named; identities that several rows share are fitted once.
 
     Args:
+        num_inference_steps: of the settings that don't name their own.
         num_steps: of the fits; None takes each method's own.
     """
     classifier = load_attribute_classifier()
     fitted: dict[tuple[str, int], Any] = {}
     rows = []
     for name in names:
-        setting = SETTINGS[name]
+        setting = settings[name]
         scores, own, done, cosines, seconds = [], [], [], [], []
         for number in tqdm(people, desc=name, leave=False):
             person = sample_person(number, "held_out")
@@ -105,9 +108,8 @@ def measure_edits(
                 source_prompt=prompt,
                 identity=identity,
                 inversion=setting.inversion,
-                num_inference_steps=num_inference_steps,
                 generator=torch.Generator().manual_seed(seed),
-                **setting.edit,
+                **{"num_inference_steps": num_inference_steps, **setting.edit},
             )
             seconds.append(time.perf_counter() - started)
             read = classifier.predict(np.stack([np.asarray(image) for image in result.images]))
