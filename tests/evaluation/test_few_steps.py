@@ -17,9 +17,10 @@ def test_rows_share_their_fits_and_differ_in_their_steps(monkeypatch: pytest.Mon
     monkeypatch.setattr(few_steps, "FEW", 2)
     monkeypatch.setattr(few_steps, "MANY", 4)
     report = few_steps.measure_steps(pipe, (2, 4), people=[3], num_steps=2)
-    assert [row.name for row in report.rows] == ["2 steps", "4 steps"] and len(fits) == 1
+    assert [row.name for row in report.rows] == ["2 steps", "4 steps", "2 steps, fixed point"] and len(fits) == 1
     (alone,) = measure_edits(pipe, ["the defaults"], people=[3], num_inference_steps=2, num_steps=2)
-    few, many = report.rows
+    few, many, other = report.rows
+    assert other.whole != few.whole
     assert (few.whole, few.inside, few.outside) == pytest.approx((alone.whole, alone.inside, alone.outside), abs=0.05)
     wanted = [many.whole - few.whole, many.inside - few.inside, many.outside - few.outside]
     assert [target.value for target in report.targets] == wanted
