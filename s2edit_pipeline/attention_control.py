@@ -181,6 +181,8 @@ class ControlledAttnProcessor:
         it has served, before a controller makes its own copy of them.
         """
         query, key = self._queries_and_keys(attn, hidden_states, context, site)
+        if attn.upcast_attention:  # Stable Diffusion 2's scores overflow in float16
+            query, key = query.float(), key.float()
         scores = (query * attn.scale) @ key.transpose(-1, -2)
         del query, key
         if mask is not None:
@@ -385,6 +387,7 @@ class PromptToPrompt(AttentionController):
         self.alignments, self.cross_until, self.self_until = tuple(alignments), tuple(cross_until), self_until
         self.max_self_queries = max_self_queries
         self._last_cross = max((float(until.max()) for until in self.cross_until), default=0.0)
+        self._moved: dict[tuple[torch.device, torch.dtype], list[tuple[torch.Tensor, ...]]] = {}
         self.step, self.target_rows = 0, torch.arange(0)
         self.source: LayerAttention | None = None
 
@@ -423,10 +426,20 @@ class PromptToPrompt(AttentionController):
         assert self.source is not None
         source = self.source.probabilities[site.name].to(probs)
         edited = list(probs.unbind(0))
-        for alignment, until, row in zip(self.alignments, self.cross_until, self.target_rows.tolist(), strict=True):
-            share = (alignment.share * (self.step < until)).to(probs)
-            edited[row] = share * (source @ alignment.mapping.to(probs)) + (1 - share) * probs[row]
+        for (mapping, share, until), row in zip(self._tied(probs), self.target_rows.tolist(), strict=True):
+            now = share * (self.step < until)
+            edited[row] = now * (source @ mapping) + (1 - now) * probs[row]
         return torch.stack(edited)
+
+    def _tied(self, like: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """Each target's mapping, share and last step, brought to where they are used once."""
+        where = (like.device, like.dtype)
+        if where not in self._moved:
+            self._moved[where] = [
+                (alignment.mapping.to(like), alignment.share.to(like), until.to(like.device))
+                for alignment, until in zip(self.alignments, self.cross_until, strict=True)
+            ]
+        return self._moved[where]
 
 
 class Reweighting(AttentionController):

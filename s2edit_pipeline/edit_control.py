@@ -59,6 +59,7 @@ class EditControl(Controllers):
         spatial_control: for a batch of such rows.
         map_queries: the most and the fewest queries of the layers that tell where words look.
         kept: what the inversion kept of the source's attention.
+        maps: whether anybody asks where words look.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class EditControl(Controllers):
         map_queries: tuple[int, int],
         reweighting: Reweighting,
         kept: SourceAttention | None = None,
+        *,
+        maps: bool = True,
     ) -> None:
         super().__init__(())
         self._spatial_control = cache(spatial_control)
         self.prompt_to_prompt, self.reweighting, self.map_queries = prompt_to_prompt, reweighting, map_queries
         self.source_maps, self.target_maps = MapRecorder(*map_queries), MapRecorder(*map_queries)
-        self.kept = SourceAttention() if kept is None else kept
+        self.kept, self.maps = SourceAttention() if kept is None else kept, maps
         self._keeper: AttentionKeeper | None = None
 
     def needs_source(self, step: int, level: int, *, maps: bool) -> bool:
@@ -86,7 +89,9 @@ class EditControl(Controllers):
         """Be told that the next batch is the source's."""
         self.prompt_to_prompt.source = None  # the last step's goes before this one's comes
         share = 1.0 if step < self.prompt_to_prompt.active_until else 0.0
-        self._keeper = AttentionKeeper(KeepAttention(share, max_bytes=sys.maxsize), level, self.map_queries)
+        self._keeper = AttentionKeeper(
+            KeepAttention(share, max_bytes=sys.maxsize), level, self.map_queries, maps=self.maps
+        )
         self._keeper.begin(level)
         self.controllers = (self._spatial_control(rows), self._keeper)
 
@@ -98,7 +103,8 @@ class EditControl(Controllers):
         maps = self.kept.maps.get(level) or asked.maps.get(level)
         if maps is not None:
             self.source_maps.add(maps)
-        self.reweighting.rows = self.target_maps.rows = rows.conditional_rows
+        self.reweighting.rows = rows.conditional_rows
+        self.target_maps.rows = rows.conditional_rows if self.maps else ()
         self.controllers = (self._spatial_control(rows), self.prompt_to_prompt, self.target_maps, self.reweighting)
 
     def looks(

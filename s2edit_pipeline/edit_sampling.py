@@ -157,9 +157,9 @@ def sample_edits(
         if inversion.unconditional_embeds is not None:
             null = inversion.unconditional_embeds[k - 1 : k].to(target_embeds)
         if free or control.needs_source(step, k, maps=looks_at_source):
-            rows = BranchRows(source=True, source_unconditional=free)
+            rows = BranchRows(source=True, source_unconditional=free and guidance_scale != 1)
             control.begin_source(step, k, rows)
-            embeds = [source_embeds, *[null] * free]
+            embeds = [source_embeds, *[null] * rows.num_unconditional]
             source_output = denoise(source.expand(rows.total, -1, -1, -1), k, torch.cat(embeds), rows)
         is_guided = step < settings.guidance_stop * schedule.num_steps and guidance_scale != 1
         rows = BranchRows(num_targets=n, guided=is_guided)
@@ -181,7 +181,8 @@ def sample_edits(
         if inversion.pinned:
             source = inversion.trajectory[k - 1 : k].to(x)
         else:
-            source_output = guided(source_output[1:], source_output[:1], guidance_scale)
+            if guidance_scale != 1:
+                source_output = guided(source_output[1:], source_output[:1], guidance_scale)
             source = ddim_move(source, source_output, a, a_next, schedule.prediction_type)
 
         check_finite(x, "the edit", first - k)
@@ -190,7 +191,8 @@ def sample_edits(
                 continue
             region = _region(confinement, control, i, size).to(x)
             if step + 1 >= settings.settle_from * schedule.num_steps:
-                region = region * changed_cells(x[i], source[0], settings.change_threshold)
+                inside = torch.where(region > 0.5, x[i], source[0])
+                region = region * changed_cells(inside, source[0], settings.change_threshold)
             regions[i] = region
             x = torch.cat([x[:i], torch.where(region > 0.5, x[i : i + 1], source), x[i + 1 :]])
         try:

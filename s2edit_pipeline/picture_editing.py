@@ -32,7 +32,7 @@ from .pipeline_output import S2EditPipelineOutput
 from .pipeline_parts import Denoise
 from .prompt_alignment import TokenizedPrompt
 from .prompt_encoding import PromptEmbeds, join_pooled
-from .source_attention import AttentionKeeper, KeepAttention
+from .source_attention import AttentionKeeper, KeepAttention, SourceAttention
 
 
 class PictureEditing(IdentityLoading):
@@ -79,7 +79,7 @@ class PictureEditing(IdentityLoading):
                 denoise, latents, schedule, encoded.embeds, negative.embeds, guidance_scale, generator,
                 lambda _: bar.update(),
             )  # fmt: skip
-            if keeper is not None and schedule.num_steps not in keeper.maps:
+            if keeper is not None and keeper.first_kept <= schedule.num_steps not in keeper.maps:
                 # the walk up never asks at the noise that it ends in, where an edit begins
                 with torch.no_grad():
                     denoise(found.trajectory[-1:], schedule.num_steps, encoded.embeds)
@@ -94,8 +94,14 @@ class PictureEditing(IdentityLoading):
             identities={token: self._identity_state(token) for token in tokens},
             base_model=self._base_name(),
             clip_skip=clip_skip,
-            attention=None if keeper is None else keeper.kept(),
+            attention=None if keeper is None else keeper.kept(self._model_state(schedule)),
         )
+
+    def _model_state(self, schedule: NoiseSchedule) -> str:
+        """What an evaluation of the U-Net depends on besides what goes in."""
+        identities = {token: self._identity_state(token) for token in self._loaded.adapters}
+        adapters = sorted(getattr(self.unet, "peft_config", {}))
+        return repr((self._base_name(), identities, adapters, schedule.timesteps.tolist()))
 
     @contextmanager
     def _frozen_unet(self) -> Iterator[None]:
@@ -221,8 +227,9 @@ class PictureEditing(IdentityLoading):
         if inversion is None or isinstance(inversion, str):
             assert picture is not None
             found = self._encode_picture(picture, *size)
-            keep = keep_attention or KeepAttention()
-            keep = replace(keep, share=min(1.0, prompt_to_prompt.active_until / schedule.num_steps))
+            needed = min(1.0, prompt_to_prompt.active_until / schedule.num_steps)
+            # for one call it isn't worth the memory: each step's source is asked once, for all targets
+            keep = KeepAttention(share=0.0) if keep_attention is None else replace(keep_attention, share=needed)
             inversion = self._invert(
                 found, source, encoded_source, negative, method, schedule, settings.guidance_scale, generator,
                 clip_skip, keep,
@@ -250,7 +257,11 @@ class PictureEditing(IdentityLoading):
             prompt_to_prompt,
             self._map_queries(*latent_size),
             Reweighting([plan.weights for plan in plans]),
-            inversion.attention,
+            inversion.attention
+            if inversion.attention is not None and inversion.attention.made_with == self._model_state(schedule)
+            else None,
+            maps=return_attention_maps
+            or any(p.confinement is not None and p.confinement.region is None for p in plans),
         )
         tensors = {"prompt_embeds": encoded_targets.embeds, "negative_prompt_embeds": negative.embeds}
         with (
@@ -266,6 +277,7 @@ class PictureEditing(IdentityLoading):
                 denoise, schedule, inversion, encoded_source.embeds, encoded_targets.embeds, negative.embeds, settings,
                 control, [plan.confinement for plan in plans], on_step,
             )  # fmt: skip
+        control.kept = SourceAttention()  # before the autoencoder needs the room
         kept = None
         if keep_pixels:
             assert picture is not None

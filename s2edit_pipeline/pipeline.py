@@ -314,6 +314,7 @@ class S2EditPipeline(
         """
         self._check_ready()
         check_method(method)
+        _check_keep(keep_attention)
         if method == "null_text":
             self._check_autograd()
         self._check_prompt(prompt, "prompt")
@@ -393,7 +394,8 @@ class S2EditPipeline(
             guidance_scale: 3.5 to 5.5 are S2Edit's.
             guidance_rescale: from 0 to 1, against colours burnt by guidance (Lin et al. 2024).
             preset: "paper" is the paper's reading in one word (null-text inversion, guided to the end, not confined),
-                see ``presets.PRESETS``; what is passed beside it wins.
+                see ``presets.PRESETS``; what is passed beside it wins, an inversion among it, and
+                ``blend_words=True`` for None's confinement.
             guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024), half of
                 them by default; 1 is prompt-to-prompt's own, guided to the end.
             cross_replace_steps: share of the steps in which words common to both prompts keep the source's
@@ -408,7 +410,8 @@ class S2EditPipeline(
             keep_pixels: outside the region, return the picture's own pixels, not the autoencoder's; its border is
                 feathered inwards.
             strength: share of the noise levels that the edit goes through; lower stays nearer to the picture
-                ("edit_friendly" was published with 0.64).
+                ("edit_friendly" was published with 0.64). The other shares count from the full noise all the same: at
+                0.5 an edit with the defaults is neither guided nor given the source's attention.
             generator: of the noise, without ``image`` or with ``inversion="edit_friendly"``.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: ``f(pipe, step, timestep, tensors)``; it may return ``{"latents": ...}`` and set
@@ -423,7 +426,8 @@ class S2EditPipeline(
                 ``image``; an edit of a picture is deterministic, needs the words, and is as large as it is.
             return_attention_maps: also return where each word of the first target looked.
             keep_attention: where the inversion is made here: how much of the source's attention is kept meanwhile, as
-                in :meth:`invert`; its ``share`` is what the edit needs.
+                in :meth:`invert`; its ``share`` is what the edit needs. None keeps only where its words look: the
+                source is asked again at the steps that take its attention over, in the least memory.
 
         Returns:
             ``S2EditPipelineOutput``, or with ``return_dict=False`` the tuple of its fields, images first, those that
@@ -433,6 +437,7 @@ class S2EditPipeline(
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
         self._check_ready()
+        _check_keep(keep_attention)
         self._interrupt = False
         drawing = image is None and not hasattr(inversion, "trajectory")
         asked_for = {"inversion": inversion, "guidance_stop": guidance_stop, "blend_words": blend_words}
@@ -519,3 +524,10 @@ class S2EditPipeline(
                 )  # fmt: skip
         self.maybe_free_model_hooks()
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
+
+
+def _check_keep(keep_attention: Any) -> None:
+    if keep_attention is not None and not hasattr(keep_attention, "max_bytes"):
+        raise TypeError(
+            f"keep_attention must be a KeepAttention, not {keep_attention!r}; KeepAttention(max_bytes=0) keeps nothing."
+        )

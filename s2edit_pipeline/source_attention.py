@@ -25,7 +25,7 @@ class KeepAttention:
         max_bytes: the most that is kept; the levels nearest to the noise, where an edit begins, are kept longest.
             Where the words look, which is much smaller, comes on top. 0 keeps nothing.
         dtype: kept as, None the model's own; ``torch.float16`` halves a float32 model's.
-        device: kept on, None the model's own.
+        device: of the attention that is kept, None the model's own.
     """
 
     share: float = 0.4
@@ -38,6 +38,11 @@ class KeepAttention:
             raise ValueError(f"KeepAttention: share must be from 0 to 1, not {self.share!r}.")
         if not isinstance(self.max_bytes, int) or isinstance(self.max_bytes, bool) or self.max_bytes < 0:
             raise ValueError(f"KeepAttention: max_bytes must be a whole number of at least 0, not {self.max_bytes!r}.")
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except RuntimeError as error:
+                raise ValueError(f"KeepAttention: device={self.device!r} is none: {error}") from error
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise ValueError(f"KeepAttention: dtype must be a floating point type, not {self.dtype!r}.")
 
@@ -49,10 +54,12 @@ class SourceAttention:
     Attributes:
         layers: for the levels that were to be kept, and found room.
         maps: for every level: where its words looked, averaged over heads and layers.
+        made_with: the model, its identities and its noise levels; with others it is not the source's attention.
     """
 
     layers: Mapping[int, LayerAttention] = field(default_factory=dict)
     maps: Mapping[int, MapRecorder] = field(default_factory=dict)
+    made_with: str = ""
 
 
 class AttentionKeeper(AttentionController):
@@ -63,10 +70,11 @@ class AttentionKeeper(AttentionController):
         num_steps: of the inversion, the noisiest level.
         map_queries: the most and the fewest queries of the layers that tell where words look; of self-attention, layers
             of at most as many are kept.
+        maps: whether anybody asks where words look.
     """
 
-    def __init__(self, keep: KeepAttention, num_steps: int, map_queries: tuple[int, int]) -> None:
-        self.keep, self.num_steps, self.map_queries = keep, num_steps, map_queries
+    def __init__(self, keep: KeepAttention, num_steps: int, map_queries: tuple[int, int], *, maps: bool = True) -> None:
+        self.keep, self.num_steps, self.map_queries, self.rows = keep, num_steps, map_queries, [0] * maps
         self.first_kept = num_steps - round(keep.share * num_steps) + 1
         self.level = 0
         self.layers: dict[int, LayerAttention] = {}
@@ -76,7 +84,7 @@ class AttentionKeeper(AttentionController):
         """Be told of the next evaluation; one at the same level takes the place of an earlier one."""
         self._make_room()
         self.level = level
-        self.maps[level] = MapRecorder(*self.map_queries, rows=[0])
+        self.maps[level] = MapRecorder(*self.map_queries, rows=self.rows)
         self.layers.pop(level, None)
         if level >= self.first_kept:
             self.layers[level] = LayerAttention()
@@ -108,10 +116,14 @@ class AttentionKeeper(AttentionController):
         return x.detach().to(device=self.keep.device, dtype=self.keep.dtype, copy=True)
 
     def _make_room(self) -> None:
-        """Let the levels farthest from the noise go until the rest fits."""
+        """Let the levels farthest from the noise go until the rest fits; they are all as large, so that those which
+        would have to go in the end aren't kept to begin with."""
+        if self.layers:
+            room = self.keep.max_bytes // max(1, *(layers.num_bytes for layers in self.layers.values()))
+            self.first_kept = max(self.first_kept, self.num_steps - room + 1)
         while self.layers and sum(layers.num_bytes for layers in self.layers.values()) > self.keep.max_bytes:
             del self.layers[min(self.layers)]
 
-    def kept(self) -> SourceAttention:
+    def kept(self, made_with: str = "") -> SourceAttention:
         self._make_room()
-        return SourceAttention(dict(self.layers), dict(self.maps))
+        return SourceAttention(dict(self.layers), dict(self.maps), made_with)

@@ -135,7 +135,7 @@ def test_at_last_what_drifted_a_little_is_the_source_again() -> None:
         x = move(x, u + SCALE * (c - u), k)
         source = inversion.trajectory[k - 1 : k]
         if step + 1 >= 0.8 * N:
-            change = (x - source).square().mean((0, 1)).sqrt()
+            change = ((x - source) * region).square().mean((0, 1)).sqrt()
             allowed = region * (change >= 0.5 * change.max())
         if step + 1 >= 0.5 * N:
             x = torch.where(allowed > 0, x, source)

@@ -76,10 +76,13 @@ def test_nothing_is_asked_twice(pipe: S2EditPipeline, picture: Any) -> None:
         assert counts.evaluations == 81 + 2 * (2 * 5 + 5) + 10
         edited(pipe, replace(inversion, attention=None), blend_words=False)  # only while it is taken over
         assert counts.evaluations == 121 + 2 * (2 * 5 + 5) + 4
-        pipe(TARGETS, picture, SOURCE, num_inference_steps=10, cross_replace_steps=0.8)  # keeps what this edit needs
+        # for one call: kept as far as this edit needs it, or asked again, where the walk up begins to come down too
+        pipe(TARGETS, picture, SOURCE, num_inference_steps=10, cross_replace_steps=0.8, keep_attention=KeepAttention())
         assert counts.evaluations == 155 + 11 + 2 * (2 * 5 + 5)
+        pipe(TARGETS, picture, SOURCE, num_inference_steps=10)
+        assert counts.evaluations == 196 + 10 + 4 + 2 * (2 * 5 + 5)
         pipe(TARGETS, picture, SOURCE, num_inference_steps=10, inversion="ddim")
-        assert counts.evaluations == 196 + 10 + 2 * 10 + 2 * (2 * 5 + 5)
+        assert counts.evaluations == 240 + 10 + 2 * 10 + 2 * (2 * 5 + 5)
     assert counts.backward_evaluations == 0
 
 
@@ -118,6 +121,45 @@ def test_a_level_asked_again_takes_the_place_of_the_first() -> None:
     assert float(kept.maps[1].maps[(2, 2)].mean()) == 0.75
 
 
+def test_with_another_model_it_is_asked_again(pipe: S2EditPipeline, picture: Any, half_mask: Any) -> None:
+    """An identity that no prompt speaks of acts on the evaluation all the same."""
+    identity = pipe.fit_identity(picture, SOURCE, "lady", mask=half_mask, num_steps=3, learning_rate=1e-2)
+    bare = pipe.invert(picture, SOURCE, num_inference_steps=STEPS)
+    with count_unet(pipe.unet) as counts:
+        edited(pipe, bare)
+        kept, asked = counts.evaluations, edited(pipe, replace(bare, attention=None))
+        counts.evaluations = 0
+        pipe.load_identity(identity)
+        found = edited(pipe, bare)
+        assert counts.evaluations > kept
+    assert torch.equal(found, edited(pipe, replace(bare, attention=None)))
+    assert not torch.equal(found, asked)
+
+
+@pytest.mark.parametrize("switch", [{}, {"mask_after": True}, {"renormalize": True}])
+def test_a_masked_token_is_kept_masked(pipe: S2EditPipeline, picture: Any, half_mask: Any, switch: Any) -> None:
+    pipe.to(dtype=torch.float64)
+    identity = pipe.fit_identity(picture, SOURCE, "lady", method="token", mask=half_mask, num_steps=1, **switch)
+    pipe.load_identity(identity)
+    inversion = pipe.invert(picture, SOURCE, num_inference_steps=STEPS, keep_attention=KeepAttention(device="cpu"))
+    assert "[I]" in inversion.prompt and inversion.attention is not None
+    target, settings = "a photo of a smiling [I] lady with glasses", {"output_type": "latent"}
+    kept = pipe(target, inversion=inversion, **settings).images
+    asked = pipe(target, inversion=replace(inversion, attention=None), **settings).images
+    torch.testing.assert_close(kept, asked, rtol=1e-9, atol=1e-10)
+
+
+def test_what_is_no_limit_is_refused(pipe: S2EditPipeline, picture: Any) -> None:
+    for call in (
+        lambda: pipe.invert(picture, SOURCE, keep_attention=0),
+        lambda: pipe(TARGETS, picture, SOURCE, keep_attention=0.4),
+    ):
+        with pytest.raises(
+            TypeError, match=r"must be a KeepAttention, not .*KeepAttention\(max_bytes=0\) keeps nothing"
+        ):
+            call()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -125,6 +167,7 @@ def test_a_level_asked_again_takes_the_place_of_the_first() -> None:
         ({"max_bytes": -1}, "max_bytes must be a whole number"),
         ({"max_bytes": 1e9}, "max_bytes"),
         ({"dtype": torch.int8}, "dtype must be a floating point type"),
+        ({"device": "gpu"}, "device='gpu' is none"),
     ],
 )
 def test_limits_that_cannot_be(settings: dict[str, Any], said: str) -> None:

@@ -208,15 +208,14 @@ def measure_compositions(
     pairs: Sequence[CompositionPair],
     settings: Mapping[str, CompositionSetting] = SETTINGS,
     *,
-    num_steps: int = 40,
-    learning_rate: float = 1e-3,
+    num_steps: int | None = None,
     num_inference_steps: int = 25,
     seed: int = 0,
 ) -> list[CompositionRow]:
     """Fit and compose every pair, once for each of ``settings``; those that fit alike share the fit.
 
     Args:
-        num_steps, learning_rate: of each fit; two pictures take more than one, and gentler steps.
+        num_steps: of each fit; None takes the method's own.
         num_inference_steps: of each edit.
         seed: of each fit's noise.
     """
@@ -235,8 +234,6 @@ def measure_compositions(
                     pair.source.noun,
                     reference=ReferenceAttribute(reference, pair.reference_prompt, pair.noun, mask=pair.reference_mask),
                     num_steps=num_steps,
-                    learning_rate=learning_rate,
-                    timestep_sampling="uniform",
                     generator=torch.Generator().manual_seed(seed),
                     **setting.fit,
                 )

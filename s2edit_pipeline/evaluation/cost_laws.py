@@ -25,6 +25,13 @@ def edit_evaluations(
     return num_edits * (num_inference_steps + math.ceil(guidance_stop * num_inference_steps))
 
 
+def call_evaluations(num_inference_steps: int, num_edits: int = 1) -> int:
+    """Of a call that inverts, "direct", and edits: it keeps nothing for later, so the source is asked again, once for
+    all edits, at the steps that take its attention over, the noisiest of which the walk up leaves out."""
+    asked_again = round(EditSettings.self_replace_steps * num_inference_steps)
+    return num_inference_steps + asked_again + edit_evaluations(num_inference_steps, num_edits)
+
+
 def null_text_evaluations(num_inference_steps: int, num_inner_steps: int = 10) -> tuple[int, int]:
     """Evaluations and backward passes of null-text inversion (Mokady et al. 2023, algorithm 1) where no optimisation
     stops early: a step up; on the way down the conditional branch, the inner steps, and the step that they found."""

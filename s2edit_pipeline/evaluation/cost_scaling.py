@@ -10,7 +10,7 @@ from typing import Any
 
 from ..avatars.captions import describe
 from ..avatars.world import render, sample_person
-from .cost_laws import LineFit, PowerFit, edit_evaluations, fit_line, fit_power, inversion_evaluations
+from .cost_laws import LineFit, PowerFit, call_evaluations, fit_line, fit_power
 from .counterfactual import varied_edits
 from .edit_costs import PERSON
 from .timing import machine, take_turns
@@ -104,7 +104,7 @@ def measure_scaling(
     for setting in dict.fromkeys(settings):
         n, side, count = setting
         timing = timings[str(setting)]
-        evaluations = inversion_evaluations(n) + edit_evaluations(n, count)
+        evaluations = call_evaluations(n, count)
         assert timing.counts.evaluations == evaluations, f"{setting}: {timing.counts} for {evaluations} evaluations"
         points.append(ScalingPoint(n, side, count, evaluations, timing.median))
 

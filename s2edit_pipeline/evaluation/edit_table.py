@@ -32,7 +32,8 @@ SETTINGS: Mapping[str, Setting] = {
     "λ = 0": Setting(fit={"semantic_weight": 0.0}),
     "no spatial control": Setting(fit={"spatial_control": False}),
     "positions behind `[I]` masked too": Setting(fit={"mask_after": True}),
-    "full, the paper's": Setting(fit={"method": "full"}),
+    "full": Setting(fit={"method": "full"}),
+    "the paper's fit": Setting(fit={"preset": "paper"}),
     "token alone": Setting(fit={"method": "token"}),
     "null-text": Setting(inversion="null_text"),
     "negative prompt": Setting(inversion="negative_prompt"),
@@ -92,7 +93,7 @@ def measure_edits(
             if setting.fit is not None:
                 key = (repr(sorted(setting.fit.items())), number)
                 if key not in fitted:
-                    fitting = setting.with_changes(fit={"num_steps": num_steps})
+                    fitting = setting.with_changes(fit={} if num_steps is None else {"num_steps": num_steps})
                     fitted[key] = fitting.fit_identity(pipe, picture, prompt, person.noun, seed)
                 identity = fitted[key]
                 cosines.append([abs(identity.measures[f"cosine_{end}"]) for end in ("first", "last")])

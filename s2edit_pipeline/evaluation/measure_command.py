@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     """Print one table; returns the exit status, 2 for arguments that can't be used."""
     try:
         _MEASURES[args.what](args)
-    except ValueError as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"s2edit measure {args.what}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -161,9 +161,9 @@ def _scaling(args: argparse.Namespace) -> None:
     from .cost_scaling import measure_scaling, plot
 
     report = measure_scaling(_load(args), repeats=args.repeats)
+    _show(report, args.json)
     if args.plot:
         plot(report, args.plot)
-    _show(report, args.json)
 
 
 def _show(report: Any, path: str | None) -> None:

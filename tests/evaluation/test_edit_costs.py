@@ -23,8 +23,8 @@ def test_every_item_beside_the_stock_pipeline(avatars: Any) -> None:
     costs = measure_edit_costs(avatars, 3, repeats=1)
     rows = {row.item: row for row in costs.rows}
     assert list(rows) == list(ITEMS)
-    # guided: two branches a step; edited: 3 + 1 up, and down 2 guided steps of 2 rows and one of one
-    asked = {"stock": 6, "first": 4 + 5, "further": 5, "three": 4 + 3 * 5}
+    # guided: two branches a step; edited: 3 up, the source once more, and down 2 guided steps of 2 rows and one of one
+    asked = {"stock": 6, "first": 3 + 1 + 5, "further": 5, "three": 3 + 1 + 3 * 5}
     assert {item: rows[item].evaluations for item in asked} == asked
     null_text = rows["null_text"]
     assert 3 * (1 + 1 + 1 + 1) + 12 < null_text.evaluations <= 3 * 13 + 12

@@ -299,7 +299,7 @@ def edit_threshold(c: Calls) -> bool:
 def edit_keep_attention(c: Calls) -> bool:
     """The same edit; what wasn't kept is asked for again, in rows of its own."""
     rows, images = [], []
-    for keep in (None, KeepAttention(max_bytes=0)):
+    for keep in (KeepAttention(), None):
         with batches(c.pipe) as seen:
             images.append(c._edit(inversion="direct", keep_attention=keep).images)
         rows.append(sum(seen))
