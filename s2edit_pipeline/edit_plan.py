@@ -84,7 +84,14 @@ def plan_edits(
             kept = [tuple(_positions(prompt, word) for word in keep_words) for prompt in (source, target)]
             kept_source, kept_target = (tuple(found for found in side if found) for side in kept)
             confinement = Confinement(
-                looks[0], looks[1], region, settings.blend_threshold, settings.confine_from, kept_source, kept_target
+                looks[0],
+                looks[1],
+                region,
+                settings.blend_threshold,
+                settings.confine_from,
+                kept_source,
+                kept_target,
+                settings.change_threshold if region is None else 0.0,  # a caller's own region is taken as it is
             )
         until = _cross_until(target, cross_replace_steps, num_steps)
         plans.append(TargetPlan(target, alignment, until, weights, confinement))

@@ -77,6 +77,7 @@ class Confinement:
         region: (h, w) of 0 and 1, given from outside; then no map is looked at.
         threshold: see ``object_masks.edit_region``.
         start: the share of the steps after which the source is kept outside.
+        change_threshold: in the end, cells that changed by less than this share of the most changed one are kept too.
     """
 
     source_tokens: tuple[tuple[int, ...], ...]
@@ -86,6 +87,7 @@ class Confinement:
     start: float
     kept_source: tuple[tuple[int, ...], ...] = ()
     kept_target: tuple[tuple[int, ...], ...] = ()
+    change_threshold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def sample_edits(
             region = _region(confinement, control, i, size).to(x)
             if step + 1 >= settings.settle_from * schedule.num_steps:
                 inside = torch.where(region > 0.5, x[i], source[0])
-                region = region * changed_cells(inside, source[0], settings.change_threshold)
+                region = region * changed_cells(inside, source[0], confinement.change_threshold)
             regions[i] = region
             x = torch.cat([x[:i], torch.where(region > 0.5, x[i : i + 1], source), x[i + 1 :]])
         try:

@@ -418,8 +418,8 @@ class S2EditPipeline(
                 ``pipe._interrupt = True`` to stop early.
             edit: "auto", "replace" or "refine", see ``prompt_alignment.align_prompts``.
             blend_threshold: of the words' maps, in (0, 1); lower lets the edit reach farther.
-            change_threshold: in the last fifth of the steps, cells of that region that changed by less than this share
-                of the most changed one are the source's again: that is drift, not edit. 0 lets it be.
+            change_threshold: in the last fifth of the steps, cells of the words' region that changed by less than this
+                share of the most changed one are the source's again: that is drift, not edit. 0 lets it be.
             negative_prompt: what to steer away from; without ``image`` also a list, one for each prompt.
             num_images_per_prompt, latents, prompt_embeds, negative_prompt_embeds, and SDXL's pooled_prompt_embeds,
                 negative_pooled_prompt_embeds, original_size, crops_coords_top_left, target_size: only without

@@ -59,7 +59,7 @@ def edit(
         (99, 1),
         Reweighting([None] * 2),
     )
-    chosen = EditSettings(guidance_scale=SCALE, guidance_stop=guidance_stop, **{"change_threshold": 0.0, **settings})
+    chosen = EditSettings(guidance_scale=SCALE, guidance_stop=guidance_stop, **settings)
     return sample_edits(
         denoise, SCHEDULE, inversion, EMBEDS, TARGETS, NULL, chosen, nothing, confinements, on_step
     )  # fmt: skip
@@ -127,8 +127,8 @@ def test_at_last_what_drifted_a_little_is_the_source_again() -> None:
     most changed one are laid over with the source too."""
     region = torch.zeros(4, 4)
     region[:3] = 1
-    inversion, confined = inverted("direct"), Confinement((), (), region, 0.4, start=0.5)
-    found = edit(inversion, [confined, None], change_threshold=0.5, settle_from=0.8)
+    inversion, confined = inverted("direct"), Confinement((), (), region, 0.4, start=0.5, change_threshold=0.5)
+    found = edit(inversion, [confined, None], settle_from=0.8)
     x, allowed = inversion.trajectory[-1:], region
     for step, k in enumerate(range(N, 0, -1)):
         u, c = denoise(x, k, NULL), denoise(x, k, TARGETS[:1])

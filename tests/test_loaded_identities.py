@@ -73,7 +73,9 @@ def test_an_inversion_knows_its_identity(
     arguments: dict[str, Any] = {"inversion": inversion, "output_type": "latent"}
     with pytest.raises(ValueError, match=r"made with the identity '\[I\]', and it isn't loaded"):
         pipe(WITH, picture, SOURCE, **arguments)
-    with pytest.raises(ValueError, match=r"made with the identity '\[I\]', and another identity is loaded"):
+    with pytest.raises(
+        ValueError, match=r"made with the identity '\[I\]', and another identity, scale or mask is loaded"
+    ):
         pipe(WITH, picture, SOURCE, other, **arguments)
     found = pipe(WITH, picture, SOURCE, identity, **arguments).images
     assert torch.equal(found, _edit(pipe, picture, identity=identity))

@@ -133,7 +133,7 @@ def test_an_edit_refuses_before_any_work(
         *BAD_PICTURES,
         ({"prompt": ""}, ValueError, "prompt is empty"),
         ({"prompt": LONG}, ValueError, "tokens and the text encoder"),
-        ({"method": "edict"}, ValueError, "'edict' is unknown; choose one of 'direct', 'ddim'"),
+        ({"method": "edict"}, ValueError, "'edict' is unknown; choose one of 'direct', 'fixed_point'"),
         ({"num_inference_steps": 5000}, ValueError, "from 1 to 1000"),
         ({"negative_prompt": LONG}, ValueError, "tokens and the text encoder"),
     ],
