@@ -72,13 +72,13 @@ def test_every_setting_is_one_that_the_pipeline_takes() -> None:
 
 
 def test_the_papers_setting_and_its_ablation() -> None:
-    assert PAPER.fit == {"method": "full"} and PAPER.inversion == "null_text"
+    assert PAPER.fit == {"preset": "paper"} and PAPER.inversion == "null_text"
     assert PAPER.edit == {"guidance_stop": 1.0, "blend_words": False}
     first, tuned, semantic, both = ABLATION.values()
     assert first.fit is None and (tuned.fit, semantic.fit, both.fit) == (
-        {"method": "full", "semantic_weight": 0.0, "spatial_control": False},
-        {"method": "full", "spatial_control": False},
-        {"method": "full"},
+        {"preset": "paper", "semantic_weight": 0.0, "spatial_control": False},
+        {"preset": "paper", "spatial_control": False},
+        {"preset": "paper"},
     )
     assert len({(s.inversion, tuple(s.edit.items())) for s in ABLATION.values()}) == 1
 
