@@ -190,6 +190,7 @@ def test_a_target_without_the_subject_goes_without_the_token(
         return call(pipe, prompt, *args, **kwargs)
 
     monkeypatch.setattr(S2EditPipeline, "__call__", spy)
+    _noise(1, (80, 48)).save(folder / "tom.png")
     (cat,) = load_edit_dataset(folder)[1:]
     cat = replace(cat, target_prompts=("a photo of a dog", "a photo of a sad cat"))
     entrant = Entrant("S2Edit", "S2Edit", {"fit": {"num_steps": 1}})
@@ -202,7 +203,7 @@ def test_a_target_without_the_subject_goes_without_the_token(
     assert report["direct + P2P"]["token_left_out"] == []
     assert "S2Edit left its token out of 'a photo of a dog' (tom.png)" in write_dataset_report(run, {}).read_text()
     for name in ("S2Edit", "direct-P2P", "autoencoder-alone"):
-        assert Image.open(run.out / "records" / name / "tom.png" / "edits.png").size == (80, 24)
+        assert Image.open(run.out / "records" / name / "tom.png" / "edits.png").size == (160, 48)
     costs = {name: row["cost"] for name, row in report.items()}
     assert costs["S2Edit"]["cost_prepare"] > costs["direct + P2P"]["cost_prepare"] >= 2
     assert costs["autoencoder alone"]["cost_edit"] == 0
