@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..atomic_folder import atomic_folder
 from ..avatars.world import render
-from .benchmark import BenchmarkRun, SubjectKey, edits_of, file_name, load_model, run_benchmark, subject_seed
+from .benchmark import BenchmarkRun, SubjectKey, edits_of, subject_seed
 from .benchmark_methods import (
     ABLATION_METHODS,
     ABLATION_PREFIX,
@@ -23,6 +23,7 @@ from .benchmark_methods import (
     variants,
 )
 from .benchmark_report import METRICS, Values, collect, edited_pictures, example_sheet, summary, write_report
+from .method_records import file_name, load_model, run_benchmark
 from .own_methods import SETTINGS, PipelineMethod
 from .sheets import save_figure, save_sheet
 

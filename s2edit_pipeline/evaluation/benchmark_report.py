@@ -17,6 +17,7 @@ from PIL import Image
 from ..avatars.world import IMAGE_SIZE, render
 from .benchmark import BenchmarkRun, SubjectKey, edits_of
 from .intervals import bootstrap_interval
+from .method_records import mean_costs
 from .sheets import save_figure, save_sheet
 
 
@@ -110,7 +111,7 @@ def make_report(run: BenchmarkRun, unavailable: Mapping[str, str], baseline: str
             methods[entrant.name]["subjects"] += 1
             costs.setdefault(entrant.name, []).append(record)
     for name, records in costs.items():
-        methods[name]["cost"] = _cost(records)
+        methods[name]["cost"] = mean_costs(records)
     settings = {
         "edits": run.edits, "num_inference_steps": run.num_inference_steps, "seed": run.seed, "device": run.device,
         "subjects": [list(subject) for subject in run.subjects],
@@ -128,15 +129,6 @@ def _categories(run: BenchmarkRun) -> dict[str, set[tuple[SubjectKey, str]]]:
 
 def _of_category(values: Values, keys: set[tuple[SubjectKey, str]]) -> list[float]:
     return [value for key, value in values.items() if key in keys]
-
-
-def _cost(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over subjects: U-Net evaluations (a backward pass counts 2) and seconds, once a picture and an edit."""
-    found = {}
-    for what in ("cost", "seconds"):
-        found[f"{what}_prepare"] = float(np.mean([r["prepare"][what] for r in records]))
-        found[f"{what}_edit"] = float(np.mean([r["edit"][what] / len(r["edits"]) for r in records]))
-    return found
 
 
 # ---------------------------------------------------------------------------- Markdown

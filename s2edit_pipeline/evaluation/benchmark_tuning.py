@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .benchmark import BenchmarkRun, Record, SubjectKey, run_benchmark
+from .benchmark import BenchmarkRun, SubjectKey
 from .benchmark_methods import METHODS, Entrant, variants
+from .method_records import Record, run_benchmark
 
 TUNING_FIRST = 5000
 """The first of the held-out people that arguments are chosen on."""

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..prompt_alignment import split_words
+from .edit_methods import holds
 
 CAPTIONS = ("captions.jsonl", "captions.csv")
 PIE_MAPPING, PIE_PICTURES, PIE_SIDE = "mapping_file.json", "annotation_images", 512
@@ -185,7 +186,7 @@ def _existing(file: Path, where: str) -> Path:
 
 
 def _check_subject(source: str, subject: str, where: str) -> None:
-    if f" {' '.join(split_words(subject))} " not in f" {' '.join(split_words(source))} ":
+    if not holds(source, subject):
         raise ValueError(f"{where}: the subject {subject!r} is not in the source prompt {source!r}; take a noun of it.")
 
 

@@ -13,6 +13,7 @@ from ..identity_adapter import IdentityAdapter
 from ..latent_inversion import Inversion
 from ..presets import PRESETS
 from ..prompt_alignment import insert_token
+from .edit_methods import at_size_of, holds
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,10 @@ ABLATION: Mapping[str, Setting] = {
 
 @dataclass(frozen=True)
 class PreparedPicture:
-    """A picture fitted and inverted: called with target prompts, it edits."""
+    """A picture fitted and inverted: called with target prompts, it edits.
+
+    The identity's token goes before the subject; a target that lacks the subject (a dog for a cat) goes without.
+    """
 
     pipe: Any
     picture: Image.Image
@@ -90,8 +94,11 @@ class PreparedPicture:
     edit_arguments: Mapping[str, Any]
 
     def __call__(self, targets: Sequence[str]) -> list[Image.Image]:
-        images: list[Image.Image] = self._edit(targets).images
-        return images
+        return at_size_of(self.picture, self._edit(targets).images)
+
+    def without_token(self, targets: Sequence[str]) -> list[str]:
+        """Those that lack the subject, of a picture that has an identity."""
+        return [] if self.identity is None else [target for target in targets if not holds(target, self.subject)]
 
     def attention_maps(self, target: str) -> dict[str, Image.Image]:
         """Word of ``target``, the token among them, -> where it looked, a PIL "L" picture."""
@@ -100,7 +107,8 @@ class PreparedPicture:
 
     def _edit(self, targets: Sequence[str], **more: Any) -> Any:
         if self.identity is not None:
-            targets = [insert_token(target, self.subject, self.identity.token) for target in targets]
+            bare = self.without_token(targets)
+            targets = [t if t in bare else insert_token(t, self.subject, self.identity.token) for t in targets]
         arguments = {**self.edit_arguments, **more}
         return self.pipe(list(targets), self.picture, None, self.identity, self.inversion, **arguments)
 
@@ -148,8 +156,9 @@ class AutoencoderAlone:
     pipe: Any
 
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Any:
-        pixels = self.pipe.image_processor.preprocess(picture).to(self.pipe.device)
+        size = self.pipe._working_size(picture, None, None)
+        pixels = self.pipe.image_processor.preprocess(picture, *size).to(self.pipe.device)
         with torch.no_grad():
             decoded = self.pipe.vae.decode(self.pipe.vae.encode(pixels).latent_dist.mode()).sample
-        returned = self.pipe.image_processor.postprocess(decoded, output_type="pil")[0]
-        return lambda targets: [returned] * len(targets)
+        returned = at_size_of(picture, self.pipe.image_processor.postprocess(decoded, output_type="pil"))
+        return lambda targets: returned * len(targets)

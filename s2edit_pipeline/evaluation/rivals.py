@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInstructPix2PixPipeline
@@ -21,7 +21,7 @@ from ..ddim_steps import check_finite, ddim_move, noise_schedule
 from ..latent_inversion import guided
 from ..picture_inputs import working_size
 from ..prompt_alignment import insert_token
-from .edit_methods import Edit
+from .edit_methods import Edit, at_size_of
 
 
 def _generators(seed: int, count: int) -> list[torch.Generator]:
@@ -34,11 +34,6 @@ def _working_copy(picture: Image.Image, pipe: Any) -> Image.Image:
     native = pipe.unet.config.sample_size * pipe.vae_scale_factor
     height, width = working_size(picture.size, native, multiple, None, None)
     return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _at_size_of(picture: Image.Image, edited: Sequence[Image.Image]) -> list[Image.Image]:
-    size = picture.size
-    return [one if one.size == size else one.resize(size, Image.Resampling.LANCZOS) for one in edited]
 
 
 def _check_family(pipe: Any, name: str) -> None:
@@ -81,7 +76,7 @@ class SDEdit:
                 guidance_scale=self.guidance_scale,
                 generator=_generators(seed, len(target_prompts)),
             )
-            return _at_size_of(picture, edited.images)
+            return at_size_of(picture, edited.images)
 
         return edit
 
@@ -90,7 +85,8 @@ class SDEdit:
 class InstructPix2Pix:
     """A model that was trained to edit as it is told (Brooks et al. 2023).
 
-    The instruction is the target prompt: so was the embedded model's sibling trained, see ``instruct_training``.
+    The instruction is the target prompt where nobody wrote another: so was the embedded model's sibling trained, see
+    ``instruct_training``.
 
     Attributes:
         model: with a U-Net that takes the picture beside the noise.
@@ -103,6 +99,7 @@ class InstructPix2Pix:
     guidance_scale: float = 4.5
     num_inference_steps: int = 50
     name: str = "InstructPix2Pix"
+    takes_instructions: ClassVar[bool] = True
 
     @classmethod
     def from_folder(cls, folder: str | Path, **settings: Any) -> InstructPix2Pix:
@@ -130,7 +127,7 @@ class InstructPix2Pix:
                 image_guidance_scale=self.image_guidance_scale,
                 generator=_generators(seed, len(target_prompts)),
             )
-            return _at_size_of(picture, edited.images)
+            return at_size_of(picture, edited.images)
 
         return edit
 
@@ -232,6 +229,6 @@ class SINE:
                 x = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], schedule.prediction_type)
                 check_finite(x, "SINE's drawing", step)
             images, _ = pipe._finish(x, "pil")
-            return _at_size_of(picture, images)
+            return at_size_of(picture, images)
 
         return edit

@@ -14,10 +14,11 @@ import torch
 from PIL import Image, ImageFilter
 
 from s2edit_pipeline.avatars.world import render, sample
-from s2edit_pipeline.evaluation import benchmark, benchmark_methods
-from s2edit_pipeline.evaluation.benchmark import BenchmarkRun, edits_of, read_record, run_benchmark
+from s2edit_pipeline.evaluation import benchmark, benchmark_methods, method_records
+from s2edit_pipeline.evaluation.benchmark import BenchmarkRun, edits_of
 from s2edit_pipeline.evaluation.benchmark_methods import Contender, Entrant, entrants, variants
 from s2edit_pipeline.evaluation.benchmark_metrics import score_edit
+from s2edit_pipeline.evaluation.method_records import read_record, run_benchmark
 
 SUBJECTS = (("person", 1000), ("person", 1001), ("creature", 1000))
 
@@ -43,7 +44,7 @@ class Blur:
 @pytest.fixture
 def made(make_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Preparations made so far; the methods "soft", "blind" and "absent" are known besides, and the model is tiny."""
-    monkeypatch.setattr(benchmark, "load_model", lambda run: make_pipe())
+    monkeypatch.setattr(method_records, "load_model", lambda run: make_pipe())
     prepared: list[tuple[str, str, int]] = []
 
     def contender(work: Any = None) -> Contender:
@@ -84,7 +85,8 @@ def test_records_hold_the_scores_of_the_pictures(tmp_path: Path, made: list[Any]
     assert run_benchmark(run) == {}
     assert len(list(run.records())) == 4
     for entrant, subject, record in run.records():
-        assert (record["name"], record["subject"], record["error"]) == (entrant.name, list(subject), None)
+        assert (record["name"], record["error"]) == (entrant.name, None)
+        assert record["subject"] == f"{subject[0]}-{subject[1]}"
         edits = edits_of(run, subject)
         strip = Image.open(run.folder(entrant, subject) / "edits.png")
         assert strip.size == (2 * 128, 128) and len(record["edits"]) == len(edits) == 2
