@@ -85,7 +85,7 @@ def _write(
     held = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
     content = {
         "criterion": CRITERION,
-        "subjects": [list(subject) for subject in run.subjects],
+        "subjects": {**held.get("subjects", {}), **{method: [list(s) for s in run.subjects] for method in best}},
         "num_inference_steps": run.num_inference_steps,
         "methods": {**held.get("methods", {}), **best},
         "scores": {
