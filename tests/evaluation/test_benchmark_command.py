@@ -73,7 +73,7 @@ def test_tuning_writes_the_best_on_other_people(
     argv = ["bench", "--tune", "--out", str(tmp_path), "--settings", str(path), *SMALL, "--methods", "direct + P2P"]
     assert main(argv) == 0
     written = json.loads(path.read_text())
-    assert written["subjects"] == [["person", TUNING_FIRST]] and "PSNR" in written["criterion"]
+    assert written["subjects"] == {"direct + P2P": [["person", TUNING_FIRST]]} and "PSNR" in written["criterion"]
     assert written["methods"]["S2Edit"] == {"edit": {"strength": 0.9}}  # kept
     scores = {}
     for name, arguments in (("", {}), (" (guidance_scale=3.0)", grid[0]), (" (guidance_scale=6.0)", grid[1])):
