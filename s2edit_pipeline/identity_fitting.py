@@ -35,7 +35,7 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "full": Recipe(60, 2e-5, 4, "uniform"),
-    "lora": Recipe(10, 3e-3, 4, "high_noise"),
+    "lora": Recipe(60, 1e-3, 4, "uniform"),
     "token": Recipe(20, 2e-2, 4, "uniform"),
 }
 

@@ -23,7 +23,8 @@ SERIES: Mapping[str, Sequence[Mapping[str, Any] | None]] = {
     "no identity": [None],
     PAPER: [{"preset": "paper"}],
     "the defaults": [{}],
-    "lora": [{"num_steps": n} for n in (5, 20, 40)],
+    "lora": [{"num_steps": n} for n in (20, 40)],
+    "lora, quick": [{"num_steps": n, "learning_rate": 3e-2 / n, "timestep_sampling": "high_noise"} for n in (10, 20)],
     "full": [{"method": "full", "num_steps": n, "learning_rate": 1e-3 / n} for n in (5, 10, 20)] + [{"method": "full"}],
     "token": [{"method": "token", "num_steps": n} for n in (10, 20, 40)],
 }
