@@ -13,6 +13,7 @@ from ..avatars.world import render, sample_person
 from .cost_laws import LineFit, PowerFit, call_evaluations, fit_line, fit_power
 from .counterfactual import varied_edits
 from .edit_costs import PERSON
+from .sheets import save_figure
 from .timing import machine, take_turns
 
 
@@ -123,31 +124,30 @@ def plot(scaling: Scaling, out: str | Path) -> None:
     Raises:
         ImportError: matplotlib isn't there: ``pip install "s2edit-pipeline[evaluation]"``.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "s2edit-pipeline[evaluation]".') from error
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    of_steps, of_sides, of_edits = figure.subplots(1, 3)
-    for side, fit in scaling.by_side.items():
-        measured = _of_one_edit(scaling.points, side)
-        (drawn,) = of_steps.plot([p.steps for p in measured], [p.seconds for p in measured], "o", label=f"{side} px")
-        law = [fit.at(p.evaluations) for p in measured]
-        of_steps.plot([p.steps for p in measured], law, color=drawn.get_color(), linewidth=1)
-    of_steps.set(title="one edit, inversion included", xlabel="steps", ylabel="seconds", ylim=(0, None))
-    of_steps.legend()
-    sides = list(scaling.by_side)
-    of_sides.plot(sides, [1000 * fit.slope for fit in scaling.by_side.values()], "o")
-    if scaling.slopes is not None:
-        law = [1000 * scaling.slopes.at(side) for side in sides]
-        of_sides.plot(sides, law, linewidth=1, label=f"side^{scaling.slopes.exponent:.2f}")
-        of_sides.set(xscale="log", yscale="log")
-        of_sides.legend()
-    of_sides.set(title="each U-Net evaluation", xlabel="side, pixels", ylabel="milliseconds")
-    of_sides.set_xticks(sides, [str(side) for side in sides], minor=False)
-    of_sides.set_xticks([], minor=True)
-    calls = _of_several_edits(scaling.points, scaling.edits_steps, sides[0])
-    of_edits.plot([p.edits for p in calls], [p.seconds for p in calls], "o")
-    of_edits.plot([p.edits for p in calls], [scaling.by_edits.at(p.evaluations) for p in calls], linewidth=1)
-    of_edits.set(title=f"one call, {scaling.edits_steps} steps", xlabel="edits in it", ylabel="seconds", ylim=(0, None))
-    figure.savefig(str(out), dpi=100)
+    with save_figure(out, (11, 3.4)) as figure:
+        of_steps, of_sides, of_edits = figure.subplots(1, 3)
+        for side, fit in scaling.by_side.items():
+            measured = _of_one_edit(scaling.points, side)
+            (drawn,) = of_steps.plot(
+                [p.steps for p in measured], [p.seconds for p in measured], "o", label=f"{side} px"
+            )
+            law = [fit.at(p.evaluations) for p in measured]
+            of_steps.plot([p.steps for p in measured], law, color=drawn.get_color(), linewidth=1)
+        of_steps.set(title="one edit, inversion included", xlabel="steps", ylabel="seconds", ylim=(0, None))
+        of_steps.legend()
+        sides = list(scaling.by_side)
+        of_sides.plot(sides, [1000 * fit.slope for fit in scaling.by_side.values()], "o")
+        if scaling.slopes is not None:
+            law = [1000 * scaling.slopes.at(side) for side in sides]
+            of_sides.plot(sides, law, linewidth=1, label=f"side^{scaling.slopes.exponent:.2f}")
+            of_sides.set(xscale="log", yscale="log")
+            of_sides.legend()
+        of_sides.set(title="each U-Net evaluation", xlabel="side, pixels", ylabel="milliseconds")
+        of_sides.set_xticks(sides, [str(side) for side in sides], minor=False)
+        of_sides.set_xticks([], minor=True)
+        calls = _of_several_edits(scaling.points, scaling.edits_steps, sides[0])
+        of_edits.plot([p.edits for p in calls], [p.seconds for p in calls], "o")
+        of_edits.plot([p.edits for p in calls], [scaling.by_edits.at(p.evaluations) for p in calls], linewidth=1)
+        of_edits.set(
+            title=f"one call, {scaling.edits_steps} steps", xlabel="edits in it", ylabel="seconds", ylim=(0, None)
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,11 @@ class CounterfactualEdit:
     def truth(self) -> Image.Image:
         """The picture that a perfect edit gives."""
         return render(self.target)
+
+    def is_read_in(self, found: Mapping[str, str]) -> bool:
+        """Whether ``found``, attribute -> what a classifier reads, has all that the edit changes as it should be."""
+        changed = [name for name in found if getattr(self.target, name) != getattr(self.subject, name)]
+        return all(found[name] == getattr(self.target, name) for name in changed)
 
 
 def counterfactual(subject: Subject, name: str, **changes: str) -> CounterfactualEdit:

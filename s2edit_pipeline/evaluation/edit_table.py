@@ -117,8 +117,7 @@ def measure_edits(
             for edit, image, found in zip(edits, result.images, read, strict=True):
                 scores.append(astuple(grade(edit, image)))
                 own.append(psnr(returned, picture, ~changed_pixels(person, edit.target)))
-                changed = [n for n in found if getattr(edit.target, n) != getattr(edit.subject, n)]
-                done.append(all(found[n] == getattr(edit.target, n) for n in changed))
+                done.append(edit.is_read_in(found))
         whole, inside, outside, unedited = np.mean(scores, 0)
         ends = (float(np.mean([c[0] for c in cosines])), float(np.mean([c[1] for c in cosines]))) if cosines else None
         rows.append(

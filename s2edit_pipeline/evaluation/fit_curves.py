@@ -16,6 +16,8 @@ from ..avatars.world import Subject, render, sample_person
 from ..prompt_alignment import insert_token
 from .attribute_classifier import load_attribute_classifier
 from .counterfactual import CounterfactualEdit, demo_edits, grade
+from .intervals import bootstrap_interval
+from .sheets import save_figure
 from .unet_counts import count_unet
 
 PAPER = 'preset="paper"'
@@ -85,10 +87,8 @@ def measure_fits(
                 read = classifier.predict(np.stack([np.asarray(image) for image in images]))
                 graded = []
                 for edit, image, found in zip(edits, images, read, strict=True):
-                    changed = [n for n in found if getattr(edit.target, n) != getattr(edit.subject, n)]
-                    done = all(found[n] == getattr(edit.target, n) for n in changed)
                     marks = grade(edit, image)
-                    graded.append((marks.whole, marks.inside, marks.outside, done))
+                    graded.append((marks.whole, marks.inside, marks.outside, edit.is_read_in(found)))
                 scores.append(np.mean(graded, 0))
             forward, backward = (counts.evaluations, counts.backward_evaluations) if counts else (0, 0)
             taken = float(np.median(seconds[1:] or seconds))
@@ -96,12 +96,10 @@ def measure_fits(
     return points
 
 
-def paired_difference(found: np.ndarray, reference: np.ndarray, draws: int = 10_000) -> tuple[float, float, float]:
+def paired_difference(found: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
     """Mean of ``found - reference`` over the same N people, and its 95% interval (bootstrap over people)."""
     difference = found - reference
-    chosen = np.random.default_rng(0).integers(0, len(difference), (draws, len(difference)))
-    low, high = np.quantile(difference[chosen].mean(1), (0.025, 0.975))
-    return float(difference.mean()), float(low), float(high)
+    return (float(difference.mean()), *bootstrap_interval(difference))
 
 
 def table(points: Sequence[FitPoint]) -> str:
@@ -132,20 +130,19 @@ def plot(points: Sequence[FitPoint], path: str) -> None:
     Raises:
         ImportError: matplotlib isn't there: ``pip install "s2edit-pipeline[evaluation]"``.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "s2edit-pipeline[evaluation]".') from error
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    for axis, column, label in zip(figure.subplots(1, 2), (0, 3), ("PSNR to the truth, dB", "edits done"), strict=True):
-        for name in dict.fromkeys(point.series for point in points):
-            own = sorted((p for p in points if p.series == name), key=lambda p: p.seconds)
-            heights = [float(p.scores[:, column].mean()) for p in own]
-            if own[0].num_steps == 0:
-                axis.axhline(heights[0], color="grey", linestyle=":", label=name)
-            else:
-                axis.plot([p.seconds for p in own], heights, "o-" if len(own) > 1 else "*", markersize=8, label=name)
-        axis.set(xscale="log", xlabel="seconds of a fit", ylabel=label)
-        axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    with save_figure(path, (10, 3.6), dpi=110) as figure:
+        for axis, column, label in zip(
+            figure.subplots(1, 2), (0, 3), ("PSNR to the truth, dB", "edits done"), strict=True
+        ):
+            for name in dict.fromkeys(point.series for point in points):
+                own = sorted((p for p in points if p.series == name), key=lambda p: p.seconds)
+                heights = [float(p.scores[:, column].mean()) for p in own]
+                if own[0].num_steps == 0:
+                    axis.axhline(heights[0], color="grey", linestyle=":", label=name)
+                else:
+                    axis.plot(
+                        [p.seconds for p in own], heights, "o-" if len(own) > 1 else "*", markersize=8, label=name
+                    )
+            axis.set(xscale="log", xlabel="seconds of a fit", ylabel=label)
+            axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
