@@ -574,8 +574,8 @@ for i in range(4):
 one_save = (time.perf_counter() - started) / 4
 names = [{p.name: p.read_bytes() for p in Path(folder).iterdir()} for folder in (first, second)]
 random.seed(0)
-seen = []
-for _ in range(60):
+seen, left = [], 0
+while len(seen) < 60 or (len(seen) < 600 and (len(set(seen)) < 2 or not left)):  # chance may need a few more
     child = os.fork()
     if not child:
         while True:
@@ -589,9 +589,9 @@ for _ in range(60):
     assert found in names, sorted(found)
     read_identity(Path(target))
     seen.append(names.index(found))
-left = [p for p in Path(target).parent.iterdir() if p.name.startswith(".target")]
+    left += any(p.name.startswith(".target") for p in Path(target).parent.iterdir())  # the next save takes it away
 adapters[0].save_pretrained(target)
-print(len(seen), len(set(seen)), len(left), len([p for p in Path(target).parent.iterdir() if p.name[0] == "."]))
+print(len(seen), len(set(seen)), left, len([p for p in Path(target).parent.iterdir() if p.name[0] == "."]))
 """
 
 
@@ -605,7 +605,7 @@ def test_killed_at_sixty_random_moments_it_is_the_old_or_the_new(folders: dict[s
     )
     assert done.returncode == 0, done.stderr[-3000:]
     kills, both, left, after = map(int, done.stdout.split())
-    assert (kills, both, after) == (60, 2, 0)  # each identity was seen, and what was left behind is gone
+    assert kills >= 60 and (both, after) == (2, 0)  # each identity was seen, and what was left behind is gone
     assert left > 0  # and something was: it was killed in the midst
 
 
