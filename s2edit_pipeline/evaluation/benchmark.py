@@ -35,8 +35,8 @@ class BenchmarkRun(MethodsRun[SubjectKey]):
         kind, number = subject
         return f"{kind}-{number}"
 
-    def settings(self, entrant: Entrant, weights: str) -> Record:
-        return {"edits": self.edits, **super().settings(entrant, weights)}
+    def settings(self, entrant: Entrant, method: EditMethod, weights: str) -> Record:
+        return {"edits": self.edits, **super().settings(entrant, method, weights)}
 
     def task(self, subject: SubjectKey, method: EditMethod) -> Task:
         avatar = sample(*subject, "held_out")

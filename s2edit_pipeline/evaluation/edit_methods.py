@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Protocol
 
+import torch
 from PIL import Image
 
 from ..prompt_alignment import split_words
@@ -28,6 +31,10 @@ class EditMethod(Protocol):
     def name(self) -> str:
         """What tables call it."""
 
+    def resolved(self) -> Mapping[str, Any]:
+        """What decides its pictures beside the model, the inference steps and the seed, each default filled in, as JSON
+        has it: two systems whose answers differ can't share records."""
+
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Edit:
         """Whatever is done once a picture (fits, inversions), and the edits that share it.
 
@@ -37,6 +44,27 @@ class EditMethod(Protocol):
             subject: the noun in it that names who or what is to be kept.
             seed: of everything random; the same seed gives the same pictures.
         """
+
+
+def plain_fields(method: Any) -> dict[str, Any]:
+    """The fields of the dataclass ``method`` that are numbers and words, without its name and inference steps."""
+    held = {field.name: getattr(method, field.name) for field in fields(method)}
+    return {
+        name: value
+        for name, value in held.items()
+        if isinstance(value, (bool, int, float, str)) and name not in ("name", "num_inference_steps")
+    }
+
+
+def weights_digest(components: Mapping[str, Any]) -> str:
+    """Of all the weights in a pipeline's ``components``."""
+    digest = hashlib.sha256()
+    for name, component in sorted(components.items()):
+        if isinstance(component, torch.nn.Module):
+            for key, tensor in component.state_dict().items():
+                digest.update(f"{name}.{key}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def holds(prompt: str, phrase: str) -> bool:

@@ -5,7 +5,6 @@ A record is a folder that is written whole or not at all, so a run that was stop
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import re
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..atomic_folder import atomic_folder
 from .benchmark_methods import Entrant
-from .edit_methods import Edit, EditMethod
+from .edit_methods import Edit, EditMethod, weights_digest
 from .unet_counts import UNetCounts, count_unet
 
 Record = dict[str, Any]
@@ -88,11 +87,13 @@ class MethodsRun(ABC, Generic[Subject]):
         """Of the record: ``record.json``, and the edited pictures side by side, ``edits.png``."""
         return self.out / "records" / file_name(entrant.name) / self.label(subject)
 
-    def settings(self, entrant: Entrant, weights: str) -> Record:
-        """What a record was made with: records that differ in it can't be compared."""
+    def settings(self, entrant: Entrant, method: EditMethod, weights: str) -> Record:
+        """What a record of ``entrant``, made as ``method``, is made with: records that differ in it can't be
+        compared."""
         return {
             "method": entrant.method,
             "arguments": json.loads(json.dumps(entrant.arguments)),  # tuples as JSON has them
+            "resolved": json.loads(json.dumps(method.resolved())),
             "num_inference_steps": self.num_inference_steps,
             "seed": self.seed,
             "device": torch.device(self.device).type,
@@ -134,17 +135,6 @@ def load_model(run: MethodsRun[Any]) -> Any:
     return pipe
 
 
-def fingerprint(pipe: Any) -> str:
-    """Of all the weights that ``pipe`` holds."""
-    digest = hashlib.sha256()
-    for name, component in sorted(pipe.components.items()):
-        if isinstance(component, torch.nn.Module):
-            for key, tensor in component.state_dict().items():
-                digest.update(f"{name}.{key}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def run_benchmark(run: MethodsRun[Any], jobs: int = 1) -> dict[str, str]:
     """Make the records that are missing; those that failed are tried once more.
 
@@ -158,8 +148,12 @@ def run_benchmark(run: MethodsRun[Any], jobs: int = 1) -> dict[str, str]:
         ValueError: records made with other settings, or of other edits, are there.
     """
     workplace = _Workplace(run)
-    made = [entrant for entrant in run.entrants if entrant.name in workplace.methods]
-    to_do = [(subject, _missing(run, made, subject, workplace.weights)) for subject in run.subjects]
+    settings = {
+        entrant.name: run.settings(entrant, workplace.methods[entrant.name], workplace.weights)
+        for entrant in run.entrants
+        if entrant.name in workplace.methods
+    }
+    to_do = [(subject, _missing(run, settings, subject)) for subject in run.subjects]
     with tqdm(total=sum(len(left) for _, left in to_do), desc="bench", unit="record") as bar:
         if jobs == 1:
             for subject, left in to_do:
@@ -176,13 +170,15 @@ def run_benchmark(run: MethodsRun[Any], jobs: int = 1) -> dict[str, str]:
     return workplace.unavailable
 
 
-def _missing(run: MethodsRun[Any], made: Sequence[Entrant], subject: Any, weights: str) -> list[Entrant]:
-    """Those of ``made`` that have no record of ``subject``, or a failed one."""
+def _missing(run: MethodsRun[Any], settings: Mapping[str, Record], subject: Any) -> list[Entrant]:
+    """Those that can be made, which ``settings`` has, without a record of ``subject``, or with a failed one."""
     left = []
-    for entrant in made:
+    for entrant in run.entrants:
+        if entrant.name not in settings:
+            continue
         record = read_record(run.folder(entrant, subject))
         if record is not None:
-            _check_same(run, entrant, record, weights)
+            _check_same(run, entrant, record, settings[entrant.name])
         if record is None or record["error"] is not None:
             left.append(entrant)
         elif not run.same_edits(record, subject):
@@ -190,8 +186,8 @@ def _missing(run: MethodsRun[Any], made: Sequence[Entrant], subject: Any, weight
     return left
 
 
-def _check_same(run: MethodsRun[Any], entrant: Entrant, record: Record, weights: str) -> None:
-    held, wanted = record["settings"], run.settings(entrant, weights)
+def _check_same(run: MethodsRun[Any], entrant: Entrant, record: Record, wanted: Record) -> None:
+    held = record["settings"]
     if differing := [name for name in wanted if held.get(name) != wanted[name]]:
         shown = "; ".join(f"{name} {held.get(name)!r}, not {wanted[name]!r}" for name in differing)
         raise ValueError(
@@ -207,7 +203,7 @@ class _Workplace:
         self.run = run
         self.unavailable: dict[str, str] = {}
         self.set_up()
-        self.weights = fingerprint(self.pipe)
+        self.weights = weights_digest(self.pipe.components)
 
     def set_up(self) -> None:
         self.pipe = load_model(self.run)
@@ -221,11 +217,11 @@ class _Workplace:
     def work(self, entrant: Entrant, subject: Any) -> None:
         """Make and write one record."""
         strip = None
-        settings = self.run.settings(entrant, self.weights)
+        settings = self.run.settings(entrant, self.methods[entrant.name], self.weights)
         record: Record = {"name": entrant.name, "subject": self.run.label(subject), "settings": settings}
         try:
             found, images = self._edit(self.methods[entrant.name], subject)
-            if fingerprint(self.pipe) != self.weights:
+            if weights_digest(self.pipe.components) != self.weights:
                 raise RuntimeError(f"{entrant.name} left the model with other weights than it had.")
             strip = Image.fromarray(np.concatenate([np.asarray(image) for image in images], 1))
             record |= {"error": None, **found}

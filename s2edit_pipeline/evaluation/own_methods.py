@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from PIL import Image
 
+from ..edit_sampling import EditSettings
 from ..identity_adapter import IdentityAdapter
+from ..identity_fitting import FitSettings
 from ..latent_inversion import Inversion
-from ..presets import PRESETS
+from ..presets import PRESETS, with_preset
 from ..prompt_alignment import insert_token
 from .edit_methods import at_size_of, holds
 
@@ -35,6 +37,17 @@ class Setting:
             raise ValueError(f"This setting fits no identity, so {', '.join(fit)} can't be set for its fit.")
         changed = None if self.fit is None else {**self.fit, **(fit or {})}
         return replace(self, fit=changed, edit={**self.edit, **(edit or {})})
+
+    def resolved(self) -> dict[str, Any]:
+        """All of it, the package's own defaults filled in."""
+        fit = None
+        if self.fit is not None:
+            given = {name: value for name, value in self.fit.items() if name != "preset"}
+            chosen = FitSettings(**with_preset(self.fit.get("preset"), "fit", given))
+            fit = {**given, **asdict(chosen)}
+        known = {f.name for f in fields(EditSettings)}
+        chosen_edit = asdict(EditSettings(**{name: value for name, value in self.edit.items() if name in known}))
+        return {"fit": fit, "inversion": self.inversion, "edit": {**self.edit, **chosen_edit}}
 
     def fit_identity(
         self, pipe: Any, picture: Image.Image, prompt: str, subject: str, seed: int
@@ -122,6 +135,9 @@ class PipelineMethod:
     setting: Setting
     num_inference_steps: int = 50
 
+    def resolved(self) -> dict[str, Any]:
+        return self.setting.resolved()
+
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> PreparedPicture:
         identity = self.setting.fit_identity(self.pipe, picture, source_prompt, subject, seed)
         scale = {k: v for k, v in self.setting.edit.items() if k == "guidance_scale"}
@@ -144,6 +160,9 @@ class Unedited:
     name: str
     pipe: Any
 
+    def resolved(self) -> dict[str, Any]:
+        return {}
+
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Any:
         return lambda targets: [picture] * len(targets)
 
@@ -154,6 +173,9 @@ class AutoencoderAlone:
 
     name: str
     pipe: Any
+
+    def resolved(self) -> dict[str, Any]:
+        return {}
 
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Any:
         size = self.pipe._working_size(picture, None, None)

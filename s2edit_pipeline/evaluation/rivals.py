@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,10 +18,11 @@ from PIL import Image
 from torch import nn
 
 from ..ddim_steps import check_finite, ddim_move, noise_schedule
+from ..identity_fitting import FitSettings
 from ..latent_inversion import guided
 from ..picture_inputs import working_size
 from ..prompt_alignment import insert_token
-from .edit_methods import Edit, at_size_of
+from .edit_methods import Edit, at_size_of, plain_fields, weights_digest
 
 
 def _generators(seed: int, count: int) -> list[torch.Generator]:
@@ -58,6 +59,9 @@ class SDEdit:
 
     def __post_init__(self) -> None:
         _check_family(self.pipe, self.name)
+
+    def resolved(self) -> dict[str, Any]:
+        return plain_fields(self)
 
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Edit:
         scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
@@ -113,6 +117,9 @@ class InstructPix2Pix:
                 f"{folder} is no diffusers folder. Train one, s2edit train-instruct --out OUT, and pass OUT/model."
             )
         return cls(StableDiffusionInstructPix2PixPipeline.from_pretrained(str(folder)), **settings)
+
+    def resolved(self) -> dict[str, Any]:
+        return {**plain_fields(self), "weights": weights_digest(self.model.components)}
 
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Edit:
         self.model.set_progress_bar_config(disable=True)
@@ -188,17 +195,26 @@ class SINE:
     def __post_init__(self) -> None:
         _check_family(self.pipe, self.name)
 
+    @property
+    def _fit(self) -> dict[str, Any]:
+        return {
+            "method": "full",
+            "num_steps": self.fit_steps,
+            "learning_rate": self.learning_rate,
+            "semantic_weight": 0.0,
+            "spatial_control": False,
+        }
+
+    def resolved(self) -> dict[str, Any]:
+        return {**plain_fields(self), "fit": asdict(FitSettings(**self._fit))}
+
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Edit:
         pipe, schedule = self.pipe, noise_schedule(self.pipe.scheduler, self.num_inference_steps)
         identity = pipe.fit_identity(
             picture,
             source_prompt,
             subject,
-            method="full",
-            num_steps=self.fit_steps,
-            learning_rate=self.learning_rate,
-            semantic_weight=0.0,
-            spatial_control=False,
+            **self._fit,
             generator=torch.Generator().manual_seed(seed),
         )
         with pipe._with_identity(identity) as token:

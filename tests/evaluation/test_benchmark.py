@@ -32,6 +32,9 @@ class Blur:
     radius: float
     work: Any = None
 
+    def resolved(self) -> dict[str, Any]:
+        return {"radius": self.radius}
+
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Any:
         if self.work is not None:
             self.work(self, picture, subject, seed)
@@ -145,7 +148,10 @@ def _without_seconds(run: BenchmarkRun) -> str:
         ({"seed": 1}, "seed 0, not 1"),
         ({"edits": 1}, "edits 2, not 1"),
         ({"num_inference_steps": 4}, "num_inference_steps 2, not 4"),
-        ({"entrants": (Entrant("soft", "soft", {"radius": 2.0}),)}, r"arguments \{\}, not \{'radius': 2.0\}"),
+        (
+            {"entrants": (Entrant("soft", "soft", {"radius": 2.0}),)},
+            r"arguments \{\}, not \{'radius': 2.0\}; resolved \{'radius': 1.0\}, not \{'radius': 2.0\}",
+        ),
     ],
 )
 def test_records_of_other_settings_are_refused(tmp_path: Path, made: list[Any], change: Any, message: str) -> None:
@@ -153,6 +159,15 @@ def test_records_of_other_settings_are_refused(tmp_path: Path, made: list[Any], 
     run_benchmark(run)
     with pytest.raises(ValueError, match=f"records of 'soft' made with {message}.*another --out"):
         run_benchmark(replace(run, **change))
+    assert len(made) == 1
+
+
+def test_records_of_other_defaults_are_refused(tmp_path: Path, made: list[Any], monkeypatch) -> None:
+    run = _run(tmp_path, "soft", subjects=SUBJECTS[:1])
+    run_benchmark(run)
+    monkeypatch.setattr(Blur, "resolved", lambda self: {"radius": self.radius, "grain": 3})
+    with pytest.raises(ValueError, match=r"records of 'soft' made with resolved \{'radius': 1.0\}, not .*'grain': 3"):
+        run_benchmark(run)
     assert len(made) == 1
 
 

@@ -68,6 +68,9 @@ class Shade:
     def __init__(self, name: str, told: list[Sequence[str]], takes_instructions: bool) -> None:
         self.name, self.told, self.takes_instructions = name, told, takes_instructions
 
+    def resolved(self) -> dict[str, Any]:
+        return {}
+
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Any:
         def edit(targets: Sequence[str]) -> list[Image.Image]:
             self.told.append((self.name, *targets))

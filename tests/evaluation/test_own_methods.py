@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline import S2EditPipeline
+from s2edit_pipeline.edit_sampling import EditSettings
 from s2edit_pipeline.evaluation.benchmark_methods import METHODS, Entrant
 from s2edit_pipeline.evaluation.own_methods import ABLATION, PAPER, SETTINGS, Setting
 from s2edit_pipeline.evaluation.unet_counts import count_unet
+from s2edit_pipeline.identity_fitting import RECIPES
 from s2edit_pipeline.latent_inversion import check_method
 from s2edit_pipeline.prompt_alignment import insert_token
 
@@ -88,3 +92,18 @@ def test_a_fit_that_is_not_there_takes_no_arguments() -> None:
         Setting(None).with_changes(fit={"num_steps": 3})
     changed = Setting({"method": "full"}).with_changes({"num_steps": 3}, {"strength": 0.5})
     assert changed == Setting({"method": "full", "num_steps": 3}, "direct", {"strength": 0.5})
+
+
+def test_what_decides_a_setting_has_the_packages_defaults_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, paper = Setting().resolved(), PAPER.resolved()
+    recipe = RECIPES["lora"]
+    assert ours["fit"]["num_steps"] == recipe.num_steps and ours["fit"]["method"] == "lora"
+    assert ours["edit"]["guidance_stop"] == EditSettings.guidance_stop and ours["inversion"] == "direct"
+    assert paper["fit"]["num_steps"] == 400 and paper["fit"]["learning_rate"] == 5e-6
+    assert paper["edit"]["guidance_stop"] == 1.0 and paper["edit"]["blend_words"] is False
+    assert Setting(None).resolved()["fit"] is None
+    monkeypatch.setitem(RECIPES, "lora", replace(recipe, num_steps=recipe.num_steps + 1))
+    changed = Setting().resolved()
+    assert changed["fit"].pop("num_steps") == ours["fit"].pop("num_steps") + 1 and changed == ours
+    for setting in (*SETTINGS.values(), *ABLATION.values()):
+        json.dumps(setting.resolved())

@@ -19,6 +19,7 @@ from PIL import Image
 from s2edit_pipeline import S2EditPipeline
 from s2edit_pipeline.avatars.instruct_training import widen_unet
 from s2edit_pipeline.evaluation.rivals import SINE, InstructPix2Pix, SDEdit, model_based_guidance
+from s2edit_pipeline.identity_fitting import RECIPES
 
 SOURCE = "a photo of a smiling lady with glasses"
 TARGETS = ["a photo of a sad lady with glasses", "a photo of a smiling lady with a red hat"]
@@ -206,3 +207,17 @@ def test_sdxl_is_refused_in_words(pipe: S2EditPipeline) -> None:
     for method in (SDEdit, SINE):
         with pytest.raises(ValueError, match="written for Stable Diffusion 1 and 2"):
             method(Both())
+
+
+def test_what_decides_a_rivals_pictures(pipe: S2EditPipeline, instructed: Any) -> None:
+    assert SDEdit(pipe, name="mine", num_inference_steps=3).resolved() == {"strength": 0.6, "guidance_scale": 4.5}
+    fitted = SINE(pipe, fit_steps=7).resolved()
+    assert fitted["fit_steps"] == 7 == fitted["fit"]["num_steps"] and fitted["fit"]["method"] == "full"
+    assert fitted["fit"]["batch_size"] == RECIPES["full"].batch_size and fitted["mixed_share"] == 0.5
+    method = InstructPix2Pix(instructed)
+    before = method.resolved()
+    assert before == method.resolved() and before["image_guidance_scale"] == 1.5
+    with torch.no_grad():
+        instructed.unet.conv_in.bias.add_(1)  # other weights are another system
+    after = method.resolved()
+    assert after.pop("weights") != before.pop("weights") and after == before
