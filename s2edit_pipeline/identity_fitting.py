@@ -246,6 +246,7 @@ class Objective:
         self.unet, self.text_encoders, self.example, self.settings = unet, text_encoders, example, settings
         self.alphas_cumprod, self.prediction_type = alphas_cumprod, prediction_type
         self.batch, self.sampling = settings.batch_size, settings.timestep_sampling
+        self.dtype = unet.dtype
         self.latents = example.latents.float().expand(self.batch, -1, -1, -1)
         tokens = {} if example.mask is None else {"token": example.token_positions}
         self.control = SpatialControl(
@@ -289,12 +290,12 @@ class Objective:
         """L_recons under the last of the ``encoded`` prompts, P~."""
         unet, device = self.unet, self.latents.device
         alpha_bar = self.alphas_cumprod[t]
-        noised = add_noise(self.latents, epsilon, alpha_bar).to(unet.dtype)
-        context = encoded.embeds[-1:].to(unet.dtype).expand(self.batch, -1, -1)
+        noised = add_noise(self.latents, epsilon, alpha_bar).to(self.dtype)
+        context = encoded.embeds[-1:].to(self.dtype).expand(self.batch, -1, -1)
         added = None
         if encoded.pooled is not None:
             assert self.example.size_ids is not None
-            both = encoded.pooled[-1:].to(unet.dtype), self.example.size_ids.to(device, unet.dtype)
+            both = encoded.pooled[-1:].to(self.dtype), self.example.size_ids.to(device, self.dtype)
             added = dict(zip(("text_embeds", "time_ids"), (one.expand(self.batch, -1) for one in both), strict=True))
         output = unet(noised, t.to(device), encoder_hidden_states=context, added_cond_kwargs=added).sample
         target = training_target(self.latents, epsilon, alpha_bar, self.prediction_type)

@@ -215,6 +215,7 @@ class PipelineParts:
             pooled, size_ids: (B, P) and (1, 6) or (B, 6), SDXL's, of the batch's rows; None without.
         """
         timesteps = schedule.timesteps.tolist()
+        dtype = self.unet.dtype  # asked once: diffusers walks through all modules for it, milliseconds each time
         added = None
         if pooled is not None and size_ids is not None:
             ids = size_ids.expand(len(pooled), -1).to(pooled)
@@ -222,9 +223,9 @@ class PipelineParts:
 
         def denoise(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
             output = self.unet(
-                x.to(self.unet.dtype),
+                x.to(dtype),
                 timesteps[level - 1],
-                encoder_hidden_states=prompt_embeds.to(self.unet.dtype),
+                encoder_hidden_states=prompt_embeds.to(dtype),
                 added_cond_kwargs=added,
                 return_dict=False,
             )[0]

@@ -99,3 +99,26 @@ def test_a_tiled_autoencoder_serves_the_fit(pipe: S2EditPipeline, picture: Image
     pipe.vae.enable_tiling()
     pipe.vae.enable_slicing()
     assert_near(fit(pipe, picture, half_mask), wanted)
+
+
+def test_no_step_asks_for_the_unets_type(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers walks through all modules to answer: at each step that made an edit a tenth longer."""
+    asked: list[int] = []
+    answer = type(pipe.unet).dtype
+    monkeypatch.setattr(type(pipe.unet), "dtype", property(lambda unet: asked.append(1) or answer.__get__(unet)))
+
+    def times(steps: int) -> int:
+        asked.clear()
+        pipe("a photo of a smiling lady", picture, SOURCE, num_inference_steps=steps)
+        return len(asked)
+
+    assert times(2) == times(6) > 0
+
+    def times_in_a_fit(steps: int) -> int:
+        asked.clear()
+        pipe.fit_identity(picture, SOURCE, "lady", num_steps=steps, mask=half_mask)
+        return len(asked)
+
+    assert times_in_a_fit(1) == times_in_a_fit(4) > 0

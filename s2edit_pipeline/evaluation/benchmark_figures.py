@@ -53,7 +53,7 @@ def draw_figure(number: int, run: BenchmarkRun, jobs: int = 1) -> Path:
 def _figure_7(run: BenchmarkRun, jobs: int) -> Path:
     """Alignment against preservation, a curve for each method over its strength."""
     curves = {e.name: variants(e, METHODS[e.method].curve) for e in run.entrants if METHODS[e.method].curve}
-    run = replace(run, entrants=tuple(entrant for curve in curves.values() for entrant in curve))
+    run = replace(run, entrants=tuple(entrant for curve in curves.values() for entrant in curve), share_fits=True)
     run_benchmark(run, jobs)
     points = _means(run, {name: [e.name for e in curve] for name, curve in curves.items()}, ("outside", "aligned"))
     path = run.out / "figure-7.png"
@@ -89,7 +89,7 @@ def _figure_9(run: BenchmarkRun, jobs: int) -> Path:
     """Guidance from 1 to 10."""
     scales = [{"edit": {"guidance_scale": scale}} for scale in GUIDANCE]
     curves = {e.name: variants(e, scales) for e in run.entrants if e.method in SETTINGS}
-    run = replace(run, entrants=tuple(entrant for curve in curves.values() for entrant in curve))
+    run = replace(run, entrants=tuple(entrant for curve in curves.values() for entrant in curve), share_fits=True)
     run_benchmark(run, jobs)
     shown = [metric for metric in METRICS if metric.name in ("psnr", "outside", "aligned", "identity")]
     points = _means(run, {name: [e.name for e in curve] for name, curve in curves.items()}, [m.name for m in shown])

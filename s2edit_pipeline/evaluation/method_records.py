@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ..atomic_folder import atomic_folder
 from .benchmark_methods import Entrant
 from .edit_methods import Edit, EditMethod, weights_digest
+from .own_methods import FitsOfOnePicture, PipelineMethod
 from .unet_counts import UNetCounts, count_unet
 
 Record = dict[str, Any]
@@ -52,6 +53,7 @@ class MethodsRun(ABC, Generic[Subject]):
         subjects: each edited by each of ``entrants``.
         seed: of fits and noises.
         model: a diffusers folder or a name on the Hub; None takes the embedded model.
+        share_fits: entrants whose fits are the same share them; then records don't say what preparing cost.
     """
 
     out: Path
@@ -61,6 +63,7 @@ class MethodsRun(ABC, Generic[Subject]):
     seed: int = 0
     device: str = "cpu"
     model: str | None = None
+    share_fits: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out).absolute())
@@ -208,9 +211,13 @@ class _Workplace:
     def set_up(self) -> None:
         self.pipe = load_model(self.run)
         self.methods: dict[str, EditMethod] = {}
+        fits = FitsOfOnePicture()
         for entrant in self.run.entrants:
             try:
-                self.methods[entrant.name] = entrant.make(self.pipe, self.run.num_inference_steps)
+                made = entrant.make(self.pipe, self.run.num_inference_steps)
+                if self.run.share_fits and isinstance(made, PipelineMethod):
+                    made = replace(made, fits=fits)
+                self.methods[entrant.name] = made
             except Exception as error:
                 self.unavailable[entrant.name] = _said(error)
 
@@ -243,7 +250,11 @@ class _Workplace:
         images, edited = _measured(unet, partial(edit, task.asked))
         if len(images) != len(task.asked):
             raise RuntimeError(f"{method.name} returned {len(images)} pictures for {len(task.asked)} prompts.")
-        return {"prepare": prepared, "edit": edited, **self.run.score(subject, task, edit, images)}, images
+        return {
+            "prepare": None if self.run.share_fits else prepared,
+            "edit": edited,
+            **self.run.score(subject, task, edit, images),
+        }, images
 
 
 def _measured(unet: torch.nn.Module, function: Callable[[], Result]) -> tuple[Result, Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -126,20 +127,46 @@ class PreparedPicture:
         return self.pipe(list(targets), self.picture, None, self.identity, self.inversion, **arguments)
 
 
+class FitsOfOnePicture:
+    """The identities of the latest picture, by what they were fitted with."""
+
+    def __init__(self) -> None:
+        self._task: tuple[Any, ...] = ()
+        self._identities: dict[str, IdentityAdapter | None] = {}
+
+    def fit(
+        self, setting: Setting, pipe: Any, picture: Image.Image, prompt: str, subject: str, seed: int
+    ) -> IdentityAdapter | None:
+        """As ``setting.fit_identity``, made anew only where nothing like it was made of this picture."""
+        task = (picture.size, picture.tobytes(), prompt, subject, seed)
+        if task != self._task:
+            self._task, self._identities = task, {}
+        made_with = json.dumps(setting.resolved()["fit"])
+        if made_with not in self._identities:
+            self._identities[made_with] = setting.fit_identity(pipe, picture, prompt, subject, seed)
+        return self._identities[made_with]
+
+
 @dataclass(frozen=True)
 class PipelineMethod:
-    """``setting`` of ``pipe`` as a system of the benchmark, see ``edit_methods.EditMethod``."""
+    """``setting`` of ``pipe`` as a system of the benchmark, see ``edit_methods.EditMethod``.
+
+    Attributes:
+        fits: shared with other settings whose fit is the same; None fits for itself.
+    """
 
     name: str
     pipe: Any
     setting: Setting
     num_inference_steps: int = 50
+    fits: FitsOfOnePicture | None = None
 
     def resolved(self) -> dict[str, Any]:
         return self.setting.resolved()
 
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> PreparedPicture:
-        identity = self.setting.fit_identity(self.pipe, picture, source_prompt, subject, seed)
+        task = (self.pipe, picture, source_prompt, subject, seed)
+        identity = self.setting.fit_identity(*task) if self.fits is None else self.fits.fit(self.setting, *task)
         scale = {k: v for k, v in self.setting.edit.items() if k == "guidance_scale"}
         inversion = self.pipe.invert(
             picture,

@@ -110,6 +110,8 @@ def test_the_figures(tmp_path: Path, best: Path, monkeypatch: pytest.MonkeyPatch
         points = json.loads((path.parent / "points.json").read_text())["direct + P2P"]
         assert len(points["outside"]) == len(points["aligned"]) == {7: 1, 9: 2}[number]
     assert points["outside"][0] > points["outside"][1]  # guidance moves more of the picture
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("figure-*/records/*/*/record.json")]
+    assert len(records) == 3 and all(record["prepare"] is None and record["edit"]["cost"] for record in records)
     assert (tmp_path / "figure-9" / "figure-9-direct-P2P.png").is_file()
 
 

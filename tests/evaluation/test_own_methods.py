@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from s2edit_pipeline import S2EditPipeline
 from s2edit_pipeline.edit_sampling import EditSettings
 from s2edit_pipeline.evaluation.benchmark_methods import METHODS, Entrant
-from s2edit_pipeline.evaluation.own_methods import ABLATION, PAPER, SETTINGS, Setting
+from s2edit_pipeline.evaluation.own_methods import ABLATION, PAPER, SETTINGS, FitsOfOnePicture, Setting
 from s2edit_pipeline.evaluation.unet_counts import count_unet
 from s2edit_pipeline.identity_fitting import RECIPES
 from s2edit_pipeline.latent_inversion import check_method
@@ -107,3 +108,24 @@ def test_what_decides_a_setting_has_the_packages_defaults_in_it(monkeypatch: pyt
     assert changed["fit"].pop("num_steps") == ours["fit"].pop("num_steps") + 1 and changed == ours
     for setting in (*SETTINGS.values(), *ABLATION.values()):
         json.dumps(setting.resolved())
+
+
+def test_fits_that_are_the_same_are_made_once(
+    pipe: S2EditPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[Any, ...]] = []
+
+    def fit(setting: Setting, pipe: Any, *task: Any) -> Any:
+        made.append((setting.fit, *task[1:]))
+        return object()
+
+    monkeypatch.setattr(Setting, "fit_identity", fit)
+    fits = FitsOfOnePicture()
+    strong, weak = (Setting(edit={"guidance_scale": scale}) for scale in (9.0, 2.0))
+    first = fits.fit(strong, pipe, picture, SOURCE, "lady", 3)
+    assert fits.fit(weak, pipe, picture.copy(), SOURCE, "lady", 3) is first and len(made) == 1
+    other = fits.fit(Setting({"num_steps": 2}), pipe, picture, SOURCE, "lady", 3)
+    assert other is not first and fits.fit(strong, pipe, picture, SOURCE, "lady", 3) is first
+    for task in ((picture.rotate(90), SOURCE, "lady", 3), (picture, TARGET, "lady", 3), (picture, SOURCE, "lady", 4)):
+        assert fits.fit(strong, pipe, *task) not in (first, other)
+    assert len(made) == 5
