@@ -59,7 +59,12 @@ def plan_edits(
     if isinstance(blend_words, str):
         blend_words = [blend_words]
     keep_words = [keep_words] if isinstance(keep_words, str) else list(keep_words or [])
-    if keep_words and blend_words is False and region is None:
+    if keep_words and region is not None:
+        raise ValueError(
+            f"keep_words={keep_words!r} takes words out of the words' region, and edit_mask is taken as it is: leave "
+            "their place out of it yourself."
+        )
+    if keep_words and blend_words is False:
         raise ValueError(f"keep_words={keep_words!r} takes words out of the edit's region; blend_words=False has none.")
     for name in keep_words:
         _find_in_any([source, *targets], name, "keep_words")

@@ -405,7 +405,8 @@ class S2EditPipeline(
             reweight: word of the target -> factor on its attention.
             blend_words: None confines the edit to where the changed words look, a list to where these words look
                 (in source or target), False lets it change the whole picture.
-            edit_mask: where the edit may change the picture, white inside; replaces the words' own region.
+            edit_mask: where the edit may change the picture, white inside; replaces the words' own region, so that
+                ``keep_words`` doesn't go with it.
             keep_words: words (of source or target) whose place is taken out of the words' region.
             keep_pixels: outside the region, return the picture's own pixels, not the autoencoder's; its border is
                 feathered inwards.
@@ -487,7 +488,8 @@ class S2EditPipeline(
             for name, given in (
                 ("source_prompt", source_prompt), ("inversion", inversion), ("reweight", reweight),
                 ("edit_mask", edit_mask), ("keep_words", keep_words), ("return_attention_maps", return_attention_maps),
-                ("keep_pixels", keep_pixels),
+                ("keep_pixels", keep_pixels), ("blend_words", blend_words), ("guidance_stop", guidance_stop),
+                ("strength", None if strength == 1 else strength), ("edit", None if edit == "auto" else edit),
             ):  # fmt: skip
                 if given is not None and given is not False:
                     raise ValueError(f"{name}= is for editing a picture: pass image= too.")

@@ -94,6 +94,7 @@ def test_kept_words_are_looked_for_in_both_prompts() -> None:
         ({"reweight": {"sad": 2.0}}, "none of the prompts"),
         ({"keep_words": ["hat"]}, "keep_words names 'hat', which is in none of the prompts"),
         ({"keep_words": ["beard"], "blend_words": False}, "blend_words=False has none"),
+        ({"keep_words": ["beard"], "region": torch.ones(2, 2)}, "edit_mask is taken as it is"),
         ({"reweight": {"beard": float("nan")}}, "must be a number"),
         ({"reweight": {"beard": "much"}}, "must be a number"),
         ({"cross_replace_steps": 1.5}, "from 0 to 1, not 1.5"),
