@@ -15,9 +15,9 @@ from .source_attention import AttentionKeeper, KeepAttention, SourceAttention
 
 @dataclass(frozen=True)
 class BranchRows:
-    """Which row of a U-Net's batch is what. The source goes alone: its conditional branch and, where it isn't pinned to
-    its trajectory, its unconditional one. Then the targets: their unconditional branches while they are guided, then
-    their conditional ones."""
+    """Which row of a U-Net's batch is what: the source's conditional branch and, where it isn't pinned to its
+    trajectory, its unconditional one; then the targets' unconditional branches while they are guided, then their
+    conditional ones."""
 
     source: bool = False
     source_unconditional: bool = False
@@ -50,10 +50,11 @@ class BranchRows:
 class EditControl(Controllers):
     """Everything that is done to the attention of an edit's branches.
 
-    To the source's: the spatial control, then its attention is kept for the targets of the same step. To the targets':
-    the spatial control, prompt-to-prompt, the recording of where words look and the re-weighting, in this order. So the
-    source is masked before its attention is taken over; the targets' own columns are masked with it, and a column that
-    was taken over is 0 already wherever the mask is. Where a word looks is read before it is weighed.
+    To the source's: the spatial control, then its attention is kept for the targets of the same step, in the same
+    batch or the next. To the targets': the spatial control, prompt-to-prompt, the recording of where words look and
+    the re-weighting, in this order. So the source is masked before its attention is taken over; the targets' own
+    columns are masked with it, and a column that was taken over is 0 already wherever the mask is. Where a word looks
+    is read before it is weighed.
 
     Args:
         spatial_control: for a batch of such rows.
@@ -77,7 +78,7 @@ class EditControl(Controllers):
         self.prompt_to_prompt, self.reweighting, self.map_queries = prompt_to_prompt, reweighting, map_queries
         self.source_maps, self.target_maps = MapRecorder(*map_queries), MapRecorder(*map_queries)
         self.kept, self.maps = SourceAttention() if kept is None else kept, maps
-        self._keeper: AttentionKeeper | None = None
+        self._asked: tuple[AttentionKeeper] | tuple[()] = ()
 
     def needs_source(self, step: int, level: int, *, maps: bool) -> bool:
         """Whether the source has to be asked at ``step`` for its attention, or with ``maps`` for where its words look:
@@ -86,26 +87,40 @@ class EditControl(Controllers):
         return taken_over or (maps and level not in self.kept.maps)
 
     def begin_source(self, step: int, level: int, rows: BranchRows) -> None:
-        """Be told that the next batch is the source's."""
-        self.prompt_to_prompt.source = None  # the last step's goes before this one's comes
-        share = 1.0 if step < self.prompt_to_prompt.active_until else 0.0
-        self._keeper = AttentionKeeper(
-            KeepAttention(share, max_bytes=sys.maxsize), level, self.map_queries, maps=self.maps
-        )
-        self._keeper.begin(level)
-        self.controllers = (self._spatial_control(rows), self._keeper)
+        """Be told that the next batch is the source's alone, for the targets' that follows."""
+        self._ask_source(step, level)
+        self.controllers = (self._spatial_control(rows), *self._asked)
 
     def begin(self, step: int, level: int, rows: BranchRows) -> None:
-        """Be told that the next batch is the targets'."""
-        asked = SourceAttention() if self._keeper is None else self._keeper.kept()
-        self._keeper = None
-        self.prompt_to_prompt.begin(step, self.kept.layers.get(level) or asked.layers.get(level), rows.conditional_rows)
-        maps = self.kept.maps.get(level) or asked.maps.get(level)
-        if maps is not None:
+        """Be told that the next batch is the targets', with the source's row first if ``rows`` has it."""
+        if rows.source:
+            self._ask_source(step, level)
+        own = self._asked[0].layers.get(level) if self._asked else None
+        self.prompt_to_prompt.begin(step, self.kept.layers.get(level) or own, rows.conditional_rows)
+        if (maps := self.kept.maps.get(level)) is not None:
             self.source_maps.add(maps)
         self.reweighting.rows = rows.conditional_rows
         self.target_maps.rows = rows.conditional_rows if self.maps else ()
-        self.controllers = (self._spatial_control(rows), self.prompt_to_prompt, self.target_maps, self.reweighting)
+        self.controllers = (
+            self._spatial_control(rows),
+            *(self._asked if rows.source else ()),
+            self.prompt_to_prompt,
+            self.target_maps,
+            self.reweighting,
+        )
+
+    def end(self, level: int) -> None:
+        """Be told that the targets' batch was asked: what was asked of the source for it goes."""
+        for asked in self._asked:
+            if level not in self.kept.maps:
+                self.source_maps.add(asked.maps[level])
+        self._asked, self.prompt_to_prompt.source = (), None
+
+    def _ask_source(self, step: int, level: int) -> None:
+        share = 1.0 if step < self.prompt_to_prompt.active_until else 0.0
+        keep = KeepAttention(share, max_bytes=sys.maxsize)
+        self._asked = (AttentionKeeper(keep, level, self.map_queries, maps=self.maps),)
+        self._asked[0].begin(level)
 
     def looks(
         self,

@@ -129,8 +129,8 @@ def sample_edits(
     """Prompt-to-prompt (Hertz et al. 2022, algorithm 1) from an inverted picture, all targets in one batch.
 
     A branch is asked only where it counts: the targets' unconditional ones while they are guided, a pinned source
-    while its attention is taken over and wasn't kept; before the targets, so that no batch holds more than stock
-    sampling's.
+    while its attention is taken over and wasn't kept, as one row more of their batch. A free source's two branches go
+    before the targets, so that the batch doesn't double.
 
     Args:
         denoise: ``denoise(x, level, prompt_embeds, rows)``, under ``control``.
@@ -158,17 +158,19 @@ def sample_edits(
         null = negative_embeds
         if inversion.unconditional_embeds is not None:
             null = inversion.unconditional_embeds[k - 1 : k].to(target_embeds)
-        if free or control.needs_source(step, k, maps=looks_at_source):
-            rows = BranchRows(source=True, source_unconditional=free and guidance_scale != 1)
+        if free:
+            rows = BranchRows(source=True, source_unconditional=guidance_scale != 1)
             control.begin_source(step, k, rows)
             embeds = [source_embeds, *[null] * rows.num_unconditional]
             source_output = denoise(source.expand(rows.total, -1, -1, -1), k, torch.cat(embeds), rows)
         is_guided = step < settings.guidance_stop * schedule.num_steps and guidance_scale != 1
-        rows = BranchRows(num_targets=n, guided=is_guided)
+        asks_source = not free and control.needs_source(step, k, maps=looks_at_source)
+        rows = BranchRows(source=asks_source, num_targets=n, guided=is_guided)
         control.begin(step, k, rows)
-        output = denoise(
-            torch.cat([x] * (1 + is_guided)), k, torch.cat([*[null] * rows.num_unconditional, target_embeds]), rows
-        )
+        latents = [*[source] * asks_source, *[x] * (1 + is_guided)]
+        embeds = [*[source_embeds] * asks_source, *[null] * rows.num_unconditional, target_embeds]
+        output = denoise(torch.cat(latents), k, torch.cat(embeds), rows)
+        control.end(k)
 
         a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
         target_output = output[rows.conditional]

@@ -218,6 +218,10 @@ def test_rows_are_all_there_and_apart(free: bool, guided: bool) -> None:
     assert every == list(range(targets.total)) and list(targets.conditional_rows) == every[-3:]
     assert (targets.total, targets.num_unconditional) == ((6, 3) if guided else (3, 0))
     assert (source.total, source.num_unconditional) == ((2, 1) if free else (1, 0))
+    both = BranchRows(source=True, num_targets=3, guided=guided)
+    every = [*range(99)[both.unconditional], *range(99)[both.conditional]]
+    assert [0, *every] == list(range(both.total)) and list(both.conditional_rows) == every[-3:]
+    assert (both.total, both.num_unconditional) == ((7, 3) if guided else (4, 0))
 
 
 def test_drawing_from_noise_is_guided_ddim() -> None:
