@@ -78,7 +78,7 @@ class EditControl(Controllers):
         self.prompt_to_prompt, self.reweighting, self.map_queries = prompt_to_prompt, reweighting, map_queries
         self.source_maps, self.target_maps = MapRecorder(*map_queries), MapRecorder(*map_queries)
         self.kept, self.maps = SourceAttention() if kept is None else kept, maps
-        self._asked: tuple[AttentionKeeper] | tuple[()] = ()
+        self._keeper: AttentionKeeper | None = None
 
     def needs_source(self, step: int, level: int, *, maps: bool) -> bool:
         """Whether the source has to be asked at ``step`` for its attention, or with ``maps`` for where its words look:
@@ -88,39 +88,33 @@ class EditControl(Controllers):
 
     def begin_source(self, step: int, level: int, rows: BranchRows) -> None:
         """Be told that the next batch is the source's alone, for the targets' that follows."""
-        self._ask_source(step, level)
-        self.controllers = (self._spatial_control(rows), *self._asked)
+        self.controllers = (self._spatial_control(rows), self._ask_source(step, level))
 
     def begin(self, step: int, level: int, rows: BranchRows) -> None:
         """Be told that the next batch is the targets', with the source's row first if ``rows`` has it."""
-        if rows.source:
-            self._ask_source(step, level)
-        own = self._asked[0].layers.get(level) if self._asked else None
+        in_this_batch = [self._ask_source(step, level)] if rows.source else []
+        own = None if self._keeper is None else self._keeper.layers.get(level)
         self.prompt_to_prompt.begin(step, self.kept.layers.get(level) or own, rows.conditional_rows)
-        if (maps := self.kept.maps.get(level)) is not None:
-            self.source_maps.add(maps)
         self.reweighting.rows = rows.conditional_rows
         self.target_maps.rows = rows.conditional_rows if self.maps else ()
         self.controllers = (
-            self._spatial_control(rows),
-            *(self._asked if rows.source else ()),
-            self.prompt_to_prompt,
-            self.target_maps,
-            self.reweighting,
-        )
+            self._spatial_control(rows), *in_this_batch, self.prompt_to_prompt, self.target_maps, self.reweighting,
+        )  # fmt: skip
 
     def end(self, level: int) -> None:
-        """Be told that the targets' batch was asked: what was asked of the source for it goes."""
-        for asked in self._asked:
-            if level not in self.kept.maps:
-                self.source_maps.add(asked.maps[level])
-        self._asked, self.prompt_to_prompt.source = (), None
+        """Be told that the targets' batch was asked: where the source looked is noted, and its attention goes."""
+        maps = self.kept.maps.get(level) or (None if self._keeper is None else self._keeper.maps[level])
+        if maps is not None:
+            self.source_maps.add(maps)
+        self._keeper = self.prompt_to_prompt.source = None
 
-    def _ask_source(self, step: int, level: int) -> None:
+    def _ask_source(self, step: int, level: int) -> AttentionKeeper:
+        """What keeps the source's attention of the next batch."""
         share = 1.0 if step < self.prompt_to_prompt.active_until else 0.0
         keep = KeepAttention(share, max_bytes=sys.maxsize)
-        self._asked = (AttentionKeeper(keep, level, self.map_queries, maps=self.maps),)
-        self._asked[0].begin(level)
+        self._keeper = AttentionKeeper(keep, level, self.map_queries, maps=self.maps)
+        self._keeper.begin(level)
+        return self._keeper
 
     def looks(
         self,
