@@ -249,11 +249,15 @@ def write_report(run: BenchmarkRun, unavailable: Mapping[str, str], baseline: st
 def _plot_trade_off(report: Mapping[str, Any], path: Path) -> None:
     with save_figure(path, (7, 5)) as figure:
         axis = figure.subplots()
-        for name, row in report["methods"].items():
-            if "means" in row and row["cost"]["cost_edit"] > 0:  # the references would stretch the axes
-                x, y = row["means"]["outside"], row["means"]["aligned"]
-                bars = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (x, y)]
-                axis.errorbar(x["mean"], y["mean"], bars[1], bars[0], "o", markersize=4, linewidth=0.7, label=name)
+        rows = {name: row for name, row in report["methods"].items() if "means" in row}
+        shown = [
+            name for name, row in rows.items() if row["cost"]["cost_edit"] > 0
+        ]  # references would stretch the axes
+        for number, name in enumerate(shown):
+            x, y = rows[name]["means"]["outside"], rows[name]["means"]["aligned"]
+            bars = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (x, y)]
+            marker = "os^D"[number // 10 % 4]  # there are ten colours
+            axis.errorbar(x["mean"], y["mean"], bars[1], bars[0], marker, markersize=4, linewidth=0.7, label=name)
         figure.legend(loc="outside right upper", fontsize=7)
         axis.set(xlabel="preservation: PSNR outside the edit, dB", ylabel="alignment: attributes read as asked for")
 
