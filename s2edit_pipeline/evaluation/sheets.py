@@ -39,4 +39,4 @@ def save_sheet(
                     axis.imshow(picture.convert("RGB"))
             row[0].set_ylabel(label, fontsize=7)
         for axis, title in zip(axes[0], titles, strict=True):
-            axis.set_title(title, fontsize=7, wrap=True)
+            axis.set_title(title.replace(" (", "\n("), fontsize=7, wrap=True)  # a variant and its arguments
