@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_QUICK = {"people": 6, "creatures": 2, "edits": 3}
+_QUICK = {"people": 4, "creatures": 2, "edits": 3}
 _SMALL = {"people": 4, "creatures": 0, "edits": 6}
 _FULL = {"people": 24, "creatures": 12, "edits": 8}
 
@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="s2edit-bench", help="folder of records and report; a rerun goes on (%(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="few subjects, edits and methods: about ten minutes")
-    parser.add_argument("--people", type=int, help="held-out people (24; quick: 6; --tune and figures: 4)")
+    parser.add_argument("--quick", action="store_true", help="few subjects, edits and methods: some minutes")
+    parser.add_argument("--people", type=int, help="held-out people (24; quick: 4; --tune and figures: 4)")
     parser.add_argument("--creatures", type=int, help="held-out creatures (12; quick: 2; else none)")
     parser.add_argument("--edits", type=int, help="at most so many of each subject (8; quick: 3; else 6)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these; --list names them")
