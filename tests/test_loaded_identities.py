@@ -78,7 +78,8 @@ def test_an_inversion_knows_its_identity(
     ):
         pipe(WITH, picture, SOURCE, other, **arguments)
     found = pipe(WITH, picture, SOURCE, identity, **arguments).images
-    assert torch.equal(found, _edit(pipe, picture, identity=identity))
+    # in one call the source's row is in the targets' batch: other sums
+    torch.testing.assert_close(found, _edit(pipe, picture, identity=identity), rtol=0, atol=1e-4)
     assert identity.digest == identity.renamed("[J]").digest != other.digest
 
 

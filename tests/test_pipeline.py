@@ -312,7 +312,7 @@ def test_the_token_is_put_into_the_source_by_itself(
         if "inversion" in same:
             del call["num_inference_steps"]
         torch.testing.assert_close(
-            pipe(WITH, source_prompt=SOURCE, **call).images, with_source.images, rtol=1e-5, atol=1e-5
+            pipe(WITH, source_prompt=SOURCE, **call).images, with_source.images, rtol=0, atol=1e-4
         )
 
 

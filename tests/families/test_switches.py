@@ -36,8 +36,8 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> bool:
     return float((a - b).abs().max()) > 1e-5
 
 
-def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+def same(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-5) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=atol)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -312,7 +312,8 @@ EDIT: dict[str, Callable[[Calls], bool]] = {
     ),
     "inversion": lambda c: (
         len({float(c.edit(inversion=method).source.double().sum()) for method in INVERSIONS}) >= 4
-        and same(c.edit(inversion="direct").images, c.edit().images)
+        # in one call the source's row is in the targets' batch: other sums
+        and same(c.edit(inversion="direct").images, c.edit().images, atol=1e-4)
     ),
     "num_inference_steps": lambda c: c.edit(inversion="direct", num_inference_steps=3).steps == 3,
     "guidance_scale": lambda c: (
