@@ -250,9 +250,8 @@ def _plot_trade_off(report: Mapping[str, Any], path: Path) -> None:
     with save_figure(path, (7, 5)) as figure:
         axis = figure.subplots()
         rows = {name: row for name, row in report["methods"].items() if "means" in row}
-        shown = [
-            name for name, row in rows.items() if row["cost"]["cost_edit"] > 0
-        ]  # references would stretch the axes
+        # the references would stretch the axes
+        shown = [name for name, row in rows.items() if row["cost"]["cost_edit"] > 0]
         for number, name in enumerate(shown):
             x, y = rows[name]["means"]["outside"], rows[name]["means"]["aligned"]
             bars = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (x, y)]

@@ -151,12 +151,7 @@ def run_benchmark(run: MethodsRun[Any], jobs: int = 1) -> dict[str, str]:
         ValueError: records made with other settings, or of other edits, are there.
     """
     workplace = _Workplace(run)
-    settings = {
-        entrant.name: run.settings(entrant, workplace.methods[entrant.name], workplace.weights)
-        for entrant in run.entrants
-        if entrant.name in workplace.methods
-    }
-    to_do = [(subject, _missing(run, settings, subject)) for subject in run.subjects]
+    to_do = [(subject, _missing(run, workplace.settings, subject)) for subject in run.subjects]
     with tqdm(total=sum(len(left) for _, left in to_do), desc="bench", unit="record") as bar:
         if jobs == 1:
             for subject, left in to_do:
@@ -207,6 +202,11 @@ class _Workplace:
         self.unavailable: dict[str, str] = {}
         self.set_up()
         self.weights = weights_digest(self.pipe.components)
+        self.settings = {
+            entrant.name: run.settings(entrant, self.methods[entrant.name], self.weights)
+            for entrant in run.entrants
+            if entrant.name in self.methods
+        }
 
     def set_up(self) -> None:
         self.pipe = load_model(self.run)
@@ -224,7 +224,7 @@ class _Workplace:
     def work(self, entrant: Entrant, subject: Any) -> None:
         """Make and write one record."""
         strip = None
-        settings = self.run.settings(entrant, self.methods[entrant.name], self.weights)
+        settings = self.settings[entrant.name]
         record: Record = {"name": entrant.name, "subject": self.run.label(subject), "settings": settings}
         try:
             found, images = self._edit(self.methods[entrant.name], subject)
