@@ -6,19 +6,22 @@ import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.optimization import get_scheduler
 from torch import nn
 
 from .attention_control import SpatialControl, attention_control
 from .ddim_steps import add_noise, gradient_scaler, training_target
 from .identity_losses import cosine, reconstruction_loss, semantic_loss
 from .identity_token import token_rows
+from .lora_start import start_along_gradient
 from .prompt_alignment import TokenizedPrompt
 from .prompt_encoding import PromptEmbeds, encode_prompts
-from .tuned_weights import checkpointed, frozen, full_weights, lora_weights, no_weights
+from .tuned_weights import LORA_LAYERS, checkpointed, frozen, full_weights, lora_weights, no_weights
 
 TOKEN_LEARNING_RATE = 5e-3
 
@@ -31,12 +34,13 @@ class Recipe:
     learning_rate: float
     batch_size: int
     timestep_sampling: str
+    lr_scheduler: str
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "full": Recipe(60, 2e-5, 4, "uniform"),
-    "lora": Recipe(60, 1e-3, 4, "uniform"),
-    "token": Recipe(20, 2e-2, 4, "uniform"),
+    "full": Recipe(60, 2e-5, 4, "uniform", "constant"),
+    "lora": Recipe(20, 2.5e-3, 3, "uniform", "linear"),
+    "token": Recipe(20, 2e-2, 4, "uniform", "constant"),
 }
 
 TIMESTEP_SAMPLING: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -48,6 +52,11 @@ TIMESTEP_SAMPLING: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Name -> quantile function of the noise levels on [0, 1]: densities 1, 2 (1 - x), 2 x, and the logit-normal of Esser
 et al. 2024."""
 
+
+LR_SCHEDULERS = ("constant", "linear", "cosine")
+"""How the rates go on from the first step's, diffusers' own of these names: the latter two come down to 0."""
+
+LORA_INITS = ("gradient", "random")
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
 FUSED_ON = ("cpu", "cuda")
@@ -97,6 +106,7 @@ class FitSettings:
         batch_size: noise levels a step, one in each of as many equally likely stretches of them.
         timestep_sampling: which levels are drawn how often, see ``TIMESTEP_SAMPLING``; "uniform" is the base model's,
             the others are ours.
+        lr_scheduler: of every rate, see ``LR_SCHEDULERS``; None takes the method's own.
         early_stop: end when the loss at fixed noise and levels has stopped falling (ours), see ``Plateau``; the last
             weights are kept.
         optimizer: "adamw", or "adamw_8bit", whose state takes a quarter of the memory (Dettmers et al. 2022).
@@ -106,6 +116,9 @@ class FitSettings:
         detach_sentence: keep e_P out of the gradient (ours; off is the default reading).
         renormalize, mask_after: see ``attention_control.SpatialControl`` (ours).
         lora_rank: of every adapter.
+        lora_layers: which layers of the U-Net have one, see ``tuned_weights.lora_targets``.
+        lora_init: where their first matrices start: "gradient" turns them along the first gradient, see
+            ``lora_start.start_along_gradient``, which costs about as much as a step; "random" is PEFT's.
     """
 
     method: str = "lora"
@@ -113,6 +126,7 @@ class FitSettings:
     learning_rate: float | None = None
     batch_size: int | None = None
     timestep_sampling: str | None = None
+    lr_scheduler: str | None = None
     early_stop: bool = False
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
@@ -121,7 +135,9 @@ class FitSettings:
     detach_sentence: bool = False
     renormalize: bool = False
     mask_after: bool = False
-    lora_rank: int = 4
+    lora_rank: int = 2
+    lora_layers: str = "all"
+    lora_init: str = "gradient"
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
@@ -132,6 +148,9 @@ class FitSettings:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, own)
         _check_known("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLING)
+        _check_known("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
+        _check_known("lora_layers", self.lora_layers, LORA_LAYERS)
+        _check_known("lora_init", self.lora_init, LORA_INITS)
         _check_known("optimizer", self.optimizer, OPTIMIZERS)
         if self.optimizer == "adamw_8bit":
             _bitsandbytes()
@@ -379,7 +398,7 @@ def fit_identity_weights(
     if settings.method == "full":
         tuned = full_weights(components)
     elif settings.method == "lora":
-        tuned = lora_weights(components, settings.lora_rank, seed)
+        tuned = lora_weights(components, settings.lora_rank, settings.lora_layers, seed)
     else:
         tuned = no_weights()
     saving = checkpointed(unet) if settings.gradient_checkpointing else nullcontext()
@@ -399,7 +418,10 @@ def fit_identity_weights(
             groups.append({"params": weights, "lr": rate})
         optimizer = make_optimizer(settings.optimizer, groups, device)
         scaler = gradient_scaler(device, unet.dtype)
+        falling = get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=num_steps)
         plateau = Plateau(objectives, seed) if settings.early_stop else None
+        if settings.method == "lora" and settings.lora_init == "gradient":
+            _turn_along_gradient(components, objectives, scaler.get_scale(), generator, draw_on)
 
         for step in range(num_steps):
             optimizer.zero_grad(set_to_none=True)
@@ -417,6 +439,7 @@ def fit_identity_weights(
                 measured.append((reconstruction.item(), semantic.item(), angle.item()))
             scaler.step(optimizer)
             scaler.update()
+            falling.step()
             reconstructions, semantics, angles = zip(*measured, strict=True)
             n = len(examples)
             progress.append(FitProgress(step, sum(reconstructions) / n, sum(semantics) / n, angles))
@@ -425,3 +448,23 @@ def fit_identity_weights(
         held_weights, metadata = harvest()
     fitted = tuple({name: row.detach().cpu() for name, row in each.items()} for each in learned)
     return FitResult(fitted, held_weights, metadata, tuple(progress))
+
+
+def _turn_along_gradient(
+    components: Mapping[str, nn.Module],
+    objectives: Sequence[Objective],
+    scale: float,
+    generator: torch.Generator | None,
+    draw_on: torch.device,
+) -> None:
+    """The adapters' first matrices along the gradient of a batch of its own; ``scale``, of the loss, comes down until
+    float16 holds it."""
+
+    def backward(objective: Objective, drawn: tuple[torch.Tensor, torch.Tensor]) -> None:
+        with objective.controlled():
+            reconstruction, semantic, _ = objective.losses(*drawn)
+            (scale * (reconstruction + objective.settings.semantic_weight * semantic)).backward()
+
+    parts = [partial(backward, objective, objective.draw(generator, draw_on)) for objective in objectives]
+    while not start_along_gradient(components, parts) and scale > 1:
+        scale /= 16

@@ -53,7 +53,7 @@ def compress(differences: Mapping[str, torch.Tensor], kept_energy: float, max_by
     matrices = {n: d.flatten(1) for n, d in differences.items() if energies[n] and is_projection(n, d)}
     one_everywhere = sum(2 * sum(m.shape) for m in matrices.values())
     limit = max(4, RANK_HEADROOM * max_bytes // max(1, one_everywhere))
-    triples = {name: _leading_triples(matrix, min(limit, *matrix.shape)) for name, matrix in matrices.items()}
+    triples = {name: leading_triples(matrix, min(limit, *matrix.shape)) for name, matrix in matrices.items()}
 
     # (energy, bytes, name): a triple of a matrix, or all of another tensor
     offers = [
@@ -88,7 +88,7 @@ def compress(differences: Mapping[str, torch.Tensor], kept_energy: float, max_by
     return LowRankDifferences(factors, plain, 1 - lost / total)
 
 
-def _leading_triples(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def leading_triples(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U (m, rank), S (rank,), V (n, rank) of ``matrix`` (m, n) with ``matrix`` about U diag(S) V^T."""
     sampled = min(rank + OVERSAMPLING, *matrix.shape)
     if 2 * sampled >= min(matrix.shape):

@@ -48,6 +48,7 @@ from .identity_losses import cosine  # noqa: F401
 from .identity_token import token_rows  # noqa: F401
 from .latent_inversion import Inversion, check_method
 from .lora_format import lora_metadata  # noqa: F401
+from .lora_start import start_along_gradient  # noqa: F401
 from .low_rank import compress  # noqa: F401
 from .noise_drawing import NoiseDrawing
 from .object_masks import mask_to_picture
@@ -205,10 +206,13 @@ class S2EditPipeline(
         preset: str | None = None,
         batch_size: int | None = None,
         timestep_sampling: str | None = None,
+        lr_scheduler: str | None = None,
         early_stop: bool | None = None,
         optimizer: str = "adamw",
         gradient_checkpointing: bool = False,
-        lora_rank: int = 4,
+        lora_rank: int = FitSettings.lora_rank,
+        lora_layers: str = FitSettings.lora_layers,
+        lora_init: str = FitSettings.lora_init,
         detach_sentence: bool = False,
         renormalize: bool = False,
         mask_after: bool = False,
@@ -239,10 +243,15 @@ class S2EditPipeline(
             batch_size: noise levels a step; None takes the method's own.
             timestep_sampling: which noise levels are drawn how often, "uniform", "low_noise", "high_noise" or
                 "logit_normal"; None takes the method's own.
+            lr_scheduler: of the rates: "constant", or "linear" or "cosine" down to 0; None takes the method's own.
             early_stop: end when the loss at fixed noise stops falling; off unless asked for.
             optimizer: "adamw", or "adamw_8bit" with bitsandbytes.
             gradient_checkpointing: less memory for activations, a third more time.
             lora_rank: of the adapters.
+            lora_layers: "all" adapts every linear layer and convolution of the U-Net, "attention" its attention
+                projections; of the text encoders these alone are.
+            lora_init: "gradient" turns the adapters to where the loss falls fastest before the first step, for one
+                step's time; "random" is PEFT's own start.
             detach_sentence, renormalize, mask_after: see ``identity_fitting.FitSettings``.
             mask_threshold: of the automatic mask.
             height, width: work at another size than the model's own.
@@ -258,7 +267,7 @@ class S2EditPipeline(
         self._check_ready()
         chosen = {
             "method": method, "num_steps": num_steps, "learning_rate": learning_rate, "batch_size": batch_size,
-            "timestep_sampling": timestep_sampling, "early_stop": early_stop,
+            "timestep_sampling": timestep_sampling, "lr_scheduler": lr_scheduler, "early_stop": early_stop,
         }  # fmt: skip
         settings = FitSettings(
             **with_preset(preset, "fit", chosen),
@@ -270,6 +279,8 @@ class S2EditPipeline(
             renormalize=renormalize,
             mask_after=mask_after,
             lora_rank=lora_rank,
+            lora_layers=lora_layers,
+            lora_init=lora_init,
         )
         check_share("mask_threshold", mask_threshold, open_ended=True)
         return self._fit(

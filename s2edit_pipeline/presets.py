@@ -23,6 +23,7 @@ PRESETS: Mapping[str, Preset] = {
             "learning_rate": 5e-6,
             "batch_size": 1,
             "timestep_sampling": "uniform",
+            "lr_scheduler": "constant",
             "early_stop": False,
         },
         edit={"inversion": "null_text", "guidance_stop": 1.0, "blend_words": False},
@@ -36,7 +37,7 @@ stage one adds its two controls to."""
 def with_preset(preset: str | None, stage: Literal["fit", "edit"], given: Mapping[str, Any]) -> dict[str, Any]:
     """``given``, and in place of its Nones what ``preset`` says; a None that it says nothing of is left out.
 
-    A preset's steps, rate and batch are its method's: with another method they are that one's own.
+    A preset's steps, rates and batch are its method's: with another method they are that one's own.
 
     Raises:
         ValueError: there is no such preset.
@@ -45,5 +46,6 @@ def with_preset(preset: str | None, stage: Literal["fit", "edit"], given: Mappin
         raise ValueError(f"preset={preset!r} is unknown; choose {' or '.join(map(repr, PRESETS))}, or None for ours.")
     said = {} if preset is None else dict(getattr(PRESETS[preset], stage))
     if given.get("method") not in (None, said.get("method")):
-        said = {name: value for name, value in said.items() if name not in ("num_steps", "learning_rate", "batch_size")}
+        own = ("num_steps", "learning_rate", "lr_scheduler", "batch_size")
+        said = {name: value for name, value in said.items() if name not in own}
     return {**said, **{name: value for name, value in given.items() if value is not None}}

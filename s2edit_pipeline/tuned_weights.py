@@ -13,12 +13,17 @@ from torch import nn
 from .identity_token import embedding_table
 from .lora_format import lora_metadata, published_name
 
-_CLIP_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-LORA_TARGETS = {
-    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
-    "text_encoder": _CLIP_PROJECTIONS,
-    "text_encoder_2": _CLIP_PROJECTIONS,
-}
+LORA_LAYERS = ("all", "attention")
+_ATTENTION = {"unet": ["to_q", "to_k", "to_v", "to_out.0"]}
+_CLIP_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def lora_targets(component: str, module: nn.Module, layers: str) -> list[str]:
+    """What PEFT is to adapt in ``module``, as ends of its layers' names: with ``layers`` "all" every linear layer and
+    convolution of the U-Net, otherwise its attention projections; of a text encoder always these."""
+    if component != "unet" or layers == "attention":
+        return _ATTENTION.get(component, _CLIP_ATTENTION)
+    return [name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
 
 
 @contextmanager
@@ -70,21 +75,25 @@ def full_weights(components: Mapping[str, nn.Module]) -> Iterator[tuple[list[nn.
 
 @contextmanager
 def lora_weights(
-    components: Mapping[str, nn.Module], rank: int, seed: int
+    components: Mapping[str, nn.Module], rank: int, layers: str, seed: int
 ) -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
-    """PEFT's LoRA in every attention projection; afterwards the very modules that were there are back."""
+    """PEFT's LoRA in the layers that :func:`lora_targets` names; afterwards the very modules that were there are back.
+
+    What is harvested is float16, the form in which it is saved: the rounding is far below what a step moves.
+    """
     adapter = "s2edit_fit"
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     attached: list[tuple[nn.Module, str]] = []
-    configs = {name: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS[name]) for name in components}
+    targets = {name: lora_targets(name, module, layers) for name, module in components.items()}
+    configs = {name: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets[name]) for name in components}
 
     def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         weights: dict[str, torch.Tensor] = {}
         metadata: dict[str, Any] = {}
         for name, module in components.items():
             state = peft.get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
-            weights |= {published_name(name, key): value.detach().float().cpu().clone() for key, value in state.items()}
-            said = lora_metadata(rank, LORA_TARGETS[name])
+            weights |= {published_name(name, key): value.detach().half().cpu() for key, value in state.items()}
+            said = lora_metadata(rank, targets[name])
             metadata |= {f"{name}.{key}": value for key, value in said.items()}
         return weights, metadata
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from collections.abc import Callable
@@ -14,7 +15,14 @@ from PIL import Image
 from scipy import stats
 
 from s2edit_pipeline import ReferenceAttribute, identity_fitting
-from s2edit_pipeline.identity_fitting import CHECK_EVERY, TIMESTEP_SAMPLING, Plateau, draw_levels
+from s2edit_pipeline.identity_fitting import (
+    CHECK_EVERY,
+    LR_SCHEDULERS,
+    TIMESTEP_SAMPLING,
+    TOKEN_LEARNING_RATE,
+    Plateau,
+    draw_levels,
+)
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.tuned_weights import checkpointed
 
@@ -34,7 +42,7 @@ def tensors(identity: Any) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------ what is computed
 
 
-@pytest.mark.parametrize(("method", "rows"), [("token", [1] + [1] * 3), ("lora", [2] * 3), ("full", [2] * 3)])
+@pytest.mark.parametrize(("method", "rows"), [("token", [1] + [1] * 3), ("lora", [2] + [2] * 3), ("full", [2] * 3)])
 def test_the_sentence_is_encoded_once_where_no_text_weight_is_trained(
     pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, method: str, rows: list[int]
 ) -> None:
@@ -43,6 +51,31 @@ def test_the_sentence_is_encoded_once_where_no_text_weight_is_trained(
     fit(pipe, picture, method=method, mask=half_mask)
     handle.remove()
     assert asked == rows
+
+
+FALLING: dict[str, Callable[[float], float]] = {  # the share of the steps made -> the share of the rate
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+}
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_the_rates_go_as_they_say(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The token's and the weights' alike, from the first step's on."""
+    seen: list[list[float]] = []
+    step = torch.optim.AdamW.step
+
+    def look(optimizer: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    fit(pipe, picture, mask=half_mask, num_steps=5, learning_rate=1e-3, lr_scheduler=name)
+    shares = [FALLING[name](k / 5) for k in range(5)]
+    assert np.array(seen) == pytest.approx(np.outer(shares, [TOKEN_LEARNING_RATE, 1e-3]))
 
 
 def test_only_what_is_trained_gets_gradients(
@@ -110,7 +143,8 @@ def test_checkpointing_makes_the_same_gradients(
         fit(pipe, picture, method=method, mask=half_mask, num_steps=1, gradient_checkpointing=on)
         evaluations.append(0)
     handle.remove()
-    assert evaluations == [1, 0, 1, 1, 0]  # made again
+    once, again = {"lora": ([1] * 2, [1] * 4)}.get(method, ([1], [1] * 2))  # a LoRA looks at a gradient before its step
+    assert evaluations == [*once, 0, *again, 0]  # made again
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-7)
         assert float(plain.abs().max()) > 0 or method == "lora"  # its A's gradient begins at 0

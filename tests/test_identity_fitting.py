@@ -194,10 +194,11 @@ def test_what_a_method_tunes(pipe: S2EditPipeline, picture: Image.Image, method:
     else:
         layers = {n.rsplit(".lora_", 1)[0] for n in result.weights}
         wanted = {
+            f"unet.{n}" for n, m in pipe.unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
+        } | {
             n.removesuffix(".weight")
             for n in names
-            if n.removesuffix(".weight").rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj")
-            or n.endswith(("to_out.0.weight", "out_proj.weight"))
+            if n.endswith(tuple(f"{p}_proj.weight" for p in "q k v out".split()))
         }
         assert layers == wanted
         assert all(any(n.startswith(f"{layer}.lora_B") for n in tuned) for layer in layers)

@@ -16,7 +16,7 @@ from s2edit_pipeline.avatars.world import render, sample_person
 from s2edit_pipeline.identity_adapter import IdentityAdapter
 from s2edit_pipeline.identity_fitting import FitSettings
 from s2edit_pipeline.lora_format import lora_metadata, published_name
-from s2edit_pipeline.tuned_weights import LORA_TARGETS
+from s2edit_pipeline.tuned_weights import lora_targets
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +47,19 @@ def test_the_configurations_are_stable_diffusions(components: dict[str, torch.nn
 
 
 def test_a_lora_identity_is_five_megabytes_at_most(components: dict[str, torch.nn.Module], tmp_path: Path) -> None:
-    """As fitted by default, in float32: nothing is lost."""
-    rank = FitSettings().lora_rank
+    """As fitted by default: every layer of the U-Net, in float16."""
+    settings = FitSettings()
     weights: dict[str, torch.Tensor] = {}
     metadata: dict[str, object] = {}
     for component, module in components.items():
+        targets = lora_targets(component, module, settings.lora_layers)
         for name, layer in module.named_modules():
-            if isinstance(layer, torch.nn.Linear) and any(name.endswith(f".{t}") for t in LORA_TARGETS[component]):
-                path = published_name(component, name)
-                weights[f"{path}.lora_A.weight"] = torch.randn(rank, layer.in_features)
-                weights[f"{path}.lora_B.weight"] = torch.randn(layer.out_features, rank)
-        metadata |= {f"{component}.{n}": v for n, v in lora_metadata(rank, LORA_TARGETS[component]).items()}
-    assert len(weights) == 2 * (128 + 48)
+            if any(name == t or name.endswith(f".{t}") for t in targets):
+                path, out, first = published_name(component, name), len(layer.weight), layer.weight[0].shape
+                weights[f"{path}.lora_A.weight"] = torch.randn(settings.lora_rank, *first).half()
+                weights[f"{path}.lora_B.weight"] = torch.randn(out, settings.lora_rank, *[1] * (len(first) - 1)).half()
+        metadata |= {f"{component}.{n}": v for n, v in lora_metadata(settings.lora_rank, targets).items()}
+    assert len(weights) == 2 * (282 + 48)
     identity("lora", weights, metadata).save_pretrained(tmp_path / "ada")
     print(f"{size(tmp_path / 'ada'):,} bytes")
     assert size(tmp_path / "ada") <= 5_000_000

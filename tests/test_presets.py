@@ -19,10 +19,10 @@ def test_what_is_passed_wins_and_none_is_the_presets() -> None:
     given = {"method": None, "num_steps": 3, "early_stop": True, "batch_size": None}
     assert with_preset("paper", "fit", given) == {
         "method": "full", "num_steps": 3, "learning_rate": 5e-6, "batch_size": 1,
-        "timestep_sampling": "uniform", "early_stop": True,
+        "timestep_sampling": "uniform", "lr_scheduler": "constant", "early_stop": True,
     }  # fmt: skip
     assert with_preset(None, "fit", given) == {"num_steps": 3, "early_stop": True}
-    # steps, rate and batch are the method's
+    # steps, rates and batch are the method's
     assert with_preset("paper", "fit", {"method": "token", "num_steps": None}) == {
         "method": "token", "timestep_sampling": "uniform", "early_stop": False,
     }  # fmt: skip

@@ -26,7 +26,9 @@ ROOT = Path(__file__).parent.parent
 def test_python_examples_run(
     document: str, written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(identity_fitting, "RECIPES", {"lora": Recipe(3, 1e-3, 4, "uniform")})  # as written, but shorter
+    monkeypatch.setattr(
+        identity_fitting, "RECIPES", {"lora": Recipe(3, 1e-3, 4, "uniform", "constant")}
+    )  # as written, but shorter
     examples = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text("utf-8"), flags=re.DOTALL)
     assert examples
     monkeypatch.chdir(tmp_path)

@@ -170,10 +170,6 @@ SETTINGS: Mapping[str, CompositionSetting] = {
 """As the method says, with either control off, and with both."""
 
 
-QUICK: Mapping[str, Any] = {"num_steps": 10, "learning_rate": 3e-3, "timestep_sampling": "high_noise"}
-"""How each pair is fitted: a sixth of the default's time."""
-
-
 @dataclass(frozen=True)
 class CompositionRow:
     """One setting's results, an entry for each pair.
@@ -212,14 +208,14 @@ def measure_compositions(
     pairs: Sequence[CompositionPair],
     settings: Mapping[str, CompositionSetting] = SETTINGS,
     *,
-    num_steps: int = QUICK["num_steps"],
+    num_steps: int | None = None,
     num_inference_steps: int = 25,
     seed: int = 0,
 ) -> list[CompositionRow]:
     """Fit and compose every pair, once for each of ``settings``; those that fit alike share the fit.
 
     Args:
-        num_steps: of each fit, ``QUICK`` in the rest.
+        num_steps: of each fit; None takes the default's.
         num_inference_steps: of each edit.
         seed: of each fit's noise.
     """
@@ -237,7 +233,7 @@ def measure_compositions(
                     pair.source_prompt,
                     pair.source.noun,
                     reference=ReferenceAttribute(reference, pair.reference_prompt, pair.noun, mask=pair.reference_mask),
-                    **{**QUICK, "num_steps": num_steps},
+                    num_steps=num_steps,
                     generator=torch.Generator().manual_seed(seed),
                     **setting.fit,
                 )

@@ -21,13 +21,21 @@ from .sheets import save_figure
 from .unet_counts import count_unet
 
 PAPER = 'preset="paper"'
+_PLAIN_LORA = {
+    "lora_layers": "attention", "lora_init": "random", "lora_rank": 4, "batch_size": 4, "lr_scheduler": "constant",
+}  # fmt: skip
 SERIES: Mapping[str, Sequence[Mapping[str, Any] | None]] = {
     "no identity": [None],
     PAPER: [{"preset": "paper"}],
     "the defaults": [{}],
-    "lora": [{"num_steps": n} for n in (20, 40)],
-    "lora, quick": [{"num_steps": n, "learning_rate": 3e-2 / n, "timestep_sampling": "high_noise"} for n in (10, 20)],
-    "full": [{"method": "full", "num_steps": n, "learning_rate": 1e-3 / n} for n in (5, 10, 20)] + [{"method": "full"}],
+    "lora": [{"num_steps": n} for n in (5, 10, 40)],
+    "lora from a random start, attention alone": [
+        {**_PLAIN_LORA, "num_steps": n, "learning_rate": rate} for n, rate in ((10, 3e-3), (60, 1e-3))
+    ],
+    "full, a falling rate": [
+        {"method": "full", "num_steps": n, "learning_rate": 2.25e-3 / n, "lr_scheduler": "linear"} for n in (5, 15)
+    ],
+    "full": [{"method": "full"}],
     "token": [{"method": "token", "num_steps": n} for n in (10, 20, 40)],
 }
 """Name -> the fits, as arguments of ``fit_identity``; None fits nothing."""

@@ -144,6 +144,7 @@ FITS: Mapping[str, Mapping[str, Any]] = {
     "token": {"method": "token"},
     "full, batch of 1": {"method": "full", "batch_size": 1},
     "lora, batch of 1": {"batch_size": 1},
+    "lora, attention alone": {"lora_layers": "attention"},
 }
 """Name -> arguments of ``fit_identity``."""
 

@@ -29,7 +29,8 @@ def test_fits_are_counted_and_their_edits_graded() -> None:
     series = {"no identity": [None], "lora": [{"num_steps": 2, "batch_size": 3}]}
     bare, fitted = measure_fits(pipe, [3], series=series, num_inference_steps=4)
     assert (bare.num_steps, bare.evaluations, bare.backward_evaluations, bare.seconds) == (0, 0, 0, 0)
-    assert (fitted.num_steps, fitted.evaluations, fitted.backward_evaluations) == (2, 4 + 2 * 3, 2 * 3)  # 4: the mask
+    assert (fitted.num_steps, fitted.evaluations, fitted.backward_evaluations) == (2, 4 + 3 * 3, 3 * 3)
+    # 4 for the mask; two steps, and the gradient that the adapters start along
     assert fitted.scores.shape == (1, 4) and fitted.seconds > 0
     (row,) = measure_edits(pipe, ["no identity"], people=[3], num_inference_steps=4)
     assert bare.scores[0] == pytest.approx([row.whole, row.inside, row.outside, row.done], abs=1e-6)

@@ -201,6 +201,15 @@ FIT: dict[str, Callable[[Calls], bool]] = {
     "lora_rank": lambda c: (
         {len(w) for n, w in c.fit(method="lora", lora_rank=3).weights.items() if ".lora_A." in n} == {3}
     ),
+    "lora_layers": lambda c: (
+        "unet.conv_in.lora_A.weight" in c.fit(method="lora").weights
+        and "unet.conv_in.lora_A.weight" not in c.fit(method="lora", lora_layers="attention").weights
+    ),
+    "lora_init": lambda c: apart(*(weights(c.fit(method="lora", lora_init=i)) for i in ("gradient", "random"))),
+    "lr_scheduler": lambda c: (
+        apart(row(c.fit(lr_scheduler="linear")), row(c.fit(lr_scheduler="constant")))
+        and first_loss(c.fit(lr_scheduler="linear")) == first_loss(c.fit(lr_scheduler="constant"))
+    ),
     "detach_sentence": fit_detach_sentence,
     "preset": lambda c: c.fit(method=None, preset="paper").method == "full" and c.fit(method=None).method == "lora",
     "timestep_sampling": lambda c: (

@@ -1,0 +1,178 @@
+"""Where a LoRA starts: along the first gradient, with nothing else of the model changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from s2edit_pipeline.identity_fitting import FitSettings, Objective
+from s2edit_pipeline.identity_token import token_rows
+from s2edit_pipeline.lora_start import ROW_LENGTH, start_along_gradient
+from s2edit_pipeline.pipeline import S2EditPipeline
+
+from .test_identity_fitting import example_of, fit
+
+
+def reach(rows: torch.Tensor) -> torch.Tensor:
+    """The projection onto what ``rows`` (r, in, ...) span, float64."""
+    q, _ = torch.linalg.qr(rows.double().flatten(1).mT)
+    return q @ q.mT
+
+
+def adapted(rank: int = 2) -> tuple[nn.Module, Callable[[int], Callable[[], None]]]:
+    """A convolution and a linear layer with adapters, and backward passes of a loss that needs no model: by seed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Flatten(), nn.Linear(5 * 16, 7))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0", "2"]), model)
+
+    def backward(seed: int) -> Callable[[], None]:
+        x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+        return lambda: model(x).square().sum().backward()
+
+    return model, backward
+
+
+def gradients(model: nn.Module, *backwards: Callable[[], None]) -> list[torch.Tensor]:
+    """The base weights' own, (out, in * kh * kw), float64, by autograd alone."""
+    weights = [layer.get_base_layer().weight for layer in (model[0], model[2])]
+    for weight in weights:
+        weight.requires_grad_(True)
+    for backward in backwards:
+        backward()
+    found = [weight.grad.flatten(1).double() for weight in weights]
+    for parameter in model.parameters():
+        parameter.grad = None
+    return found
+
+
+def firsts(model: nn.Module) -> list[torch.Tensor]:
+    return [layer.lora_A["default"].weight.data for layer in (model[0], model[2])]
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
+def test_the_first_matrices_have_most_of_the_gradient_in_reach(seeds: tuple[int, ...]) -> None:
+    """Eckart and Young: of what two rows can reach, as much as the two largest singular values say. Of several parts of
+    a loss it is their sum's gradient."""
+    model, backward = adapted()
+    wanted = gradients(model, *map(backward, seeds))
+    model.requires_grad_(False)
+    assert start_along_gradient({"unet": model}, [*map(backward, seeds)])
+    for rows, gradient in zip(firsts(model), wanted, strict=True):
+        values = torch.linalg.svdvals(gradient)
+        reached = (gradient @ reach(rows)).square().sum()
+        assert float(reached) == pytest.approx(float(values[:2].square().sum()), rel=1e-5)
+        assert float(reached) < float(values.square().sum()) * (1 - 1e-3)  # there is more than two rows can reach
+        torch.testing.assert_close(rows.flatten(1).norm(dim=1), torch.full((2,), ROW_LENGTH))
+
+
+def test_rows_are_as_long_as_pefts_in_the_mean() -> None:
+    lengths = [rows.flatten(1).norm(dim=1) for seed in range(3) for rows in firsts(adapted(rank=4)[0])]
+    assert float(torch.cat(lengths).square().mean()) == pytest.approx(ROW_LENGTH**2, rel=0.1)
+
+
+def test_more_rows_than_the_gradient_has_directions_stay_random() -> None:
+    """Five channels come out of the convolution: eight rows are five directions and three of PEFT's own."""
+    model, backward = adapted(rank=8)
+    before = [rows.clone() for rows in firsts(model)]
+    assert start_along_gradient({"unet": model}, [backward(1)])
+    assert torch.equal(firsts(model)[0][5:], before[0][5:])
+    assert not torch.isclose(firsts(model)[0][:5], before[0][:5]).all(1).any()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_all_else_stays(fails: bool) -> None:
+    """Weights, who asks for gradients, gradients that were there; also where the backward pass fails."""
+    model, backward = adapted()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 2 == 0)
+        parameter.grad = torch.full_like(parameter, number)
+    first = {id(rows) for layer in (model[0], model[2]) for rows in layer.lora_A.parameters()}
+    before = [(p.clone(), p.requires_grad, p.grad) for p in model.parameters()]
+
+    def breaks() -> None:
+        backward(1)()
+        raise RuntimeError("out of memory")
+
+    if fails:
+        with pytest.raises(RuntimeError):
+            start_along_gradient({"unet": model}, [breaks])
+    else:
+        start_along_gradient({"unet": model}, [backward(1)])
+    for parameter, (value, required, gradient) in zip(model.parameters(), before, strict=True):
+        assert id(parameter) in first or torch.equal(parameter, value)
+        assert parameter.requires_grad is required and parameter.grad is gradient
+        assert not parameter._post_accumulate_grad_hooks
+
+
+def test_a_gradient_that_is_no_number_is_left_alone() -> None:
+    model, backward = adapted()
+    before = [rows.clone() for rows in firsts(model)]
+
+    def overflows() -> None:
+        (1e38 * model(torch.ones(1, 3, 4, 4)).square().sum() * 1e38).backward()
+
+    assert not start_along_gradient({"unet": model}, [overflows])
+    assert all(torch.equal(rows, b) for rows, b in zip(firsts(model), before, strict=True))
+    assert start_along_gradient({"unet": model}, [backward(1)])
+
+
+def base_gradients(pipe: S2EditPipeline, example: Any, row: torch.Tensor, settings: FitSettings) -> dict[str, Any]:
+    """Of the U-Net without adapters, at the noise that a fit of seed 0 draws first; (out, in * kh * kw)."""
+    generator = torch.Generator().manual_seed(0)
+    torch.randint(2**31, (1,), generator=generator)  # the adapters' seed
+    encoders = {"text_encoder": pipe.text_encoder}
+    alphas, kind = pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type
+    objective = Objective(pipe.unet, encoders, alphas, kind, example, settings)
+    pipe.unet.requires_grad_(True)
+    with token_rows(pipe.text_encoder, {example.token_id: nn.Parameter(row.float())}), objective.controlled():
+        reconstruction, semantic, _ = objective.losses(*objective.draw(generator, torch.device("cpu")))
+        (reconstruction + settings.semantic_weight * semantic).backward()
+    found = {n: p.grad.flatten(1).double() for n, p in pipe.unet.named_parameters() if p.ndim > 1}
+    pipe.unet.requires_grad_(False)
+    pipe.unet.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("layers", ["all", "attention"])
+def test_a_fit_starts_along_its_own_first_gradient(
+    pipe: S2EditPipeline, picture: Any, half_mask: Any, layers: str
+) -> None:
+    """In every layer; with rates that move nothing, what is fitted is where it started."""
+    example, row = example_of(pipe, picture, half_mask)
+    asked = {"num_steps": 1, "learning_rate": 1e-12, "lora_layers": layers}
+    gradient = base_gradients(pipe, example, row, FitSettings(**asked))
+    for init in ("gradient", "random"):
+        weights = fit(pipe, example, row, lora_init=init, **asked).weights
+        shares, best = [], []
+        for name, rows in weights.items():
+            if name.startswith("unet.") and ".lora_A." in name:
+                g = gradient[name.removeprefix("unet.").replace(".lora_A", "")]
+                values = torch.linalg.svdvals(g).square()
+                shares.append(float((g @ reach(rows)).square().sum() / values.sum()))
+                best.append(float(values[:2].sum() / values.sum()))
+        assert len(shares) == (
+            sum(n.endswith(".weight") for n in gradient) if layers == "all" else 4 * len(pipe.unet.attn_processors)
+        )
+        if init == "gradient":
+            assert shares == pytest.approx(best, rel=0.02)  # a randomised SVD, rounded to float16
+        else:
+            assert sum(shares) < 0.5 * sum(best)
+
+
+def test_float16_starts_along_it_too(pipe: S2EditPipeline, picture: Any) -> None:
+    """Scaled as losses are there, gradients overflow at first; the scale comes down until they don't."""
+    example, row = example_of(pipe, picture)
+    asked = {"num_steps": 1, "learning_rate": 1e-12}
+    wanted = fit(pipe, example, row, **asked).weights
+    found = fit(pipe.to(torch.float16), example, row, **asked).weights
+    apart = [
+        float((reach(found[n]) - reach(wanted[n])).square().sum().sqrt())
+        for n in wanted
+        if n.startswith("unet.") and ".lora_A." in n
+    ]
+    assert sorted(apart)[len(apart) // 2] < 0.2
