@@ -81,9 +81,9 @@ class IdentityAdapter:
         method: "full", "lora" or "token".
         rows: text encoder's name ("text_encoder", and with SDXL "text_encoder_2") -> (D,) float32, the token's row of
             its embedding table.
-        weights: for "lora" diffusers' LoRA state dict (``unet.….lora_A.weight``, ``text_encoder.text_model.…``), for
-            "full" the differences to the base model (``unet.…``, ``text_encoder.…``) or, :meth:`compressed`, low-rank
-            factors of them, for "token" nothing.
+        weights: for "lora" diffusers' LoRA state dict (``unet.….lora_A.weight``, ``text_encoder.text_model.…``) in
+            float16, for "full" the differences to the base model (``unet.…``, ``text_encoder.…``) or,
+            :meth:`compressed`, low-rank factors of them, for "token" nothing.
         lora_metadata: PEFT's rank, alpha and targets of each component, as diffusers writes them.
         mask: (h, w) float32 in [0, 1], ``M_obj`` at the latents' size, or None where spatial control was off.
         base_model: what the base model calls itself.

@@ -20,14 +20,14 @@ def test_rows_are_graded_against_the_drawings_and_share_their_fits(monkeypatch: 
     fits, fit = [], pipe.fit_identity
     monkeypatch.setattr(pipe, "fit_identity", lambda *a, **k: fits.append(k) or fit(*a, **k))
     names = ["the defaults", "no identity", "guided to the end", "edit-friendly, strength 0.64"]
-    rows = measure_edits(pipe, names, people=[3], num_inference_steps=6, num_steps=2)
+    rows = measure_edits(pipe, names, people=[3], num_inference_steps=4, num_steps=1)
     assert [row.name for row in rows] == names and len(fits) == 1
     assert rows[1].cosines is None and rows[0].cosines is not None and rows[0].cosines[0] > 0.1
     # naive: the second row's mean, by hand
     person = sample_person(3, "held_out")
     edits = demo_edits(person)
     images = [
-        pipe(e.target_prompt, render(person), describe(person).text, num_inference_steps=6).images[0] for e in edits
+        pipe(e.target_prompt, render(person), describe(person).text, num_inference_steps=4).images[0] for e in edits
     ]
     wanted = sum(grade(e, image).inside for e, image in zip(edits, images, strict=True)) / len(edits)
     assert rows[1].inside == pytest.approx(wanted, abs=0.05)
