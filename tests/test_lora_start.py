@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from s2edit_pipeline import identity_fitting
 from s2edit_pipeline.identity_fitting import FitSettings, Objective
 from s2edit_pipeline.identity_token import token_rows
+from s2edit_pipeline.lora_format import published_name
 from s2edit_pipeline.lora_start import ROW_LENGTH, start_along_gradient
 from s2edit_pipeline.pipeline import S2EditPipeline
 
@@ -122,19 +124,25 @@ def test_a_gradient_that_is_no_number_is_left_alone() -> None:
 
 
 def base_gradients(pipe: S2EditPipeline, example: Any, row: torch.Tensor, settings: FitSettings) -> dict[str, Any]:
-    """Of the U-Net without adapters, at the noise that a fit of seed 0 draws first; (out, in * kh * kw)."""
+    """Of the model without adapters, at the noise that a fit of seed 0 draws first; (out, in * kh * kw) by the names
+    that weights are saved under."""
     generator = torch.Generator().manual_seed(0)
     torch.randint(2**31, (1,), generator=generator)  # the adapters' seed
     encoders = {"text_encoder": pipe.text_encoder}
     alphas, kind = pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type
     objective = Objective(pipe.unet, encoders, alphas, kind, example, settings)
-    pipe.unet.requires_grad_(True)
+    components = {"unet": pipe.unet, **encoders}
+    found = {}
+    for module in components.values():
+        module.requires_grad_(True)
     with token_rows(pipe.text_encoder, {example.token_id: nn.Parameter(row.float())}), objective.controlled():
         reconstruction, semantic, _ = objective.losses(*objective.draw(generator, torch.device("cpu")))
         (reconstruction + settings.semantic_weight * semantic).backward()
-    found = {n: p.grad.flatten(1).double() for n, p in pipe.unet.named_parameters() if p.ndim > 1}
-    pipe.unet.requires_grad_(False)
-    pipe.unet.zero_grad(set_to_none=True)
+    for component, module in components.items():
+        weights = [(n, p) for n, p in module.named_parameters() if p.ndim > 1 and p.grad is not None]
+        found |= {published_name(component, name): p.grad.flatten(1).double() for name, p in weights}
+        module.requires_grad_(False)
+        module.zero_grad(set_to_none=True)
     return found
 
 
@@ -144,31 +152,34 @@ def test_a_fit_starts_along_its_own_first_gradient(
 ) -> None:
     """In every layer; with rates that move nothing, what is fitted is where it started."""
     example, row = example_of(pipe, picture, half_mask)
-    asked = {"num_steps": 1, "learning_rate": 1e-12, "lora_layers": layers}
+    asked = {"num_steps": 1, "learning_rate": 1e-12, "semantic_weight": 10.0, "lora_layers": layers}
     gradient = base_gradients(pipe, example, row, FitSettings(**asked))
     for init in ("gradient", "random"):
         weights = fit(pipe, example, row, lora_init=init, **asked).weights
         shares, best = [], []
         for name, rows in weights.items():
-            if name.startswith("unet.") and ".lora_A." in name:
-                g = gradient[name.removeprefix("unet.").replace(".lora_A", "")]
+            if ".lora_A." in name:
+                g = gradient[name.replace(".lora_A", "")]
                 values = torch.linalg.svdvals(g).square()
                 shares.append(float((g @ reach(rows)).square().sum() / values.sum()))
                 best.append(float(values[:2].sum() / values.sum()))
-        assert len(shares) == (
-            sum(n.endswith(".weight") for n in gradient) if layers == "all" else 4 * len(pipe.unet.attn_processors)
-        )
+        # four projections in each layer of either attention
+        attention = 4 * (len(pipe.unet.attn_processors) + pipe.text_encoder.config.num_hidden_layers)
+        everywhere = sum(name.startswith("unet.") for name in gradient) - 4 * len(pipe.unet.attn_processors)
+        assert len(shares) == attention + everywhere * (layers == "all")
         if init == "gradient":
             assert shares == pytest.approx(best, rel=0.02)  # a randomised SVD, rounded to float16
         else:
             assert sum(shares) < 0.5 * sum(best)
 
 
-def test_float16_starts_along_it_too(pipe: S2EditPipeline, picture: Any) -> None:
-    """Scaled as losses are there, gradients overflow at first; the scale comes down until they don't."""
+def test_float16_starts_along_it_too(pipe: S2EditPipeline, picture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is scaled so far that every gradient overflows: the scale comes down until none does."""
     example, row = example_of(pipe, picture)
     asked = {"num_steps": 1, "learning_rate": 1e-12}
     wanted = fit(pipe, example, row, **asked).weights
+    far = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    monkeypatch.setattr(identity_fitting, "gradient_scaler", lambda device, dtype: far)
     found = fit(pipe.to(torch.float16), example, row, **asked).weights
     apart = [
         float((reach(found[n]) - reach(wanted[n])).square().sum().sqrt())

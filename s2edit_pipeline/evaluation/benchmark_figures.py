@@ -53,9 +53,7 @@ def draw_figure(number: int, run: BenchmarkRun, jobs: int = 1) -> Path:
 def _figure_7(run: BenchmarkRun, jobs: int) -> Path:
     """Alignment against preservation, a curve for each method over its strength."""
     curves = {e.name: variants(e, METHODS[e.method].curve) for e in run.entrants if METHODS[e.method].curve}
-    run = replace(run, entrants=tuple(entrant for curve in curves.values() for entrant in curve), share_fits=True)
-    run_benchmark(run, jobs)
-    points = _means(run, {name: [e.name for e in curve] for name, curve in curves.items()}, ("outside", "aligned"))
+    points = _measured(run, curves, ("outside", "aligned"), jobs)
     path = run.out / "figure-7.png"
     with save_figure(path, (7, 5)) as figure:
         axis = figure.subplots()
@@ -89,10 +87,8 @@ def _figure_9(run: BenchmarkRun, jobs: int) -> Path:
     """Guidance from 1 to 10."""
     scales = [{"edit": {"guidance_scale": scale}} for scale in GUIDANCE]
     curves = {e.name: variants(e, scales) for e in run.entrants if e.method in SETTINGS}
-    run = replace(run, entrants=tuple(entrant for curve in curves.values() for entrant in curve), share_fits=True)
-    run_benchmark(run, jobs)
     shown = [metric for metric in METRICS if metric.name in ("psnr", "outside", "aligned", "identity")]
-    points = _means(run, {name: [e.name for e in curve] for name, curve in curves.items()}, [m.name for m in shown])
+    points = _measured(run, curves, [m.name for m in shown], jobs)
     path = run.out / "figure-9.png"
     with save_figure(path, (13, 3)) as figure:
         for axis, metric in zip(figure.subplots(1, len(shown)), shown, strict=True):
@@ -130,14 +126,17 @@ def _attention_maps(
 _FIGURES: Mapping[int, Callable[[BenchmarkRun, int], Path]] = {7: _figure_7, 8: _figure_8, 9: _figure_9}
 
 
-def _means(
-    run: BenchmarkRun, curves: Mapping[str, Sequence[str]], metrics: Sequence[str]
+def _measured(
+    run: BenchmarkRun, curves: Mapping[str, Sequence[Entrant]], metrics: Sequence[str], jobs: int
 ) -> dict[str, dict[str, list[float | None]]]:
-    """Curve -> metric -> a mean for each of its entrants, None where there are no records; in ``points.json`` too."""
+    """Curve -> metric -> a mean for each of its entrants, None where there are no records; in ``points.json`` too.
+    Entrants with the same fit share it."""
+    run = replace(run, entrants=tuple(entrant for curve in curves.values() for entrant in curve), share_fits=True)
+    run_benchmark(run, jobs)
     scores = collect(run)
     points = {
-        curve: {metric: [_mean(scores, name, metric) for name in names] for metric in metrics}
-        for curve, names in curves.items()
+        curve: {metric: [_mean(scores, entrant.name, metric) for entrant in entrants] for metric in metrics}
+        for curve, entrants in curves.items()
     }
     (run.out / "points.json").write_text(json.dumps(points, indent=1), "utf-8")
     return points
