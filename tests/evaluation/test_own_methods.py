@@ -46,7 +46,8 @@ def test_a_setting_is_its_call(pipe: S2EditPipeline, picture: Image.Image, name:
         target, picture, SOURCE, identity, setting.inversion, STEPS, generator=torch.Generator().manual_seed(5),
         **{**setting.edit, **changes},
     )  # fmt: skip
-    assert np.array_equal(got, result.images[0])
+    # the one keeps the source's attention, the other has its row in the targets' batch: equal to rounding
+    assert np.abs(np.asarray(got, int) - np.asarray(result.images[0], int)).max() <= 1
     assert pipe.identities == ()
     maps = prepared.attention_maps(TARGET)
     assert "lady" in maps and ("[I]" in maps) == (identity is not None)
