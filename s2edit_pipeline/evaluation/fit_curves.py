@@ -138,10 +138,11 @@ def plot(points: Sequence[FitPoint], path: str) -> None:
     Raises:
         ImportError: matplotlib isn't there: ``pip install "s2edit-pipeline[evaluation]"``.
     """
-    with save_figure(path, (10, 3.6), dpi=110) as figure:
-        for axis, column, label in zip(
-            figure.subplots(1, 2), (0, 3), ("PSNR to the truth, dB", "edits done"), strict=True
-        ):
+    with save_figure(path, (10, 4.6), dpi=110) as figure:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        axes = figure.subplots(1, 2)
+        for axis, column, label in zip(axes, (0, 3), ("PSNR to the truth, dB", "edits done"), strict=True):
             for name in dict.fromkeys(point.series for point in points):
                 own = sorted((p for p in points if p.series == name), key=lambda p: p.seconds)
                 heights = [float(p.scores[:, column].mean()) for p in own]
@@ -152,5 +153,8 @@ def plot(points: Sequence[FitPoint], path: str) -> None:
                         [p.seconds for p in own], heights, "o-" if len(own) > 1 else "*", markersize=8, label=name
                     )
             axis.set(xscale="log", xlabel="seconds of a fit", ylabel=label)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize="small", ncols=4, loc="outside lower center")
