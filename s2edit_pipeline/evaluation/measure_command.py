@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--setting", action="append", help="edits: only these rows; give as many as you like")
     parser.add_argument("--sheet", help="base-model, compositions: also save the first pictures, to this PNG")
     parser.add_argument("--repeats", type=int, default=5, help="costs, scaling: of each run (%(default)s)")
-    parser.add_argument("--items", nargs="+", help="costs: of stock, first, further, three, null_text; all otherwise")
+    parser.add_argument(
+        "--items", nargs="+", help="costs: of stock, first, inverted_first, further, three, null_text; all otherwise"
+    )
+    parser.add_argument("--side", type=int, help="costs: of the picture, in pixels (the model's own)")
     parser.add_argument("--json", help="costs, steps, scaling: also save what was measured, to this file")
     parser.add_argument("--plot", help="fits, scaling: also plot them, to this PNG")
     parser.add_argument(
@@ -147,7 +150,8 @@ def _costs(args: argparse.Namespace) -> None:
     else:
         from .edit_costs import ITEMS, measure_edit_costs
 
-        report = measure_edit_costs(_load(args), args.steps or 50, args.repeats, items=args.items or tuple(ITEMS))
+        items = args.items or tuple(ITEMS)
+        report = measure_edit_costs(_load(args), args.steps or 50, args.repeats, items=items, side=args.side)
     _show(report, args.json)
 
 

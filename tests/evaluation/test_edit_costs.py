@@ -43,8 +43,18 @@ def test_what_is_left_out_says_so(avatars: Any) -> None:
     assert [(row.item, len(row.seconds)) for row in costs.rows] == [("stock", 2), ("further", 2)]
     assert [target.met is None for target in costs.targets] == [True, True, False, True, True, True]
     assert costs.table().count("not measured") == 4 + 5
+    assert costs.side is None
     with pytest.raises(ValueError, match="'edit' is unknown; choose from stock, first"):
         measure_edit_costs(avatars, items=["edit"])
+
+
+def test_the_side_is_that_of_all_of_them(avatars: Any) -> None:
+    seen: list[tuple[int, ...]] = []
+    handle = avatars.unet.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    items = ["first", "inverted_first", "further"]
+    assert measure_edit_costs(avatars, 1, repeats=1, items=items, side=64).side == 64
+    handle.remove()
+    assert set(seen) == {(8, 8)} and len(seen) > 8
 
 
 @pytest.mark.parametrize(
