@@ -105,8 +105,8 @@ def test_measured_costs_are_printed_and_saved(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cost_scaling, "plot", lambda report, path: plots.append((report.given, path)))
     out = tmp_path / "measured.json"
     for options, given in (
-        ("costs --steps 7 --items first further", {"steps": 7, "items": ["first", "further"]}),
-        ("costs", {"steps": 50, "items": list(edit_costs.ITEMS)}),
+        ("costs --steps 7 --items first further", {"steps": 7, "items": ["first", "further"], "side": None}),
+        ("costs --side 256", {"steps": 50, "items": list(edit_costs.ITEMS), "side": 256}),
         ("steps --people 9", {"people": 9}),
         ("scaling --repeats 3 --plot there.png", {"repeats": 3}),
     ):
