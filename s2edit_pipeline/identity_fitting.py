@@ -305,6 +305,10 @@ class Objective:
             angles.append(cosine(sentence, token).mean())
         return self.reconstruction(encoded, t, epsilon), torch.stack(semantics).sum(), torch.stack(angles).mean()
 
+    def total(self, reconstruction: torch.Tensor, semantic: torch.Tensor) -> torch.Tensor:
+        """L = L_recons + lambda L_semantic."""
+        return reconstruction + self.settings.semantic_weight * semantic
+
     def reconstruction(self, encoded: PromptEmbeds, t: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
         """L_recons under the last of the ``encoded`` prompts, P~."""
         unet, device = self.unet, self.latents.device
@@ -429,7 +433,7 @@ def fit_identity_weights(
             for objective in objectives:
                 with objective.controlled():
                     reconstruction, semantic, angle = objective.losses(*objective.draw(generator, draw_on))
-                    loss = reconstruction + settings.semantic_weight * semantic
+                    loss = objective.total(reconstruction, semantic)
                     if not bool(torch.isfinite(loss)):
                         raise FloatingPointError(
                             f"The loss is {loss.item()} at step {step}; lower learning_rate (it is {rate:g}) or load "
@@ -463,7 +467,7 @@ def _turn_along_gradient(
     def backward(objective: Objective, drawn: tuple[torch.Tensor, torch.Tensor]) -> None:
         with objective.controlled():
             reconstruction, semantic, _ = objective.losses(*drawn)
-            (scale * (reconstruction + objective.settings.semantic_weight * semantic)).backward()
+            (scale * objective.total(reconstruction, semantic)).backward()
 
     parts = [partial(backward, objective, objective.draw(generator, draw_on)) for objective in objectives]
     while not start_along_gradient(components, parts) and scale > 1:

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .low_rank import leading_triples
+from .tuned_weights import frozen
 
 ROW_LENGTH = 3**-0.5
 """What PEFT's own rows have in the mean: entries uniform within 1 / sqrt(in)."""
@@ -32,7 +33,7 @@ def start_along_gradient(components: Mapping[str, nn.Module], backwards: Sequenc
         Whether every gradient was finite; where one wasn't, A is left as it was.
     """
     layers = [m for module in components.values() for m in module.modules() if isinstance(m, LoraLayer)]
-    held = [(p, p.requires_grad, p.grad) for module in components.values() for p in module.parameters()]
+    weights = [layer.get_base_layer().weight for layer in layers]
     finite = []
 
     def turn(layer: LoraLayer) -> Callable[[torch.Tensor], None]:
@@ -51,22 +52,18 @@ def start_along_gradient(components: Mapping[str, nn.Module], backwards: Sequenc
         return take
 
     hooks = []
-    try:
-        for parameter, _, _ in held:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for layer in layers:
-            layer.get_base_layer().weight.requires_grad_(True)
+    with frozen(components):
+        for weight in weights:
+            weight.requires_grad_(True)
+            weight.grad = None
         *others, last = backwards
         for backward in others:
             backward()
-        for layer in layers:
-            hooks.append(layer.get_base_layer().weight.register_post_accumulate_grad_hook(turn(layer)))
-        last()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, required, gradient in held:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
+        try:
+            for layer, weight in zip(layers, weights, strict=True):
+                hooks.append(weight.register_post_accumulate_grad_hook(turn(layer)))
+            last()
+        finally:
+            for hook in hooks:
+                hook.remove()
     return all(finite)
