@@ -1,18 +1,19 @@
 """S2EditPipeline: fit an identity to one picture, and edit the picture by words without losing it.
 
 S2Edit: Text-Guided Image Editing with Precise Semantic and Spatial Control (2025). The formulas are in the modules
-beside this one; here they are put in order.
+beside this one; here a call's arguments become a request, and the request goes to its stage.
 """
 
 # no `from __future__ import annotations` here: diffusers' from_pipe reads the types of __init__'s parameters
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
 
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import (
     FromSingleFileMixin,
@@ -29,45 +30,73 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 # diffusers copies only the files that this one names, so the stages' own modules are named here as well; in what is
 # published this is the only list that its loader follows, see publishing.unfollowed
-from .atomic_folder import atomic_folder  # noqa: F401
-from .attention_control import attention_control  # noqa: F401
-from .ddim_steps import noise_schedule
-from .edit_control import EditControl  # noqa: F401
-from .edit_plan import plan_edits  # noqa: F401
-from .edit_sampling import EditSettings, check_share
-from .identity_adapter import IdentityAdapter, LoadedIdentities
+from .attention_controls import Controllers  # noqa: F401
+from .attention_seam import attention_control  # noqa: F401
+from .attention_source import KeepAttention
+from .edit_attention import EditControl  # noqa: F401
+from .edit_loop import EDITS  # noqa: F401
+from .edit_output import S2EditPipelineOutput
+from .edit_settings import DEFAULT_GUIDANCE, EDIT_PRESETS, EditRequest, EditSettings, check_guidance, with_preset
+from .edit_stage import DEFAULT_STEPS, edit_picture
+from .edit_words import plan_edits  # noqa: F401
+from .family_base import family_of
+from .family_unet import UNetFamily  # noqa: F401
+from .fit_lora_start import start_along_gradient  # noqa: F401
+from .fit_loop import fit_weights  # noqa: F401
+from .fit_losses import cosine  # noqa: F401
+from .fit_settings import MASK_THRESHOLD, FitRequest, FitSettings, ReferenceAttribute, fit_preset
+from .fit_stage import fit_input, fit_picture, object_mask
+from .fit_weights import lora_weights  # noqa: F401
+from .identity_adapter import IdentityAdapter
 from .identity_card import identity_card  # noqa: F401
+from .identity_compression import compress  # noqa: F401
 from .identity_files import read_identity  # noqa: F401
-from .identity_fitting import FitSettings
-from .identity_loading import IdentityLoading  # noqa: F401
-from .identity_losses import cosine  # noqa: F401
-from .identity_token import token_rows  # noqa: F401
-from .latent_inversion import Inversion, check_method
-from .lora_format import lora_metadata  # noqa: F401
-from .lora_start import start_along_gradient  # noqa: F401
-from .low_rank import compress  # noqa: F401
-from .noise_drawing import NoiseDrawing
+from .identity_fingerprint import fingerprint  # noqa: F401
+from .identity_folder import atomic_folder  # noqa: F401
+from .identity_lora_names import lora_metadata  # noqa: F401
+from .identity_overlay import IdentityOverlay
+from .identity_prompts import check_prompt
+from .identity_schema import check_config  # noqa: F401
+from .inversion_ddim import ddim_trajectory  # noqa: F401
+from .inversion_edit_friendly import edit_friendly  # noqa: F401
+from .inversion_null_text import null_text  # noqa: F401
+from .inversion_record import DEFAULT_INVERSION, Inversion, inversion_method
+from .inversion_stage import InversionCall, invert_words
+from .noise_schedule import NoiseSchedule  # noqa: F401
 from .object_masks import mask_to_picture
-from .picture_editing import PictureEditing
-from .picture_fitting import MASK_THRESHOLD, PictureFitting
-from .picture_inputs import load_picture
-from .pipeline_output import S2EditPipelineOutput
-from .pipeline_parts import PipelineParts  # noqa: F401
-from .presets import with_preset
-from .prompt_alignment import tokenize  # noqa: F401
-from .prompt_encoding import encode_prompts  # noqa: F401
-from .source_attention import KeepAttention
-from .tuned_weights import lora_weights  # noqa: F401
+from .picture_inputs import load_picture  # noqa: F401
+from .pipeline_arguments import (
+    base_name,
+    check_autograd,
+    check_can_train,
+    check_generator,
+    check_keep,
+    check_output_type,
+    checked_reference,
+    checked_tensor_inputs,
+    refuse_for_drawing,
+    refuse_for_editing,
+    step_report,
+)
+from .pipeline_facts import CallFacts
+from .pipeline_loaders import IdentityLoaders
+from .pipeline_turns import check_stop_sign
+from .pipeline_work import Work
+from .prompt_embeds import PromptEmbeds  # noqa: F401
+from .prompt_tokens import token_rows  # noqa: F401
+from .prompt_words import tokenize  # noqa: F401
+from .stock_drawing import draw
 
 
 class S2EditPipeline(
-    PictureFitting,
-    PictureEditing,
-    NoiseDrawing,
+    CallFacts,
+    IdentityLoaders,
     DiffusionPipeline,
     StableDiffusionMixin,
     TextualInversionLoaderMixin,
@@ -75,24 +104,30 @@ class S2EditPipeline(
     IPAdapterMixin,
     FromSingleFileMixin,
 ):
-    """Identity-preserving editing of real pictures with a Stable Diffusion 1, 2 or XL model.
+    """Identity-preserving editing of real pictures.
+
+    Which components there are decides what kind of model it is, see ``family_base.family_of``; the others are None.
 
     Args:
         vae: autoencoder between pictures and latents.
-        text_encoder, tokenizer: CLIP's.
-        text_encoder_2, tokenizer_2: SDXL's second ones, or None.
-        unet: conditional denoiser, epsilon- or v-prediction.
-        scheduler: any with ``alphas_cumprod``; its noise levels are read and it is never changed.
+        text_encoder, tokenizer: the first text encoder.
+        text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3: the others, where the model has them.
+        unet: conditional denoiser, epsilon- or v-prediction; or
+        transformer: one of a kind that is served.
+        scheduler: its noise levels are read and it is never changed.
         safety_checker, feature_extractor: Stable Diffusion's own, or None.
         image_encoder: for IP-Adapter, or None.
         requires_safety_checker: only kept, so that Stable Diffusion's folders load.
         force_zeros_for_empty_prompt: whether SDXL is told zeros where there is no negative prompt.
+
+    Raises:
+        ValueError: a model that isn't served, or components that hold another pipeline's identities.
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->vae"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->transformer->vae"
     _optional_components = [  # noqa: RUF012 (diffusers' form)
-        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "safety_checker", "feature_extractor",
-        "image_encoder",
+        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3", "unet",
+        "transformer", "safety_checker", "feature_extractor", "image_encoder",
     ]  # fmt: skip
     _exclude_from_cpu_offload = ["safety_checker"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
@@ -100,11 +135,11 @@ class S2EditPipeline(
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
+        vae: AutoencoderKL = None,
+        text_encoder: CLIPTextModel = None,
+        tokenizer: CLIPTokenizer = None,
+        unet: UNet2DConditionModel = None,
+        scheduler: KarrasDiffusionSchedulers = None,
         safety_checker: StableDiffusionSafetyChecker = None,
         feature_extractor: CLIPImageProcessor = None,
         image_encoder: CLIPVisionModelWithProjection = None,
@@ -112,49 +147,50 @@ class S2EditPipeline(
         text_encoder_2: CLIPTextModelWithProjection = None,
         tokenizer_2: CLIPTokenizer = None,
         force_zeros_for_empty_prompt: bool = True,
+        transformer: ModelMixin = None,
+        text_encoder_3: PreTrainedModel = None,
+        tokenizer_3: PreTrainedTokenizerBase = None,
     ) -> None:
         super().__init__()
         if getattr(tokenizer, "s2edit_tokens", ()):
-            held = ", ".join(tokenizer.s2edit_tokens)
+            tokens = ", ".join(tokenizer.s2edit_tokens)
             raise ValueError(
-                f"These components hold identities that another pipeline has loaded ({held}). "
+                f"These components hold identities that another pipeline has loaded ({tokens}). "
                 "Call unload_identity() there first, and load them here again."
             )
         self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
-        )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2, text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3, unet=unet,
+            transformer=transformer, scheduler=scheduler, safety_checker=safety_checker,
+            feature_extractor=feature_extractor, image_encoder=image_encoder,
+        )  # fmt: skip
+        if transformer is not None:
+            family_of(self)  # refused here if nothing serves it
+        block_out_channels = getattr(getattr(vae, "config", None), "block_out_channels", None)
+        self.vae_scale_factor = 2 ** (len(block_out_channels) - 1) if block_out_channels else 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         if text_encoder_2 is not None:
             self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        self._loaded = LoadedIdentities()
-        self._plain_tokenizers: dict[str, Any] = {}
-        self._interrupt = False
+        self._overlay = IdentityOverlay()
 
-    @property
-    def components(self) -> dict[str, Any]:
-        """As every pipeline's, to make others of: what the stock pipeline of the other family alone knows is left out
-        where it is None, so that ``StableDiffusionPipeline(**pipe.components)`` works, or SDXL's."""
-        held: dict[str, Any] = super().components
-        others = ("text_encoder_2", "tokenizer_2") if self.text_encoder_2 is None else ("safety_checker",)
-        return {name: one for name, one in held.items() if one is not None or name not in others}
+    @contextmanager
+    def _at_work(self, identity: Any, stop: Any, report: Any, alone: str = "") -> Iterator[tuple[Work, str | None]]:
+        """A call's turn at the model, and the token of the identity that it was asked with.
 
-    # -------------------------------------------------------------------- what callbacks read and set
-
-    @property
-    def interrupt(self) -> bool:
-        """Set ``pipe._interrupt = True`` in a callback to stop after the step; what there is comes back."""
-        return self._interrupt
+        Args:
+            report: makes the stage's report from the call.
+            alone: what needs the model to itself; "" shares it.
+        """
+        check_stop_sign(stop)
+        family, turns = self.family, self._turns
+        with turns.call(stop) as call, ExitStack() as turn:
+            if alone:
+                turn.enter_context(turns.exclusive(alone))
+            token = turn.enter_context(self._with_identity(identity))
+            family.check()
+            name = base_name(self)
+            yield Work(family, self._overlay, call, self.progress_bar, report(call), name), token
 
     def preview_mask(
         self,
@@ -174,18 +210,16 @@ class S2EditPipeline(
         Raises:
             TypeError, ValueError: as :meth:`fit_identity`.
         """
-        self._check_ready()
-        check_share("threshold", threshold, open_ended=True)
-        picture = load_picture(image)
-        self._check_prompt(prompt, "prompt")
-        tokens = self._tokenize(prompt)
-        tokens.find(subject)
-        latents = self._encode_picture(picture, *self._working_size(picture, height, width))
-        mask = self._object_mask(latents, tokens, subject, threshold)
-        self.maybe_free_model_hooks()
-        return mask_to_picture(mask, picture.size)
-
-    # -------------------------------------------------------------------- stage one: fitting
+        self.family.check()
+        settings = FitSettings(mask_threshold=threshold)
+        self._check_bare("The mask is a fit's, and a fit is to the bare model")
+        with self._at_work(None, None, lambda call: None) as (work, _):
+            # "[I]" only stands in: the mask is found without the token
+            shown = ReferenceAttribute(image, prompt, subject, "[I]")
+            one = fit_input(work, shown, "", None, (height, width))
+            latents = work.family.encode_picture(one.picture, *one.size)
+            mask = object_mask(work, latents, one.prompt, one.subject, settings.mask_threshold)
+        return mask_to_picture(mask, one.picture.size)
 
     def fit_identity(
         self,
@@ -219,6 +253,8 @@ class S2EditPipeline(
         mask_threshold: float = MASK_THRESHOLD,
         height: int | None = None,
         width: int | None = None,
+        token_learning_rate: float | None = None,
+        stop: Any = None,
     ) -> IdentityAdapter:
         """Fit ``token`` to the subject of one picture (S2Edit, stage one). The pipeline is left as it was found.
 
@@ -229,7 +265,7 @@ class S2EditPipeline(
             token: one word in brackets.
             method: "lora" (None), "full" (the paper's) or "token".
             mask: the subject's mask, white inside, the picture's shape; None finds it by itself.
-            num_steps, learning_rate: None takes the method's own.
+            num_steps, learning_rate, token_learning_rate: None takes the method's own.
             semantic_weight: lambda; 0 leaves the semantic loss out.
             spatial_control: mask the token's cross-attention.
             reference: a ``ReferenceAttribute``: a second picture, whose attribute gets a token of its own. Both are
@@ -237,9 +273,9 @@ class S2EditPipeline(
                 prompt then holds both, "a [I] lady with [A] makeup".
             generator: makes the fit repeatable.
             callback_on_step_end: ``f(pipe, step, num_steps, measures)``, ``measures`` a dict with
-                ``reconstruction_loss``, ``semantic_loss``, ``cosine`` (and ``reference_cosine``); set
-                ``pipe._interrupt = True`` to stop early.
-            preset: "paper" is the paper's reading in one word, see ``presets.PRESETS``; what is passed beside it wins.
+                ``reconstruction_loss``, ``semantic_loss``, ``cosine`` (and ``reference_cosine``).
+            preset: "paper" is the paper's reading in one word, see ``fit_settings.FIT_PRESETS``; what is passed beside
+                it wins.
             batch_size: noise levels a step; None takes the method's own.
             timestep_sampling: which noise levels are drawn how often, "uniform", "low_noise", "high_noise" or
                 "logit_normal"; None takes the method's own.
@@ -252,9 +288,11 @@ class S2EditPipeline(
                 projections; of the text encoders these alone are.
             lora_init: "gradient" turns the adapters to where the loss falls fastest before the first step, for one
                 step's time; "random" is PEFT's own start.
-            detach_sentence, renormalize, mask_after: see ``identity_fitting.FitSettings``.
+            detach_sentence, renormalize, mask_after: see ``fit_settings.FitSettings``.
             mask_threshold: of the automatic mask.
             height, width: work at another size than the model's own.
+            stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is comes
+                back and says ``interrupted``.
 
         Returns:
             The identity, to be saved, loaded, or passed to the pipeline.
@@ -264,29 +302,29 @@ class S2EditPipeline(
             ImportError: the optimizer's package is missing.
             FloatingPointError: the loss ran away; the message names the step.
         """
-        self._check_ready()
-        chosen = {
-            "method": method, "num_steps": num_steps, "learning_rate": learning_rate, "batch_size": batch_size,
-            "timestep_sampling": timestep_sampling, "lr_scheduler": lr_scheduler, "early_stop": early_stop,
-        }  # fmt: skip
+        self.family.check()
         settings = FitSettings(
-            **with_preset(preset, "fit", chosen),
-            optimizer=optimizer,
-            gradient_checkpointing=gradient_checkpointing,
-            semantic_weight=semantic_weight,
-            spatial_control=spatial_control,
-            detach_sentence=detach_sentence,
-            renormalize=renormalize,
-            mask_after=mask_after,
-            lora_rank=lora_rank,
-            lora_layers=lora_layers,
-            lora_init=lora_init,
-        )
-        check_share("mask_threshold", mask_threshold, open_ended=True)
-        return self._fit(
-            image, prompt, subject, token, mask, settings, reference, generator, callback_on_step_end, mask_threshold,
-            (height, width),
+            **fit_preset(preset, {
+                "method": method, "num_steps": num_steps, "learning_rate": learning_rate, "batch_size": batch_size,
+                "token_learning_rate": token_learning_rate, "timestep_sampling": timestep_sampling,
+                "lr_scheduler": lr_scheduler, "early_stop": early_stop,
+            }),
+            optimizer=optimizer, gradient_checkpointing=gradient_checkpointing, semantic_weight=semantic_weight,
+            spatial_control=spatial_control, detach_sentence=detach_sentence, renormalize=renormalize,
+            mask_after=mask_after, lora_rank=lora_rank, lora_layers=lora_layers, lora_init=lora_init,
+            mask_threshold=mask_threshold,
         )  # fmt: skip
+        check_generator(generator, "a fit")
+        check_can_train(self.family)
+        pictures = (ReferenceAttribute(image, prompt, subject, token, mask), *checked_reference(reference))
+        self._check_bare("A new identity is fitted to the bare model")
+
+        def on_step(step: int, total: int, measures: Mapping[str, float]) -> None:
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, step, total, measures)
+
+        with self._at_work(None, stop, lambda call: None, alone="fit_identity") as (work, _):
+            return fit_picture(work, FitRequest(pictures, settings, generator, (height, width)), on_step)
 
     def invert(
         self,
@@ -296,13 +334,15 @@ class S2EditPipeline(
         num_inference_steps: int = 50,
         *,
         identity: Any = None,
-        guidance_scale: float = 4.5,
+        guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         generator: torch.Generator | None = None,
         height: int | None = None,
         width: int | None = None,
         clip_skip: int | None = None,
         keep_attention: KeepAttention | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        stop: Any = None,
     ) -> Inversion:
         """From a picture to the noise that leads back to it under ``prompt``.
 
@@ -314,37 +354,35 @@ class S2EditPipeline(
                 (Huberman-Spiegelglas et al. 2024).
             num_inference_steps: of the inversion and of the edits that use it.
             identity: an identity to load for this call.
-            guidance_scale: what "null_text" optimises for; the others serve any.
+            guidance_scale, negative_prompt: what "null_text" optimises for and starts from; the others serve any, and
+                refuse them.
             generator: of "edit_friendly"'s noise; the others draw none.
             keep_attention: how much of the source's attention is kept, where the source is pinned to its trajectory
                 ("direct", "fixed_point", "edit_friendly"), so that no edit has to ask for it again; None is
                 ``KeepAttention()``: of 40 % of the steps, at most 1 GiB.
+            callback_on_step_end: ``f(pipe, step, timestep, {"latents": ...})``.
+            stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is comes
+                back and says ``interrupted``.
 
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
-        self._check_ready()
-        check_method(method)
-        _check_keep(keep_attention)
-        if method == "null_text":
-            self._check_autograd()
-        self._check_prompt(prompt, "prompt")
-        EditSettings(guidance_scale=guidance_scale)
-        schedule = noise_schedule(self.scheduler, num_inference_steps)
-        picture = load_picture(image)
-        size = self._working_size(picture, height, width)
-        with self._with_identity(identity) as asked:
-            prompt = self._source_prompt(prompt, self._fitting_tokens(prompt, asked))
-            tokens = self._tokenize(prompt)
-            self._tokenize(negative_prompt or "")  # refused here if it is too long
-            encoded = self._encode_prompts([tokens], clip_skip)
-            negative = self._encode_negative(negative_prompt, encoded, clip_skip)
-            found = self._invert(
-                self._encode_picture(picture, *size), tokens, encoded, negative, method, schedule, guidance_scale,
-                generator, clip_skip, keep_attention or KeepAttention(),
+        self.family.check()
+        how = inversion_method(method)
+        check_keep(keep_attention)
+        check_guidance(DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale)
+        check_generator(generator, "an inversion")
+        check_prompt(prompt, "prompt")
+        if how.needs_gradients:
+            check_autograd()
+        report = step_report(self, callback_on_step_end, ("latents",))
+        alone = method if how.needs_gradients else ""
+        with self._at_work(identity, stop, report, alone) as (work, token):
+            call = InversionCall(
+                image, prompt, method, token, num_inference_steps, guidance_scale, negative_prompt, (height, width),
+                clip_skip, generator, keep_attention or KeepAttention(),
             )  # fmt: skip
-        self.maybe_free_model_hooks()
-        return found
+            return invert_words(work, call)
 
     @torch.no_grad()
     def __call__(
@@ -355,7 +393,7 @@ class S2EditPipeline(
         identity: Any = None,
         inversion: Inversion | str | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 4.5,
+        guidance_scale: float = DEFAULT_GUIDANCE,
         cross_replace_steps: float | Mapping[str, float] = 0.4,
         self_replace_steps: float = 0.4,
         reweight: Mapping[str, float] | None = None,
@@ -391,6 +429,8 @@ class S2EditPipeline(
         clip_skip: int | None = None,
         return_attention_maps: bool = False,
         keep_attention: KeepAttention | None = None,
+        stop: Any = None,
+        **stock_arguments: Any,
     ) -> S2EditPipelineOutput | tuple[Any, ...]:
         """Edit a picture by words (S2Edit, stage two), or draw the identity anew where ``image`` is None.
 
@@ -405,7 +445,7 @@ class S2EditPipeline(
             guidance_scale: 3.5 to 5.5 are S2Edit's.
             guidance_rescale: from 0 to 1, against colours burnt by guidance (Lin et al. 2024).
             preset: "paper" is the paper's reading in one word (null-text inversion, guided to the end, not confined),
-                see ``presets.PRESETS``; what is passed beside it wins, an inversion among it, and
+                see ``edit_settings.EDIT_PRESETS``; what is passed beside it wins, an inversion among it, and
                 ``blend_words=True`` for None's confinement.
             guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024), half of
                 them by default; 1 is prompt-to-prompt's own, guided to the end.
@@ -426,9 +466,9 @@ class S2EditPipeline(
                 0.5 an edit with the defaults is neither guided nor given the source's attention.
             generator: of the noise, without ``image`` or with ``inversion="edit_friendly"``.
             output_type: "pil", "np", "pt" or "latent".
-            callback_on_step_end: ``f(pipe, step, timestep, tensors)``; it may return ``{"latents": ...}`` and set
-                ``pipe._interrupt = True`` to stop early.
-            edit: "auto", "replace" or "refine", see ``prompt_alignment.align_prompts``.
+            callback_on_step_end: ``f(pipe, step, timestep, tensors)``; it may return tensors by the names that it was
+                shown, and set ``pipe._guidance_scale`` for the steps to come.
+            edit: "auto", "replace" or "refine", see ``prompt_words.align_prompts``.
             blend_threshold: of the words' maps, in (0, 1); lower lets the edit reach farther.
             change_threshold: in the last fifth of the steps, cells of the words' region that changed by less than this
                 share of the most changed one are the source's again: that is drift, not edit. 0 lets it be.
@@ -440,6 +480,9 @@ class S2EditPipeline(
             keep_attention: where the inversion is made here: how much of the source's attention is kept meanwhile, as
                 in :meth:`invert`; its ``share`` is what the edit needs. None keeps only where its words look: the
                 source is asked again at the steps that take its attention over, in the least memory.
+            stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is comes
+                back and says ``interrupted``.
+            stock_arguments: only without ``image``: whatever else diffusers' own pipeline of this model takes.
 
         Returns:
             ``S2EditPipelineOutput``, or with ``return_dict=False`` the tuple of its fields, images first, those that
@@ -448,99 +491,70 @@ class S2EditPipeline(
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
-        self._check_ready()
-        _check_keep(keep_attention)
-        self._interrupt = False
+        self.family.check()
+        check_keep(keep_attention)
+        check_output_type(output_type)
+        names = checked_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         drawing = image is None and not hasattr(inversion, "trajectory")
-        asked_for = {"inversion": inversion, "guidance_stop": guidance_stop, "blend_words": blend_words}
-        chosen = with_preset(preset, "edit", asked_for)
-        if not drawing:
-            inversion = chosen.get("inversion")
+        asked = {"inversion": inversion, "guidance_stop": guidance_stop, "blend_words": blend_words}
+        chosen = with_preset(preset, EDIT_PRESETS, asked)
         settings = EditSettings(
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            guidance_stop=chosen.get("guidance_stop", EditSettings.guidance_stop),
-            strength=strength,
-            edit=edit,
-            cross_replace_steps=cross_replace_steps,
-            self_replace_steps=self_replace_steps,
-            reweight=reweight,
-            blend_words=chosen.get("blend_words"),
-            keep_words=keep_words,
-            blend_threshold=blend_threshold,
+            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale,
+            guidance_stop=chosen.get("guidance_stop", EditSettings.guidance_stop), strength=strength, edit=edit,
+            cross_replace_steps=cross_replace_steps, self_replace_steps=self_replace_steps, reweight=reweight,
+            blend_words=chosen.get("blend_words"), keep_words=keep_words, blend_threshold=blend_threshold,
             change_threshold=change_threshold,
-        )
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            raise TypeError(
-                f"{type(callback_on_step_end).__name__} steers Stable Diffusion's own loop, which this one isn't. "
-                "To stop guidance early pass guidance_stop=; other callbacks are functions (pipe, step, timestep, "
-                "tensors)."
-            )
-        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or ("latents",)
-        for name in callback_on_step_end_tensor_inputs:
-            if name not in self._callback_tensor_inputs:
-                raise ValueError(f"{name!r} can't be handed to callbacks; choose from {self._callback_tensor_inputs}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'.")
-
-        def call_back(step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
-            result = None
-            if callback_on_step_end is not None:
-                shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                changed = callback_on_step_end(self, step, timestep, shown) or {}
-                if set(changed) - {"latents"}:
-                    raise ValueError(f"A callback may change 'latents'; it returned {', '.join(map(repr, changed))}.")
-                result = changed.get("latents")
-            if self._interrupt:
-                raise StopIteration
-            return result
-
+        )  # fmt: skip
+        of_edits = {
+            **asked, "source_prompt": source_prompt, "reweight": reweight, "edit_mask": edit_mask,
+            "keep_words": keep_words, "return_attention_maps": return_attention_maps, "keep_pixels": keep_pixels,
+            "strength": None if strength == 1 else strength, "edit": None if edit == "auto" else edit,
+            "keep_attention": keep_attention,
+        }  # fmt: skip
+        of_drawing = {
+            "num_images_per_prompt": None if num_images_per_prompt == 1 else num_images_per_prompt,
+            "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds, "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+            "latents": latents, "original_size": original_size, "target_size": target_size,
+            "crops_coords_top_left": None if tuple(crops_coords_top_left) == (0, 0) else crops_coords_top_left,
+            **stock_arguments,
+        }  # fmt: skip
         if drawing:
-            for name, given in (
-                ("source_prompt", source_prompt), ("inversion", inversion), ("reweight", reweight),
-                ("edit_mask", edit_mask), ("keep_words", keep_words), ("return_attention_maps", return_attention_maps),
-                ("keep_pixels", keep_pixels), ("blend_words", blend_words), ("guidance_stop", guidance_stop),
-                ("strength", None if strength == 1 else strength), ("edit", None if edit == "auto" else edit),
-            ):  # fmt: skip
-                if given is not None and given is not False:
-                    raise ValueError(f"{name}= is for editing a picture: pass image= too.")
-            if prompt is not None and prompt_embeds is not None:
-                raise ValueError("prompt and prompt_embeds say the same twice; pass one of them.")
+            refuse_for_drawing(of_edits)
+            arguments = of_drawing | {
+                "prompt": prompt, "num_inference_steps": num_inference_steps or DEFAULT_STEPS,
+                "guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale or None,
+                "negative_prompt": negative_prompt, "generator": generator, "height": height, "width": width,
+                "clip_skip": clip_skip, "output_type": output_type,
+            }  # fmt: skip
+            with self._at_work(identity, stop, lambda call: None) as (work, _):
+                output = draw(work, arguments, callback_on_step_end, names)
         else:
-            for name, given in (
-                ("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds),
-                ("latents", latents), ("pooled_prompt_embeds", pooled_prompt_embeds),
-                ("negative_pooled_prompt_embeds", negative_pooled_prompt_embeds),
-            ):  # fmt: skip
-                if given is not None:
-                    raise ValueError(f"{name} can't be combined with image: the edit is made from the words.")
-            if original_size is not None or target_size is not None or tuple(crops_coords_top_left) != (0, 0):
-                raise ValueError("original_size, crops_coords_top_left and target_size can't be combined with image.")
-            if num_images_per_prompt != 1:
-                raise ValueError("num_images_per_prompt: an edit is deterministic, a second one would be the same.")
-            if keep_pixels and (image is None or output_type == "latent"):
-                raise ValueError("keep_pixels=True needs image=, and pictures for an output, not latents.")
-        with self._with_identity(identity) as asked:
-            if drawing:
-                sizes = {"original_size": original_size, "crop": crops_coords_top_left, "target_size": target_size}
-                output = self._draw(
-                    prompt, num_inference_steps, guidance_scale, guidance_rescale, generator, call_back,
-                    negative_prompt, num_images_per_prompt, prompt_embeds, negative_prompt_embeds,
-                    pooled_prompt_embeds, negative_pooled_prompt_embeds, sizes, latents, height, width, clip_skip,
-                    output_type,
+            refuse_for_editing(of_drawing, image, keep_pixels, output_type)
+            check_generator(generator, "an edit")
+            method = chosen.get("inversion") or DEFAULT_INVERSION
+            alone = isinstance(method, str) and inversion_method(method).needs_gradients
+            if alone:
+                check_autograd()
+            report = step_report(self, callback_on_step_end, names)
+            with self._at_work(identity, stop, report, str(method) if alone else "") as (work, token):
+                output = edit_picture(
+                    work,
+                    EditRequest(
+                        [prompt] if isinstance(prompt, str) else list(prompt or []), image, source_prompt, token, method,
+                        settings, num_inference_steps, negative_prompt, edit_mask, keep_pixels, (height, width),
+                        clip_skip, generator, keep_attention, output_type, return_attention_maps,
+                    ),
                 )  # fmt: skip
-            else:
-                output = self._edit(
-                    prompt, image, source_prompt, asked, inversion, num_inference_steps, settings, edit_mask,
-                    keep_pixels, generator, call_back, negative_prompt, height, width, clip_skip,
-                    return_attention_maps, output_type, keep_attention,
-                )  # fmt: skip
-        self.maybe_free_model_hooks()
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
 
-def _check_keep(keep_attention: Any) -> None:
-    if keep_attention is not None and not hasattr(keep_attention, "max_bytes"):
-        raise TypeError(
-            f"keep_attention must be a KeepAttention, not {keep_attention!r}; KeepAttention(max_bytes=0) keeps nothing."
-        )
+def _without_defaults(signature: inspect.Signature) -> inspect.Signature:
+    """Components without their defaults: what has one, diffusers' loader takes from the folder, whatever was passed."""
+    flags = ("requires_safety_checker", "force_zeros_for_empty_prompt")
+    return signature.replace(
+        parameters=[p if name in flags else p.replace(default=p.empty) for name, p in signature.parameters.items()]
+    )
+
+
+S2EditPipeline.__init__.__signature__ = _without_defaults(inspect.signature(S2EditPipeline.__init__))  # type: ignore[attr-defined]

@@ -10,26 +10,17 @@ import peft
 import torch
 from torch import nn
 
-from .identity_token import embedding_table
-from .lora_format import lora_metadata, published_name
+from .identity_lora_names import lora_metadata, published_name
+from .prompt_tokens import embedding_table
 
-LORA_LAYERS = ("all", "attention")
-_ATTENTION = {"unet": ["to_q", "to_k", "to_v", "to_out.0"]}
-_CLIP_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
-
-
-def lora_targets(component: str, module: nn.Module, layers: str) -> list[str]:
-    """What PEFT is to adapt in ``module``, as ends of its layers' names: with ``layers`` "all" every linear layer and
-    convolution of the U-Net, otherwise its attention projections; of a text encoder always these."""
-    if component != "unet" or layers == "attention":
-        return _ATTENTION.get(component, _CLIP_ATTENTION)
-    return [name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+TunedWeights = tuple[list[nn.Parameter], Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]]]
+"""The parameters to train, and what harvests them: weights and LoRA metadata as in ``IdentityAdapter``."""
 
 
 @contextmanager
 def frozen(components: Mapping[str, nn.Module]) -> Iterator[None]:
     """No parameter asks for a gradient; afterwards each is as before, its accumulated ``grad`` included."""
-    held = [(p, p.requires_grad, p.grad) for module in components.values() for p in module.parameters()]
+    parameters = [(p, p.requires_grad, p.grad) for module in components.values() for p in module.parameters()]
     modes = [(m, m.training) for module in components.values() for m in module.modules()]
     for module in components.values():
         module.requires_grad_(False)
@@ -37,7 +28,7 @@ def frozen(components: Mapping[str, nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, required, gradient in held:
+        for parameter, required, gradient in parameters:
             parameter.requires_grad_(required)
             parameter.grad = gradient
         for submodule, mode in modes:
@@ -45,10 +36,10 @@ def frozen(components: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def full_weights(components: Mapping[str, nn.Module]) -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
+def full_weights(components: Mapping[str, nn.Module]) -> Iterator[TunedWeights]:
     """All weights, trained as float32 copies; the original tensors are put back, not written to."""
-    tables = [embedding_table(module).weight for name, module in components.items() if name != "unet"]
-    held = [
+    tables = [embedding_table(module).weight for name, module in components.items() if name.startswith("text_encoder")]
+    tuned = [
         (published_name(name, inner), p, p.data)
         for name, module in components.items()
         for inner, p in module.named_parameters()
@@ -57,34 +48,33 @@ def full_weights(components: Mapping[str, nn.Module]) -> Iterator[tuple[list[nn.
     words = [table.data for table in tables]
 
     def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return {name: (p.data - original.float()).cpu() for name, p, original in held}, {}
+        return {name: (p.data - original.float()).cpu() for name, p, original in tuned}, {}
 
     try:
-        for _, parameter, original in held:
+        for _, parameter, original in tuned:
             parameter.data = original.to(torch.float32, copy=True)
             parameter.requires_grad_(True)
         for table in tables:
             table.data = table.data.float()
-        yield [p for _, p, _ in held], harvest
+        yield [p for _, p, _ in tuned], harvest
     finally:
         for table, original in zip(tables, words, strict=True):
             table.data = original
-        for _, parameter, original in held:
+        for _, parameter, original in tuned:
             parameter.data = original
 
 
 @contextmanager
 def lora_weights(
-    components: Mapping[str, nn.Module], rank: int, layers: str, seed: int
-) -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
-    """PEFT's LoRA in the layers that :func:`lora_targets` names; afterwards the very modules that were there are back.
+    components: Mapping[str, nn.Module], targets: Mapping[str, list[str]], rank: int, seed: int
+) -> Iterator[TunedWeights]:
+    """PEFT's LoRA in the layers ``targets``; afterwards the very modules that were there are back.
 
     What is harvested is float16, the form in which it is saved: the rounding is far below what a step moves.
     """
     adapter = "s2edit_fit"
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     attached: list[tuple[nn.Module, str]] = []
-    targets = {name: lora_targets(name, module, layers) for name, module in components.items()}
     configs = {name: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets[name]) for name in components}
 
     def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -93,8 +83,8 @@ def lora_weights(
         for name, module in components.items():
             state = peft.get_peft_model_state_dict(module, adapter_name=adapter, save_embedding_layers=False)
             weights |= {published_name(name, key): value.detach().half().cpu() for key, value in state.items()}
-            said = lora_metadata(rank, targets[name])
-            metadata |= {f"{name}.{key}": value for key, value in said.items()}
+            facts = lora_metadata(rank, targets[name])
+            metadata |= {f"{name}.{key}": value for key, value in facts.items()}
         return weights, metadata
 
     try:
@@ -119,21 +109,21 @@ def lora_weights(
 
 
 @contextmanager
-def no_weights() -> Iterator[tuple[list[nn.Parameter], Callable[[], Any]]]:
+def no_weights() -> Iterator[TunedWeights]:
     yield [], lambda: ({}, {})
 
 
 @contextmanager
-def checkpointed(unet: Any) -> Iterator[None]:
-    """``unet``'s activations are made again in the backward pass instead of kept (Chen et al. 2016); afterwards each
+def checkpointed(denoiser: Any) -> Iterator[None]:
+    """``denoiser``'s activations are made again in the backward pass instead of kept (Chen et al. 2016); afterwards each
     block does as before."""
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    held = [(m, {n: vars(m)[n] for n in names if n in vars(m)}) for m in unet.modules()]
-    unet.enable_gradient_checkpointing()
+    before = [(m, {n: vars(m)[n] for n in names if n in vars(m)}) for m in denoiser.modules()]
+    denoiser.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        for module, before in held:
+        for module, attributes in before:
             for name in names:
                 vars(module).pop(name, None)
-            vars(module).update(before)
+            vars(module).update(attributes)

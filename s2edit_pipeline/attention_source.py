@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .attention_control import AttentionController, AttentionSite, LayerAttention, Look, MapRecorder
+from .attention_controls import LayerAttention, MapRecorder
+from .attention_seam import AttentionAccess, AttentionController, AttentionSite
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,11 @@ class AttentionKeeper(AttentionController):
     Args:
         keep: how much.
         num_steps: of the inversion, the noisiest level.
-        map_queries: the most and the fewest queries of the layers that tell where words look; of self-attention, layers
-            of at most as many are kept.
         maps: whether anybody asks where words look.
     """
 
-    def __init__(self, keep: KeepAttention, num_steps: int, map_queries: tuple[int, int], *, maps: bool = True) -> None:
-        self.keep, self.num_steps, self.map_queries, self.rows = keep, num_steps, map_queries, [0] * maps
+    def __init__(self, keep: KeepAttention, num_steps: int, *, maps: bool = True) -> None:
+        self.keep, self.num_steps, self.rows = keep, num_steps, [0] * maps
         self.first_kept = num_steps - round(keep.share * num_steps) + 1
         self.level = 0
         self.layers: dict[int, LayerAttention] = {}
@@ -84,34 +83,34 @@ class AttentionKeeper(AttentionController):
         """Be told of the next evaluation; one at the same level takes the place of an earlier one."""
         self._make_room()
         self.level = level
-        self.maps[level] = MapRecorder(*self.map_queries, rows=self.rows)
+        self.maps[level] = MapRecorder(self.rows)
         self.layers.pop(level, None)
         if level >= self.first_kept:
             self.layers[level] = LayerAttention()
 
-    def wants(self, site: AttentionSite) -> Look:
+    def access_needed(self, site: AttentionSite) -> AttentionAccess:
         kept = self.level in self.layers
-        if site.is_cross:
-            return Look.PROBABILITIES if kept else self.maps[self.level].wants(site)
-        return Look.LAYER if kept and site.height * site.width <= self.map_queries[0] else Look.AWAY
+        if site.kind == "cross":
+            return AttentionAccess.PROBABILITIES if kept else self.maps[self.level].access_needed(site)
+        return AttentionAccess.INPUTS if kept and site.holds_layout else AttentionAccess.NONE
 
     def exchange(
         self, query: torch.Tensor, key: torch.Tensor, site: AttentionSite
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not site.is_cross:
-            self.layers[self.level].queries_keys[site.name] = (self._held(query[0]), self._held(key[0]))
+        if site.kind != "cross":
+            self.layers[self.level].queries_keys[site.name] = (self._kept(query[0]), self._kept(key[0]))
         return query, key
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
-        if site.is_cross:
+        if site.kind == "cross":
             recorder = self.maps[self.level]
-            if recorder.wants(site):
+            if recorder.access_needed(site):
                 recorder(probs, site)
             if self.level in self.layers:
-                self.layers[self.level].probabilities[site.name] = self._held(probs[0])
+                self.layers[self.level].probabilities[site.name] = self._kept(probs[0])
         return probs
 
-    def _held(self, x: torch.Tensor) -> torch.Tensor:
+    def _kept(self, x: torch.Tensor) -> torch.Tensor:
         # clone: a view would hold on to the whole batch
         return x.detach().to(device=self.keep.device, dtype=self.keep.dtype, copy=True)
 

@@ -10,8 +10,8 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     """``L_recons``: the base model's own denoising loss, the mean squared error in float32.
 
     Args:
-        output: (B, C, H, W), what the U-Net returned.
-        target: (B, C, H, W), what its ``prediction_type`` says it should (see ``ddim_steps.training_target``).
+        output: (B, C, H, W), what the denoiser returned.
+        target: (B, C, H, W), what it should have returned (see ``NoiseSchedule.target``).
     """
     return F.mse_loss(output.float(), target.float())
 

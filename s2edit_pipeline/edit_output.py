@@ -23,6 +23,7 @@ class S2EditPipelineOutput(BaseOutput):
         source: what the source branch ends at, decoded, in the same form as ``images``: what the inversion
             itself returns of the picture. None without an image.
         nsfw_content_detected: for each picture, where the pipeline has a safety checker.
+        interrupted: whether the call was stopped before its end; the pictures are then what there was.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -30,3 +31,4 @@ class S2EditPipelineOutput(BaseOutput):
     edit_masks: list[PIL.Image.Image | None] | None = None
     source: Any = None
     nsfw_content_detected: list[bool] | None = None
+    interrupted: bool = False

@@ -8,8 +8,31 @@ from dataclasses import dataclass
 
 import torch
 
-from .edit_sampling import Confinement, EditSettings
-from .prompt_alignment import PromptAlignment, TokenizedPrompt, align_prompts, content_words
+from .edit_settings import EditSettings
+from .prompt_words import PromptAlignment, TokenizedPrompt, align_prompts, content_words
+
+
+@dataclass(frozen=True)
+class Confinement:
+    """Where one target may differ from the source.
+
+    Attributes:
+        source_tokens, target_tokens: positions of the words whose maps show it, a tuple for each word.
+        kept_source, kept_target: likewise, of words whose place is taken out of it.
+        region: (h, w) of 0 and 1, given from outside; then no map is looked at.
+        threshold: see ``object_masks.edit_region``.
+        start: the share of the steps after which the source is kept outside.
+        change_threshold: in the end, cells that changed by less than this share of the most changed one are kept too.
+    """
+
+    source_tokens: tuple[tuple[int, ...], ...]
+    target_tokens: tuple[tuple[int, ...], ...]
+    region: torch.Tensor | None
+    threshold: float
+    start: float
+    kept_source: tuple[tuple[int, ...], ...] = ()
+    kept_target: tuple[tuple[int, ...], ...] = ()
+    change_threshold: float = 0.0
 
 
 @dataclass(frozen=True)

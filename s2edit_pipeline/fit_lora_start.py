@@ -8,8 +8,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .low_rank import leading_triples
-from .tuned_weights import frozen
+from .fit_weights import frozen
+from .identity_compression import leading_triples
 
 ROW_LENGTH = 3**-0.5
 """What PEFT's own rows have in the mean: entries uniform within 1 / sqrt(in)."""

@@ -1,0 +1,336 @@
+"""The one place where attention is seen and changed, for every kind of model.
+
+For the length of :func:`attention_control` each attention layer's processor has a wrapper in front of it. Where a
+controller wants a layer, the wrapper lets the processor that was there do its own work and steps in only where it calls
+``scaled_dot_product_attention``: there the controller gets queries, keys and values, or the probabilities
+``softmax(Q K^T / sqrt(d))`` made explicitly. So no model's arithmetic is copied: projections, norms, rotary positions
+and adapters are the layer's own.
+
+What a call does to attention belongs to that call: the wrappers are shared by all threads that are at work on a model,
+and each looks up the controller of its own thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention layer at the size it has in this call.
+
+    Attributes:
+        name: the layer's path in the denoiser.
+        kind: "self" (picture to picture), "cross" (picture to text), "joint" (both at once) or "text".
+        height, width: of the grid of picture cells that ask; ``height * width`` queries of the picture.
+        tells_words: whether its maps tell where words look.
+        holds_layout: whether its self-attention carries the picture's layout, which prompt-to-prompt takes over.
+        text: of joint attention: where the text stands among the keys.
+    """
+
+    name: str
+    kind: str
+    height: int
+    width: int
+    tells_words: bool = False
+    holds_layout: bool = False
+    text: slice | None = None
+
+
+SiteOf = Callable[[str, nn.Module, torch.Tensor, Any], AttentionSite | None]
+"""``site_of(name, layer, hidden_states, encoder_hidden_states)``: a family's own; None where nothing is to be seen."""
+
+
+class AttentionAccess(IntEnum):
+    """How much of a layer a controller needs; of several controllers the largest need decides."""
+
+    NONE = 0
+    """The installed processor runs untouched."""
+    INPUTS = 1
+    """Queries, keys and values are enough: the fused kernel runs."""
+    PROBABILITIES = 2
+    """They are made explicitly."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Which keys each query is cut off from.
+
+    Attributes:
+        queries: for each group of queries that are cut alike, their indices; every query is in one group.
+        kept: for each group, (batch, 1, keys, 1) of 0 and 1.
+        restore: (queries,), where in the groups, one after the other, each query is.
+    """
+
+    queries: tuple[torch.Tensor, ...]
+    kept: tuple[torch.Tensor, ...]
+    restore: torch.Tensor
+
+
+class AttentionController:
+    """What stands at the seam; as it is, it changes nothing."""
+
+    def access_needed(self, site: AttentionSite) -> AttentionAccess:
+        """How much of this layer is needed now."""
+        return AttentionAccess.NONE
+
+    def exchange(
+        self, query: torch.Tensor, key: torch.Tensor, site: AttentionSite
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries and keys to go on with, from (batch, heads, length, channels of a head) each."""
+        return query, key
+
+    def cuts(self, site: AttentionSite, keys: int, device: torch.device) -> Cuts | None:
+        """Where probabilities aren't made: which of them ``__call__`` would set to 0, if any."""
+        return None
+
+    def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
+        """The probabilities to go on with, from ``probs`` (batch, heads, queries, keys)."""
+        return probs
+
+
+# ------------------------------------------------------------------------------ the formula
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The arguments of one ``scaled_dot_product_attention``, by its own names."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def fused(self) -> torch.Tensor:
+        return F.scaled_dot_product_attention(**vars(self))
+
+
+def _attend_explicitly(
+    attention: _Attention, controller: AttentionController, site: AttentionSite, upcast: bool
+) -> torch.Tensor:
+    """``controller(softmax(Q K^T / sqrt(d))) V``, the softmax in float32: (batch, heads, queries, channels).
+
+    Scores and probabilities are the largest tensors that an edit makes, so each goes as soon as it has served.
+    """
+    query, key = controller.exchange(attention.query, attention.key, site)
+    value, dtype = attention.value, attention.query.dtype
+    if attention.enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    if upcast:  # Stable Diffusion 2's scores overflow in float16
+        query, key = query.float(), key.float()
+    scale = query.shape[-1] ** -0.5 if attention.scale is None else attention.scale
+    scores = (query * scale) @ key.transpose(-1, -2)
+    del query, key
+    mask = attention.attn_mask
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    probs = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
+    del scores
+    return controller(probs, site) @ value
+
+
+def _attend_fused(attention: _Attention, controller: AttentionController, site: AttentionSite) -> torch.Tensor:
+    """The same without the probabilities. ``(A * gate) V`` is, for queries that are cut off from the same
+    keys, ``A (kept * V)``: they look at values from which those keys' are missing."""
+    query, key = controller.exchange(attention.query, attention.key, site)
+    arguments = vars(attention) | {"query": query, "key": key}
+    cuts = controller.cuts(site, key.shape[2], key.device)
+    if cuts is None:
+        return F.scaled_dot_product_attention(**arguments)
+    mask, value, groups = attention.attn_mask, attention.value, []
+    for queries, kept in zip(cuts.queries, cuts.kept, strict=True):
+        group_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, queries]
+        group = {"query": query[:, :, queries], "value": value * kept.to(value), "attn_mask": group_mask}
+        groups.append(F.scaled_dot_product_attention(**(arguments | group)))
+    return torch.cat(groups, 2)[:, :, cuts.restore]
+
+
+class _Interception(TorchFunctionMode):
+    """Within the context, of this thread, ``scaled_dot_product_attention`` passes by the controller."""
+
+    def __init__(self, controller: AttentionController, site: AttentionSite, upcast: bool) -> None:
+        super().__init__()
+        self.controller, self.site, self.upcast, self.num_calls = controller, site, upcast, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.num_calls += 1
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        attention = _Attention(**dict(zip(names, args, strict=False)), **(kwargs or {}))
+        if self.controller.access_needed(self.site) is AttentionAccess.PROBABILITIES:
+            return _attend_explicitly(attention, self.controller, self.site, self.upcast)
+        return _attend_fused(attention, self.controller, self.site)
+
+
+# ------------------------------------------------------------------------------ wrappers
+
+
+@dataclass(frozen=True)
+class _Control:
+    """What one call does to a denoiser's attention; ``has_gradients`` where it may be differentiated."""
+
+    denoiser: nn.Module
+    controller: AttentionController
+    site_of: SiteOf
+    has_gradients: bool
+
+
+_CONTROL: ContextVar[_Control | None] = ContextVar("s2edit_attention_control", default=None)
+
+
+class _Wrappers:
+    """The wrappers of one denoiser, there while any thread's call needs them."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.installed: list[tuple[nn.Module, Any]] = []
+        self.controls: list[_Control] = []
+
+    def enter(self, control: _Control) -> None:
+        with self.lock:
+            if not self.controls:
+                layers = attention_layers(control.denoiser)
+                check_processors(layers)
+                for name, layer in layers.items():
+                    processor = layer.processor
+                    self.installed.append((layer, processor))
+                    _set_processor(layer, _wrapper_class(type(processor))(name, processor, self))
+            self.controls.append(control)
+
+    def leave(self, control: _Control) -> None:
+        with self.lock:
+            self.controls.remove(control)
+            if not self.controls:
+                for layer, processor in self.installed:
+                    _set_processor(layer, processor)
+                self.installed.clear()
+
+    def current(self) -> _Control | None:
+        control = _CONTROL.get()
+        if control is not None:
+            return control if control in self.controls else None
+        # gradient checkpointing runs a layer again on autograd's own threads, which have no context: what is
+        # differentiated has the pipeline to itself, so that there is one control it can be
+        if torch.is_grad_enabled() and len(self.controls) == 1 and self.controls[0].has_gradients:
+            return self.controls[0]
+        return None
+
+
+_WRAPPERS: weakref.WeakKeyDictionary[nn.Module, _Wrappers] = weakref.WeakKeyDictionary()
+_WRAPPERS_LOCK = threading.Lock()
+
+
+class ControlledProcessor:
+    """In front of the processor ``installed``: steps in where this thread's controller wants the layer."""
+
+    def __init__(self, name: str, installed: Any, wrappers: _Wrappers) -> None:
+        self.name, self.installed, self.wrappers = name, installed, wrappers
+        self.fusing = AttnProcessor2_0() if type(installed).__name__ in _WITHOUT_FUSED_KERNEL else installed
+
+    @torch.compiler.disable
+    def attend(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        control = self.wrappers.current()
+        site = None
+        if control is not None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+            site = control.site_of(self.name, attn, hidden_states, text)
+        if control is None or site is None or not control.controller.access_needed(site):
+            return self.installed(attn, *args, **kwargs)
+        with _Interception(control.controller, site, getattr(attn, "upcast_attention", False)) as seen:
+            output = self.fusing(attn, *args, **kwargs)
+        if seen.num_calls != 1:
+            raise ValueError(
+                f"{self.name} holds {type(self.installed).__name__}, which made {seen.num_calls} attentions where one "
+                "was expected, so they can't be edited. Put the model's own back: denoiser.set_default_attn_processor()."
+            )
+        return output
+
+
+@functools.cache
+def _wrapper_class(kind: type) -> type[ControlledProcessor]:
+    """diffusers hands a processor those arguments alone that its signature names: a wrapper's is its processor's."""
+
+    def __call__(self: ControlledProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.attend(attn, *args, **kwargs)
+
+    call: Any = __call__
+    call.__signature__ = inspect.signature(kind.__call__)
+    return type(f"Controlled{kind.__name__}", (ControlledProcessor,), {"__call__": __call__})
+
+
+_WITHOUT_FUSED_KERNEL = {"AttnProcessor", "XFormersAttnProcessor", "SlicedAttnProcessor"}
+"""Processors that do AttnProcessor2_0's arithmetic without its kernel; it stands in where a layer is controlled."""
+
+
+def attention_layers(denoiser: nn.Module) -> dict[str, Any]:
+    """Path -> each layer of ``denoiser`` that holds an attention processor."""
+    return {
+        name: module
+        for name, module in denoiser.named_modules()
+        if hasattr(module, "set_processor") and getattr(module, "processor", None) is not None
+    }
+
+
+def check_processors(layers: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: a layer's processor makes no attention that can be taken over, or several.
+    """
+    for name, layer in layers.items():
+        kind = type(layer.processor)
+        names = getattr(kind.__call__, "__code__", None)
+        makes_attention = names is not None and {"scaled_dot_product_attention", "dispatch_attention_fn"} & {
+            *names.co_names
+        }
+        one = "IPAdapter" not in kind.__name__ and "AddedKV" not in kind.__name__
+        if kind.__name__ not in _WITHOUT_FUSED_KERNEL and not (makes_attention and one):
+            raise ValueError(
+                f"{name} holds {kind.__name__}, whose attention can't be edited. Take it out first: "
+                "pipe.unload_ip_adapter(), or unet.set_default_attn_processor()."
+            )
+
+
+def _set_processor(layer: Any, processor: Any) -> None:
+    layer.set_processor(processor)
+
+
+@contextmanager
+def attention_control(denoiser: nn.Module, controller: AttentionController, site_of: SiteOf) -> Iterator[None]:
+    """Within the context, of this thread, ``controller`` stands at every attention layer of ``denoiser``.
+
+    The processors that were there are put back when the last thread leaves. Contexts nest; the inner one counts.
+
+    Raises:
+        ValueError: a layer's attention can't be taken over (IP-Adapter, added keys); nothing is changed then.
+    """
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # behind torch.compile, what it wraps
+    with _WRAPPERS_LOCK:
+        wrappers = _WRAPPERS.setdefault(denoiser, _Wrappers())
+    control = _Control(denoiser, controller, site_of, torch.is_grad_enabled())
+    wrappers.enter(control)
+    token = _CONTROL.set(control)
+    try:
+        yield
+    finally:
+        _CONTROL.reset(token)
+        wrappers.leave(control)

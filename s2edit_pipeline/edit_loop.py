@@ -1,0 +1,199 @@
+"""The edit: source and target branches side by side from the inverted noise down to the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .edit_attention import EditControl
+from .edit_settings import EditSettings
+from .edit_words import Confinement
+from .inversion_record import Inversion, guided
+from .noise_schedule import NoiseSchedule, check_finite
+from .object_masks import changed_cells, edit_region
+from .pipeline_turns import Interrupted
+from .prompt_embeds import Batch, Branch, PromptEmbeds
+
+
+@dataclass(frozen=True)
+class EditTask:
+    """What an edit method works on.
+
+    Attributes:
+        denoise: ``denoise(x, level, batch)``, the denoiser's output for x (B, C, h, w), under ``control``.
+        schedule: the inversion's noise levels.
+        inversion: of the source picture.
+        source: its branch.
+        null: the unconditional branch.
+        targets: one branch for each target prompt.
+        settings: ``guidance_rescale`` and ``guidance_stop`` are of the targets' branches; the source's comes back
+            by plain guidance. From the share ``guidance_stop`` of the steps on, the targets go unguided
+            (Kynkäänniemi et al. 2024: at low noise guidance only burns colours). ``strength`` is the share of the
+            noise levels that the edit goes through; it starts from the trajectory's latents there.
+        control: of the branches' attention.
+        confinements: one for each target; None lets it change everywhere. Where a region's cells came out nearly as
+            they were, they are at last the source's again.
+        guidance: the guidance scale of now, which a callback may change.
+        on_step: called with (step, noise level, tensors) after each; it may return other tensors by the names it got,
+            and stops the edit by raising ``Interrupted``.
+    """
+
+    denoise: Callable[[torch.Tensor, int, Batch], torch.Tensor]
+    schedule: NoiseSchedule
+    inversion: Inversion
+    source: Branch
+    null: Branch
+    targets: Sequence[Branch]
+    settings: EditSettings
+    control: EditControl
+    confinements: Sequence[Confinement | None]
+    guidance: Callable[[], float]
+    on_step: Callable[[int, int, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class EditedLatents:
+    """``targets`` (n, C, h, w), the source branch's own end ``source`` (1, C, h, w), for each target the ``regions``
+    (h, w) in which it could change, or None where it was free, and whether it was ``interrupted``."""
+
+    targets: torch.Tensor
+    source: torch.Tensor
+    regions: tuple[torch.Tensor | None, ...]
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class EditMethod:
+    """One way to edit: ``run`` takes a task to edited latents."""
+
+    run: Callable[[EditTask], EditedLatents]
+
+
+EDITS: dict[str, EditMethod] = {}
+"""Name -> method."""
+
+
+def register_edit(name: str, method: EditMethod) -> None:
+    """Make ``method`` known as ``name``."""
+    EDITS[name] = method
+
+
+@torch.no_grad()
+def prompt_to_prompt(task: EditTask) -> EditedLatents:
+    """Prompt-to-prompt (Hertz et al. 2022, algorithm 1) from an inverted picture, all targets in one batch.
+
+    A branch is asked only where it counts: the targets' unconditional ones while they are guided, a pinned source
+    while its attention is taken over and wasn't kept, as one row more of their batch. A free source's two branches go
+    before the targets, so that the batch doesn't double.
+    """
+    schedule, inversion, settings, control = task.schedule, task.inversion, task.settings, task.control
+    targets, null = list(task.targets), task.null
+    n = len(targets)
+    looks_at_source = any(
+        c is not None and c.region is None and (c.source_tokens or c.kept_source) for c in task.confinements
+    )
+    first = settings.num_steps(schedule)
+    source = inversion.trajectory[first : first + 1].to(targets[0].embeds.embeds)
+    x = source.expand(n, -1, -1, -1)
+    regions: list[torch.Tensor | None] = [None] * n
+    for k in range(first, 0, -1):
+        step, scale = schedule.num_steps - k, task.guidance()
+        level_null = null
+        if inversion.unconditional_embeds is not None:
+            stored = inversion.unconditional_embeds[k - 1 : k].to(null.embeds.embeds)
+            level_null = replace(null, embeds=null.embeds.with_embeds(stored))
+        if not inversion.pinned:
+            source_output = _ask_free_source(task, source, k, level_null)
+        is_guided = step < settings.guidance_stop * schedule.num_steps and scale != 1
+        asks_source = inversion.pinned and control.needs_source(step, k, maps=looks_at_source)
+        batch = Batch((*[task.source] * asks_source, *[level_null] * (n * is_guided), *targets))
+        control.begin(step, k, batch)
+        output = task.denoise(torch.cat([*[source] * asks_source, *[x] * (1 + is_guided)]), k, batch)
+        control.end(k)
+
+        target_output = output[batch.rows("target")]
+        if is_guided:
+            unconditional = output[batch.rows("unconditional")]
+            target_output = guided(unconditional, target_output, scale, settings.guidance_rescale)
+        if inversion.residuals is not None:
+            mean, _ = schedule.posterior(x, target_output, k, k - 1)
+            x = mean + inversion.residuals[k - 1 : k].to(mean)
+        else:
+            x = schedule.move(x, target_output, k, k - 1)
+        if inversion.pinned:
+            source = inversion.trajectory[k - 1 : k].to(x)
+        else:
+            source = schedule.move(source, source_output, k, k - 1)
+
+        check_finite(x, "the edit", first - k)
+        x, regions = confined(task, step, x, source, regions)
+        try:
+            changed = task.on_step(first - k, k, _tensors(x, targets, null))
+        except Interrupted:
+            return EditedLatents(x, source, tuple(regions), interrupted=True)
+        x = changed.get("latents", x)
+        targets = [_with_row(target, changed.get("prompt_embeds"), i) for i, target in enumerate(targets)]
+        null = _with_row(null, changed.get("negative_prompt_embeds"), 0)
+    return EditedLatents(x, source, tuple(regions))
+
+
+register_edit("prompt_to_prompt", EditMethod(prompt_to_prompt))
+
+
+def _ask_free_source(task: EditTask, source: torch.Tensor, k: int, null: Branch) -> torch.Tensor:
+    """The source's own guided output, in a batch before the targets'."""
+    scale = task.settings.guidance_scale
+    batch = Batch((task.source, *[null] * (scale != 1)))
+    task.control.begin(task.schedule.num_steps - k, k, batch)
+    output = task.denoise(source.expand(len(batch), -1, -1, -1), k, batch)
+    return output if scale == 1 else guided(output[1:], output[:1], scale)
+
+
+def confined(
+    task: EditTask, step: int, x: torch.Tensor, source: torch.Tensor, regions: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Targets ``x`` with the source's latents outside their regions, and the regions as they are now."""
+    num_steps, settings = task.schedule.num_steps, task.settings
+    now, targets = list(regions), list(x.unbind(0))
+    for i, confinement in enumerate(task.confinements):
+        if confinement is None or step + 1 < confinement.start * num_steps:
+            continue
+        region = _region(confinement, task.control, i, x.shape[-2:]).to(x)
+        if step + 1 >= settings.settle_from * num_steps:
+            inside = torch.where(region > 0.5, x[i], source[0])
+            region = region * changed_cells(inside, source[0], confinement.change_threshold)
+        now[i] = region
+        targets[i] = torch.where(region > 0.5, x[i], source[0])
+    return torch.stack(targets), now
+
+
+def _region(confinement: Confinement, control: EditControl, target: int, size: torch.Size) -> torch.Tensor:
+    if confinement.region is not None:
+        return confinement.region
+
+    def looks(source: tuple[tuple[int, ...], ...], target_tokens: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+        maps = control.looks(target, source, target_tokens, size)
+        return edit_region(maps, confinement.threshold) if maps else torch.zeros(size)
+
+    # where no word changed, nothing may
+    region = looks(confinement.source_tokens, confinement.target_tokens)
+    return region * (1 - looks(confinement.kept_source, confinement.kept_target).to(region))
+
+
+def _tensors(x: torch.Tensor, targets: Sequence[Branch], null: Branch) -> dict[str, torch.Tensor]:
+    """What callbacks are shown."""
+    return {
+        "latents": x,
+        "prompt_embeds": torch.cat([target.embeds.embeds for target in targets]),
+        "negative_prompt_embeds": null.embeds.embeds,
+    }
+
+
+def _with_row(branch: Branch, embeds: torch.Tensor | None, row: int) -> Branch:
+    """``branch`` with another row of ``embeds`` than its own, where a callback gave one."""
+    if embeds is None:
+        return branch
+    encoded: PromptEmbeds = branch.embeds.with_embeds(embeds[row : row + 1].to(branch.embeds.embeds))
+    return replace(branch, embeds=encoded)

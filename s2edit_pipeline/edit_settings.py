@@ -1,0 +1,142 @@
+"""What a caller may ask of an edit: each setting, and the check of it, once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .noise_schedule import NoiseSchedule
+
+DEFAULT_GUIDANCE = 4.5
+"""Where neither the caller nor the model says otherwise; S2Edit recommends 3.5 to 5.5."""
+
+
+def check_share(name: str, value: object, *, open_ended: bool = False) -> None:
+    """Raises:
+    ValueError: ``value`` isn't a number in [0, 1], or with ``open_ended`` in (0, 1).
+    """
+    if not isinstance(value, (int, float)) or not (0 < value < 1 if open_ended else 0 <= value <= 1):
+        wanted = "above 0 and below 1" if open_ended else "from 0 to 1"
+        raise ValueError(f"{name} must be {wanted}, not {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises:
+    ValueError: ``value`` is none of ``choices``.
+    """
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name}={value!r} is unknown; choose {', '.join(others)} or {last}.")
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How to edit; the fields are the arguments of ``S2EditPipeline.__call__``, which explains them, and two shares of
+    the steps: after ``confine_from`` the source is kept outside the edit, after ``settle_from`` also where the edit
+    changed nothing much.
+
+    Raises:
+        ValueError: a number out of its range, or options that don't go together.
+    """
+
+    guidance_scale: float = DEFAULT_GUIDANCE
+    guidance_rescale: float = 0.0
+    guidance_stop: float = 0.5
+    strength: float = 1.0
+    edit: str = "auto"
+    cross_replace_steps: float | Mapping[str, float] = 0.4
+    self_replace_steps: float = 0.4
+    reweight: Mapping[str, float] | None = None
+    blend_words: Sequence[str] | str | bool | None = None
+    keep_words: Sequence[str] | str | None = None
+    blend_threshold: float = 0.4
+    confine_from: float = 0.2
+    change_threshold: float = 0.2
+    settle_from: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_guidance(self.guidance_scale)
+        for name in ("guidance_rescale", "guidance_stop", "self_replace_steps", "confine_from", "settle_from"):
+            check_share(name, getattr(self, name))
+        check_share("change_threshold", self.change_threshold)
+        check_share("blend_threshold", self.blend_threshold, open_ended=True)
+        check_choice("edit", self.edit, ("auto", "replace", "refine"))
+        if not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
+            raise ValueError(f"strength must be above 0 and at most 1, not {self.strength!r}.")
+
+    def num_steps(self, schedule: NoiseSchedule) -> int:
+        """The steps that an edit of this strength makes."""
+        return max(1, round(self.strength * schedule.num_steps))
+
+
+def check_guidance(scale: Any) -> None:
+    """Raises:
+    ValueError: ``scale`` is no guidance scale.
+    """
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+        raise ValueError(f"guidance_scale must be a number of at least 0, not {scale!r}.")
+
+
+EDIT_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {"inversion": "null_text", "guidance_stop": 1.0, "blend_words": False},
+}
+"""What ``preset=`` stands for in a call: "paper" is S2Edit's own reading of the edit."""
+
+
+def with_preset(
+    preset: str | None, presets: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``given`` without its Nones, and in place of these what ``preset`` says.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if preset is not None and preset not in presets:
+        raise ValueError(f"preset={preset!r} is unknown; choose {' or '.join(map(repr, presets))}, or None for ours.")
+    chosen = {} if preset is None else dict(presets[preset])
+    return {**chosen, **{name: value for name, value in given.items() if value is not None}}
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One call's edit of a picture, its arguments as they came.
+
+    Attributes:
+        prompts: the target prompts.
+        image: the picture, or None where ``inversion`` is one that was made before.
+        source_prompt: what it shows, or None for the identity's own words.
+        identity_token: the identity that was asked for by name, or None.
+        inversion: an ``Inversion``, or a method's name.
+        settings: how to edit.
+        num_inference_steps: or None for the inversion's own, or 50.
+        negative_prompt: or None.
+        edit_mask: where the picture may change, or None.
+        keep_pixels: outside of it, the picture's own pixels.
+        size: (height, width) to work at; None is the model's own.
+        clip_skip: layers of the text encoder to leave out.
+        generator: of the random inversions' noise.
+        keep_attention: how much of the source's attention is kept, or None.
+        output_type: "pil", "np", "pt" or "latent".
+        return_attention_maps: whether to say where words looked.
+        method: of the edit, see ``edit_loop.EDITS``.
+    """
+
+    prompts: Sequence[str]
+    image: Any
+    source_prompt: str | None
+    identity_token: str | None
+    inversion: Any
+    settings: EditSettings = field(default_factory=EditSettings)
+    num_inference_steps: int | None = None
+    negative_prompt: Any = None
+    edit_mask: Any = None
+    keep_pixels: bool = False
+    size: tuple[int | None, int | None] = (None, None)
+    clip_skip: int | None = None
+    generator: Any = None
+    keep_attention: Any = None
+    output_type: str = "pil"
+    return_attention_maps: bool = False
+    method: str = "prompt_to_prompt"

@@ -1,0 +1,371 @@
+"""Stage two of S2Edit: from a picture and words to edited pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import PIL.Image
+import torch
+from diffusers.image_processor import VaeImageProcessor
+
+from .attention_controls import PromptToPrompt, Reweighting, mask_at
+from .attention_source import KeepAttention
+from .edit_attention import EditControl
+from .edit_loop import EDITS, EditedLatents, EditTask
+from .edit_output import S2EditPipelineOutput
+from .edit_settings import EditRequest
+from .edit_words import TargetPlan, plan_edits
+from .identity_prompts import branches, check_prompt, encode_each, identities_in, spatial_control, with_identities
+from .inversion_record import DEFAULT_INVERSION, INVERSIONS, Inversion, inversion_method
+from .inversion_stage import InversionRequest, check_inversion, invert_picture, made_with
+from .noise_schedule import NoiseSchedule
+from .object_masks import feather, mask_to_picture
+from .picture_inputs import load_mask, load_picture, picture_to_tensor
+from .pipeline_work import Work
+from .prompt_embeds import Batch, Branch
+from .prompt_words import TokenizedPrompt
+
+DEFAULT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class EditWords:
+    """The prompts of an edit, with the identities' tokens in their places."""
+
+    source: TokenizedPrompt
+    targets: Sequence[TokenizedPrompt]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What an edit works on: the picture (None where an inversion stands for it), the size of its latents and the
+    noise levels."""
+
+    picture: PIL.Image.Image | None
+    height: int
+    width: int
+    schedule: NoiseSchedule
+
+    @property
+    def latent_size(self) -> torch.Size:
+        return torch.Size((self.height, self.width))
+
+
+def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
+    """Edit as ``request`` says.
+
+    Raises:
+        TypeError, ValueError: an input that can't be used; nothing has been done then.
+    """
+    family, settings = work.family, request.settings
+    words = edit_words(work, request)
+    canvas = edit_canvas(work, request, words)
+    region = _given_region(work, request, canvas)
+    plans = plan_edits(words.source, words.targets, settings, num_steps=canvas.schedule.num_steps, region=region)
+
+    encoded_source = encode_each(family, [words.source], request.clip_skip)
+    encoded_targets = encode_each(family, words.targets, request.clip_skip)
+    (source,) = branches("source", [words.source], encoded_source)
+    targets = branches("target", words.targets, encoded_targets)
+    with torch.no_grad():
+        null = Branch(
+            "unconditional", family.encode_negative(request.negative_prompt, encoded_source, request.clip_skip)
+        )
+    prompt_to_prompt = PromptToPrompt(
+        alignments=[plan.alignment for plan in plans],
+        cross_until=[plan.cross_until for plan in plans],
+        self_until=round(settings.self_replace_steps * canvas.schedule.num_steps),
+    )
+    inversion = request.inversion
+    if not hasattr(inversion, "trajectory"):
+        inversion = _invert_first(work, request, canvas, source, null, prompt_to_prompt)
+        if inversion.interrupted:
+            return _unedited(work, request, canvas, inversion, len(targets))
+    kept = inversion.attention
+    if kept is not None and inversion.made_with != made_with(work, canvas.schedule):
+        kept = None
+    control = EditControl(
+        lambda batch: spatial_control([branch.prompt for branch in batch.branches], family, work.overlay),
+        prompt_to_prompt,
+        Reweighting([plan.weights for plan in plans]),
+        kept,
+        maps=request.return_attention_maps
+        or any(plan.confinement is not None and plan.confinement.region is None for plan in plans),
+    )
+    # negative-prompt inversion asks the unconditional branch with the source's words, [I] among them
+    if INVERSIONS[inversion.method].null_is_source:
+        null = replace(null, embeds=source.embeds, prompt=source.prompt)
+    task = _edit_task(work, request, canvas, (source, null, targets), inversion, control, plans)
+    with family.control_attention(control, canvas.height, canvas.width):
+        edited = EDITS[request.method].run(task)
+    control.forget_source()  # before the autoencoder needs the room
+    return _finished(work, request, canvas, words, control, edited)
+
+
+# ------------------------------------------------------------------------------ before the work
+
+
+def edit_words(work: Work, request: EditRequest) -> EditWords:
+    """The prompts, each learned token of a target put into the source prompt as well.
+
+    Raises:
+        TypeError, ValueError: a prompt is missing, empty or too long.
+    """
+    overlay, prompts = work.overlay, list(request.prompts)
+    if not prompts:
+        raise ValueError("Pass the target prompt: pipe('a photo of a [I] lady', image=image, source_prompt=...).")
+    for text in prompts:
+        check_prompt(text, "prompt")
+    inverted_prompt = str(getattr(request.inversion, "prompt", ""))
+    present = identities_in([*prompts, inverted_prompt], overlay)
+    source_prompt = request.source_prompt
+    if source_prompt is None:
+        chosen = [] if request.identity_token is None else [request.identity_token]
+        known = [overlay.identities[token].adapter.source_prompt for token in [*present, *chosen]]
+        source_prompt = next((text for text in [inverted_prompt, *known] if text), None)
+        if source_prompt is None:
+            raise ValueError("Pass source_prompt=, what the picture shows now: 'a photo of a lady with glasses'.")
+    check_prompt(source_prompt, "source_prompt")
+    family = work.family
+    source = family.tokenize(with_identities(source_prompt, present, overlay))
+    targets = [family.tokenize(text) for text in prompts]
+    if request.negative_prompt is not None:
+        family.tokenize(request.negative_prompt)  # refused here if it is too long
+    return EditWords(source, targets)
+
+
+def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
+    """The picture, and the size and the noise levels to work at.
+
+    Raises:
+        TypeError, ValueError: a picture or a size that can't be used, or an inversion that isn't this edit's.
+    """
+    family, inversion = work.family, request.inversion
+    picture = None if request.image is None else load_picture(request.image)
+    if hasattr(inversion, "trajectory"):
+        _check_request_against(inversion, words.source.text, request)
+        height, width = inversion.trajectory.shape[-2:]
+        schedule = family.schedule(inversion.num_inference_steps, family.pixel_size(inversion.trajectory))
+        check_inversion(work, inversion, schedule, picture)
+        return Canvas(picture, height, width, schedule)
+    assert picture is not None  # else it would have been drawn from noise
+    method = inversion_method(inversion or DEFAULT_INVERSION)
+    if method.null_is_source and request.negative_prompt is not None:
+        raise ValueError(
+            f"negative_prompt has no effect with inversion={inversion!r}, which takes the source prompt in its place; "
+            "leave it out, or use inversion='direct'."
+        )
+    size = family.working_size(picture, *request.size)
+    steps = DEFAULT_STEPS if request.num_inference_steps is None else request.num_inference_steps
+    scale = family.pixels_per_latent
+    return Canvas(picture, size[0] // scale, size[1] // scale, family.schedule(steps, size))
+
+
+def _check_request_against(inversion: Any, source_prompt: str, request: EditRequest) -> None:
+    """Raises:
+    ValueError: the call says other things than the inversion was made with.
+    """
+    steps = request.num_inference_steps
+    if steps is not None and steps != inversion.num_inference_steps:
+        raise ValueError(
+            f"num_inference_steps={steps}, but the inversion was made in {inversion.num_inference_steps}; "
+            f"leave it out, or call pipe.invert(..., num_inference_steps={steps})."
+        )
+    if inversion.prompt != source_prompt:
+        raise ValueError(
+            f"The inversion was made under {inversion.prompt!r} and the edit's source prompt is {source_prompt!r}; "
+            "invert under the same words, with the same identity loaded: pipe.invert(image, source_prompt, "
+            "identity=identity)."
+        )
+    scale = request.settings.guidance_scale
+    if inversion.guidance_scale is not None and inversion.guidance_scale != scale:
+        raise ValueError(
+            f"The null-text inversion was optimised for guidance_scale={inversion.guidance_scale:g}, not "
+            f"{scale:g}; use that, or call pipe.invert(..., guidance_scale={scale:g})."
+        )
+    if inversion.clip_skip != request.clip_skip:
+        raise ValueError(
+            f"The inversion was made with clip_skip={inversion.clip_skip}, not {request.clip_skip}; use that, or invert "
+            "again: pipe.invert(..., clip_skip=...)."
+        )
+    if request.negative_prompt is not None and inversion.unconditional_embeds is not None:
+        raise ValueError(
+            f"negative_prompt has no effect with this inversion ({inversion.method!r}), which holds unconditional "
+            "embeddings of its own; pass it to pipe.invert, or leave it out."
+        )
+    for name, value in (
+        ("height", request.size[0]), ("width", request.size[1]), ("keep_attention", request.keep_attention),
+    ):  # fmt: skip
+        if value is not None:
+            raise ValueError(
+                f"{name}= has no effect beside a finished inversion; pass it to pipe.invert(image, prompt, {name}=...)."
+            )
+
+
+def _given_region(work: Work, request: EditRequest, canvas: Canvas) -> torch.Tensor | None:
+    """(h, w) of 0 and 1: the caller's own ``edit_mask``."""
+    if request.edit_mask is None:
+        return None
+    scale = work.family.pixels_per_latent
+    size = (canvas.width * scale, canvas.height * scale) if canvas.picture is None else canvas.picture.size
+    return mask_at(load_mask(request.edit_mask, size, "edit_mask"), canvas.height, canvas.width).to(work.family.device)
+
+
+# ------------------------------------------------------------------------------ the work
+
+
+def _invert_first(
+    work: Work,
+    request: EditRequest,
+    canvas: Canvas,
+    source: Branch,
+    null: Branch,
+    prompt_to_prompt: PromptToPrompt,
+) -> Inversion:
+    """The inversion of a call that brings none. For one call the source's attention isn't worth the memory, unless the
+    caller says so: each step's source is asked once, for all targets."""
+    assert canvas.picture is not None
+    needed = min(1.0, prompt_to_prompt.active_until / canvas.schedule.num_steps)
+    keep = request.keep_attention
+    scale = work.family.pixels_per_latent
+    latents = work.family.encode_picture(canvas.picture, canvas.height * scale, canvas.width * scale)
+    inverting = InversionRequest(
+        picture=canvas.picture,
+        latents=latents,
+        source=source,
+        null=null,
+        method=request.inversion or DEFAULT_INVERSION,
+        schedule=canvas.schedule,
+        guidance_scale=request.settings.guidance_scale,
+        generator=request.generator,
+        clip_skip=request.clip_skip,
+        keep=KeepAttention(share=0.0) if keep is None else replace(keep, share=needed),
+    )
+    # the call's own callback hears of the edit's steps alone; a stop is heeded here too
+    return invert_picture(replace(work, report=_check_only(work)), inverting)
+
+
+def _check_only(work: Work) -> Any:
+    def report(step: int, timestep: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        work.call.check()
+        return {}
+
+    return report
+
+
+def _edit_task(
+    work: Work,
+    request: EditRequest,
+    canvas: Canvas,
+    rows: tuple[Branch, Branch, Sequence[Branch]],
+    inversion: Inversion,
+    control: EditControl,
+    plans: Sequence[TargetPlan],
+) -> EditTask:
+    family, schedule, settings = work.family, canvas.schedule, request.settings
+    timesteps, dtype = schedule.timesteps.tolist(), family.dtype
+    source, null, targets = rows
+    facts = work.call.facts
+    facts |= {
+        "guidance_scale": settings.guidance_scale, "guidance_rescale": settings.guidance_rescale,
+        "clip_skip": request.clip_skip, "num_timesteps": settings.num_steps(schedule),
+    }  # fmt: skip
+    bar = work.progress_bar(total=settings.num_steps(schedule))
+
+    def denoise(x: torch.Tensor, level: int, batch: Batch) -> torch.Tensor:
+        return family.denoise(x, timesteps[level - 1], batch.embeds, dtype)
+
+    def on_step(step: int, level: int, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        bar.update()
+        if step + 1 == settings.num_steps(schedule):
+            bar.close()
+        return work.report(step, timesteps[level - 1], tensors)
+
+    return EditTask(
+        denoise, schedule, inversion, source, null, targets, settings, control,
+        [plan.confinement for plan in plans], lambda: float(facts["guidance_scale"]), on_step,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ after the work
+
+
+def _finished(
+    work: Work,
+    request: EditRequest,
+    canvas: Canvas,
+    words: EditWords,
+    control: EditControl,
+    edited: EditedLatents,
+) -> S2EditPipelineOutput:
+    family, scale = work.family, work.family.pixels_per_latent
+    out_height, out_width = canvas.height * scale, canvas.width * scale
+    own_pixels = None
+    if request.keep_pixels:
+        assert canvas.picture is not None
+        everywhere = torch.ones(canvas.latent_size)
+        weights = [
+            feather(everywhere if r is None else r.cpu(), out_height, out_width, scale) for r in edited.regions
+        ]
+        own_pixels = (picture_to_tensor(canvas.picture, out_height, out_width), torch.stack(weights)[:, None])
+    images, flagged = decoded_pictures(work, edited.targets, request, own_pixels)
+    source = edited.source  # the caller's own picture: no safety checker looks at it
+    if request.output_type != "latent":
+        pixels = family.decode(source, request.generator)
+        source = VaeImageProcessor().postprocess(pixels, output_type=request.output_type)
+    maps = None
+    if request.return_attention_maps:
+        prompt = words.targets[0]
+        looks = control.looks(0, (), [word.tokens for word in prompt.words], canvas.latent_size)
+        maps = {
+            word.text: _map_picture(look, (out_width, out_height))
+            for word, look in zip(prompt.words, looks, strict=True)
+        }
+    return S2EditPipelineOutput(
+        images=images,
+        attention_maps=maps,
+        edit_masks=[None if r is None else mask_to_picture(r, (out_width, out_height)) for r in edited.regions],
+        source=source[0] if request.output_type == "pil" else source,
+        nsfw_content_detected=flagged,
+        interrupted=edited.interrupted,
+    )
+
+
+def _unedited(
+    work: Work, request: EditRequest, canvas: Canvas, inversion: Inversion, num_targets: int
+) -> S2EditPipelineOutput:
+    """What a call returns that was stopped while it inverted: the source itself, which says that it was interrupted."""
+    latents = inversion.trajectory[:1]
+    images, _ = decoded_pictures(work, latents.expand(num_targets, -1, -1, -1), request, None)
+    first = images[0] if request.output_type == "pil" else images[:1]
+    return S2EditPipelineOutput(images=images, edit_masks=[None] * num_targets, source=first, interrupted=True)
+
+
+def decoded_pictures(
+    work: Work, latents: torch.Tensor, request: EditRequest, own_pixels: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[Any, list[bool] | None]:
+    """Decoded pictures, and which a safety checker flagged. ``own_pixels`` is a picture (1, 3, H, W) and weights
+    (n, 1, H, W): where these are 0 it stays."""
+    if request.output_type == "latent":
+        return latents, None
+    pipe = work.family.pipe
+    pixels = work.family.decode(latents, request.generator)
+    if own_pixels is not None:
+        source, weights = (tensor.to(pixels.device, torch.float32) for tensor in own_pixels)
+        pixels = torch.where(weights == 0, source, torch.lerp(source, pixels.float(), weights))
+    flagged = None
+    processor, checker = VaeImageProcessor(), getattr(pipe, "safety_checker", None)
+    if checker is not None:
+        shown = processor.postprocess(pixels, output_type="pil")
+        features = pipe.feature_extractor(shown, return_tensors="pt").to(work.family.device)
+        _, flagged = checker(images=pixels.clone(), clip_input=features.pixel_values.to(checker.dtype))
+        black = torch.tensor(flagged, device=pixels.device)[:, None, None, None]
+        pixels = torch.where(black, -torch.ones_like(pixels), pixels)
+    return processor.postprocess(pixels, output_type=request.output_type), flagged
+
+
+def _map_picture(attention: torch.Tensor, size: tuple[int, int]) -> PIL.Image.Image:
+    values = (attention / attention.max().clamp(min=1e-12) * 255).round().byte().cpu().numpy()
+    return PIL.Image.fromarray(values).resize(size, PIL.Image.Resampling.BICUBIC)

@@ -1,0 +1,243 @@
+"""What differs between kinds of models, behind one interface: a kind of model is one class in one file.
+
+The stages (fit, invert, edit, draw) ask a :class:`ModelFamily` and never a model. A new kind subclasses it, says in
+``serves`` which pipelines it is for, and is made known by :func:`register_family`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, ClassVar
+
+import PIL.Image
+import torch
+from torch import nn
+
+from .attention_seam import AttentionController, AttentionSite, attention_control
+from .noise_schedule import NoiseSchedule
+from .picture_inputs import picture_to_tensor, working_size
+from .prompt_embeds import PromptEmbeds
+from .prompt_words import TokenizedPrompt
+
+
+class ModelFamily(ABC):
+    """One kind of model, at work in one pipeline; it holds nothing of its own and reads the pipeline's components.
+
+    Args:
+        pipe: the pipeline, or anything with its components as attributes.
+    """
+
+    name: ClassVar[str]
+    """What users call it."""
+    denoiser_name: ClassVar[str]
+    """The component that predicts the noise: "unet" or "transformer"."""
+    denoiser_classes: ClassVar[tuple[str, ...]]
+    """Its classes, by name."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    @classmethod
+    def serves(cls, pipe: Any) -> bool:
+        """Whether ``pipe`` holds a model of this kind."""
+        denoiser = getattr(pipe, cls.denoiser_name, None)
+        return type(getattr(denoiser, "_orig_mod", denoiser)).__name__ in cls.denoiser_classes
+
+    # -------------------------------------------------------------------- components
+
+    @property
+    def denoiser(self) -> Any:
+        """The component that predicts the noise."""
+        return getattr(self.pipe, self.denoiser_name)
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Name -> each text encoder that has a row for a learned token."""
+        return self._numbered("text_encoder")
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """Text encoder's name -> its tokenizer."""
+        numbered = self._numbered("tokenizer")
+        return {name.replace("tokenizer", "text_encoder"): tokenizer for name, tokenizer in numbered.items()}
+
+    def _numbered(self, name: str) -> dict[str, Any]:
+        each = {part: getattr(self.pipe, part, None) for part in (name, f"{name}_2", f"{name}_3")}
+        return {part: component for part, component in each.items() if component is not None}
+
+    @property
+    def tuned_components(self) -> dict[str, nn.Module]:
+        """Name -> the modules that an identity may change, by their own parameters' names: behind ``torch.compile``,
+        what it wraps."""
+        components = {self.denoiser_name: self.denoiser, **self.text_encoders}
+        return {name: getattr(module, "_orig_mod", module) for name, module in components.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the work is done."""
+        device: torch.device = self.pipe._execution_device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The denoiser's. diffusers walks through all modules to answer: ask once a call."""
+        dtype: torch.dtype = self.denoiser.dtype
+        return dtype
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents."""
+        channels: int = self.denoiser.config.in_channels
+        return channels
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """A latent's side in pixels."""
+        scale: int = self.pipe.vae_scale_factor
+        return scale
+
+    def pixel_size(self, latents: torch.Tensor) -> tuple[int, int]:
+        """(height, width) of the pictures that ``latents`` (B, C, h, w) stand for."""
+        return latents.shape[-2] * self.pixels_per_latent, latents.shape[-1] * self.pixels_per_latent
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises:
+        ValueError: a component is missing, or they don't belong together; the message says what to load.
+        """
+
+    # -------------------------------------------------------------------- prompts
+
+    @abstractmethod
+    def tokenize(self, prompt: str, tokenizers: Mapping[str, Any] | None = None) -> TokenizedPrompt:
+        """``prompt``'s tokens and words, by the pipeline's own tokenizers or the given ones."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int | None = None) -> PromptEmbeds:
+        """Encoded ``prompts``, in one batch; differentiable."""
+
+    def encode_negative(self, prompt: str | None, like: PromptEmbeds, clip_skip: int | None = None) -> PromptEmbeds:
+        """One row: the negative prompt, or without one the empty prompt; ``like`` is an encoded prompt's form."""
+        return self.encode([self.tokenize(prompt or "")], clip_skip)
+
+    # -------------------------------------------------------------------- pictures and latents
+
+    @property
+    @abstractmethod
+    def native_size(self) -> int:
+        """The side, in pixels, of the square pictures that the model was made for."""
+
+    @property
+    @abstractmethod
+    def size_multiple(self) -> int:
+        """Every side of a picture is a multiple of this, in pixels."""
+
+    def working_size(self, picture: PIL.Image.Image, height: int | None, width: int | None) -> tuple[int, int]:
+        """(height, width) to work at.
+
+        Raises:
+            ValueError: as ``picture_inputs.working_size``.
+        """
+        return working_size(picture.size, self.native_size, self.size_multiple, height, width)
+
+    def encode_picture(self, picture: PIL.Image.Image, height: int, width: int) -> torch.Tensor:
+        """(1, C, h, w) latents of level 0, in the denoiser's dtype."""
+        return self.encode_pixels(picture_to_tensor(picture, height, width))
+
+    @abstractmethod
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) latents of level 0 of ``pixels`` (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """(B, 3, H, W) in about [-1, 1]."""
+
+    # -------------------------------------------------------------------- noise
+
+    @abstractmethod
+    def schedule(self, num_inference_steps: int, size: tuple[int, int] | None = None) -> NoiseSchedule:
+        """The noise levels of one call; ``size`` is the picture's (height, width), which flows may depend on.
+
+        Raises:
+            ValueError: the scheduler can't serve, or the number of steps is out of its range.
+        """
+
+    @abstractmethod
+    def training_schedule(self, size: tuple[int, int] | None = None) -> NoiseSchedule:
+        """Every level that the model was trained at."""
+
+    @abstractmethod
+    def denoise(self, x: torch.Tensor, timestep: Any, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor:
+        """The denoiser's output for latents ``x`` (B, C, h, w), in ``x``'s dtype; it works in ``dtype``, its own.
+
+        Args:
+            timestep: one of the schedule's, or (B,) of them.
+            embeds: B rows.
+        """
+
+    # -------------------------------------------------------------------- attention and adapters
+
+    @abstractmethod
+    def attention_site(
+        self, grids: Mapping[int, tuple[int, int]], name: str, layer: nn.Module, hidden_states: torch.Tensor, text: Any
+    ) -> AttentionSite | None:
+        """What the layer ``name`` is in this call; ``grids`` is :meth:`attention_grids`' answer for its latents."""
+
+    @abstractmethod
+    def attention_grids(self, height: int, width: int) -> dict[int, tuple[int, int]]:
+        """Number of picture cells -> (height, width) of each grid in which layers attend, for latents of this size."""
+
+    def control_attention(
+        self, controller: AttentionController, height: int, width: int
+    ) -> AbstractContextManager[None]:
+        """``controller`` at the denoiser's attention, for latents of ``height`` x ``width``; see ``attention_seam``."""
+        grids = self.attention_grids(height, width)
+        return attention_control(self.denoiser, controller, partial(self.attention_site, grids))
+
+    @abstractmethod
+    def lora_targets(self, component: str, layers: str) -> list[str]:
+        """What PEFT is to adapt in ``component``: ends of its layers' names. ``layers``: "all" or "attention"."""
+
+    # -------------------------------------------------------------------- diffusers' own pipeline
+
+    @property
+    @abstractmethod
+    def stock_components(self) -> frozenset[str]:
+        """The names of the components that it has."""
+
+    @abstractmethod
+    def stock(self) -> Any:
+        """diffusers' own text-to-image pipeline over the same modules, with a scheduler of its own."""
+
+
+_FAMILIES: list[type[ModelFamily]] = []
+
+
+def register_family(family: type[ModelFamily]) -> type[ModelFamily]:
+    """Make ``family`` known; one that is registered later is asked first."""
+    _FAMILIES.insert(0, family)
+    return family
+
+
+def unregister_family(family: type[ModelFamily]) -> None:
+    """Forget ``family``."""
+    _FAMILIES.remove(family)
+
+
+def family_of(pipe: Any) -> ModelFamily:
+    """The family that serves ``pipe``.
+
+    Raises:
+        ValueError: none does; the message lists those that there are.
+    """
+    for family in _FAMILIES:
+        if family.serves(pipe):
+            return family(pipe)
+    denoiser = next((part for name in ("unet", "transformer") if (part := getattr(pipe, name, None)) is not None), None)
+    served = "; ".join(f"{family.name} ({', '.join(family.denoiser_classes)})" for family in reversed(_FAMILIES))
+    if denoiser is None:
+        raise ValueError(f"The pipeline has no unet; load it whole, or pass unet= to from_pretrained. Served: {served}.")
+    raise ValueError(f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}.")

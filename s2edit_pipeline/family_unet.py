@@ -1,0 +1,296 @@
+"""Stable Diffusion 1, 2 and XL: a U-Net with cross-attention to CLIP's words, and a variance-preserving diffusion."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import nn
+
+from .attention_seam import AttentionSite
+from .family_base import ModelFamily, register_family
+from .noise_schedule import (
+    NoiseSchedule,
+    check_diffusion_scheduler,
+    diffusion_schedule,
+    diffusion_training_schedule,
+)
+from .prompt_embeds import PromptEmbeds
+from .prompt_words import TokenizedPrompt, tokenize
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+_SHALLOWEST_MAP = 16
+"""Latents with no side longer than this are themselves small enough for their maps to tell where words look."""
+
+
+@register_family
+class UNetFamily(ModelFamily):
+    """A ``UNet2DConditionModel``; with a second text encoder it is Stable Diffusion XL's."""
+
+    name = "Stable Diffusion 1, 2 and XL"
+    denoiser_name = "unet"
+    denoiser_classes = ("UNet2DConditionModel",)
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether it is a Stable Diffusion XL."""
+        return getattr(self.pipe, "text_encoder_2", None) is not None
+
+    # -------------------------------------------------------------------- checks
+
+    def check(self) -> None:
+        pipe = self.pipe
+        needed = ["vae", "text_encoder", "tokenizer", "unet", "scheduler"]
+        if self.is_xl or pipe.tokenizer_2 is not None:
+            needed += ["text_encoder_2", "tokenizer_2"]
+        if pipe.text_encoder is None and self.is_xl:
+            raise ValueError(
+                "This model has the second text encoder alone: it is an SDXL refiner, which can't draw alone. "
+                "Load its base, such as stabilityai/stable-diffusion-xl-base-1.0."
+            )
+        for name in needed:
+            if getattr(pipe, name) is None:
+                raise ValueError(f"The pipeline has no {name}; load it whole, or pass {name}= to from_pretrained.")
+        check_diffusion_scheduler(pipe.scheduler)
+        if pipe.safety_checker is not None and pipe.feature_extractor is None:
+            raise ValueError(
+                "The safety checker needs the feature_extractor: load it too, or pass safety_checker=None."
+            )
+        if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+            raise ValueError(
+                f"The U-Net takes {pipe.unet.config.in_channels} channels and the autoencoder gives "
+                f"{pipe.vae.config.latent_channels}: an inpainting or instruction model can't be used; load its base."
+            )
+        self._check_conditions()
+        for encoder in self.text_encoders.values():
+            if pipe.unet.dtype != encoder.dtype:
+                raise ValueError(
+                    f"The U-Net is {pipe.unet.dtype} and the text encoder {encoder.dtype}. "
+                    "Load with one type, from_pretrained(..., dtype=torch.float32), or call pipe.to(torch.float32)."
+                )
+
+    def _check_conditions(self) -> None:
+        """Raises:
+        ValueError: the U-Net wants to be told other things than these text encoders and sizes.
+        """
+        unet, second = self.pipe.unet, self.pipe.text_encoder_2
+        kind = unet.config.addition_embed_type
+        if kind is None and second is None:
+            return
+        if kind != "text_time" or second is None:
+            raise ValueError(
+                f"The U-Net has addition_embed_type={kind!r} and the pipeline "
+                f"{'no' if second is None else 'a'} second text encoder. Stable Diffusion has neither; "
+                "SDXL has 'text_time' and both text encoders: load all components from one model."
+            )
+        wanted = unet.add_embedding.linear_1.in_features
+        given = 6 * unet.config.addition_time_embed_dim + second.config.projection_dim
+        if wanted != given:
+            raise ValueError(
+                f"The U-Net wants {wanted} numbers beside the prompt, and SDXL's prompt summary and six sizes are "
+                f"{given}: a refiner (which asks for an aesthetics score) or another model's U-Net can't be used; load "
+                "SDXL's base."
+            )
+
+    # -------------------------------------------------------------------- prompts
+
+    def tokenize(self, prompt: str, tokenizers: Mapping[str, Any] | None = None) -> TokenizedPrompt:
+        tokenizers = self.tokenizers if tokenizers is None else tokenizers
+        # a textual inversion of several vectors is spelt out
+        texts = {name: self.pipe.maybe_convert_prompt(prompt, one) for name, one in tokenizers.items()}
+        return tokenize_for(tokenizers, texts)
+
+    def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int | None = None) -> PromptEmbeds:
+        """As diffusers' own pipelines do.
+
+        Stable Diffusion 1 and 2 take the text encoder's output; SDXL takes the penultimate hidden states of both
+        text encoders side by side, and the second's projected output at the end token.
+
+        Args:
+            clip_skip: how many layers to stop earlier.
+        """
+        contexts, outputs, pooled = [], {}, None
+        for name, encoder in self.text_encoders.items():
+            ids = torch.cat([prompt.ids[name] for prompt in prompts]).to(self.device)
+            encoded = encoder(ids, output_hidden_states=self.is_xl or clip_skip is not None)
+            outputs[name] = encoded.last_hidden_state
+            if self.is_xl:
+                contexts.append(encoded.hidden_states[-2 - (clip_skip or 0)])
+            elif clip_skip is None:
+                contexts.append(encoded.last_hidden_state)
+            else:
+                text_model: Any = getattr(encoder, "text_model", encoder)  # transformers 4 nests it
+                contexts.append(text_model.final_layer_norm(encoded.hidden_states[-1 - clip_skip]))
+            if name == "text_encoder_2":
+                # not encoded.text_embeds: SDXL's config makes CLIP look for the end at the highest id, which is [I]'s
+                ends = torch.tensor([prompt.eos for prompt in prompts], device=ids.device)
+                at_end = encoded.last_hidden_state[torch.arange(len(prompts), device=ids.device), ends]
+                projection: Any = encoder.text_projection
+                pooled = projection(at_end)
+        return PromptEmbeds(torch.cat(contexts, -1), pooled, outputs)
+
+    def encode_negative(self, prompt: str | None, like: PromptEmbeds, clip_skip: int | None = None) -> PromptEmbeds:
+        """One row; an SDXL trained so is told zeros where there is no negative prompt."""
+        if prompt is None and self.is_xl and self.pipe.config.get("force_zeros_for_empty_prompt", True):
+            return like.rows(slice(1)).zeros()
+        return super().encode_negative(prompt, like, clip_skip)
+
+    # -------------------------------------------------------------------- pictures and latents
+
+    @property
+    def native_size(self) -> int:
+        sample_size = self.pipe.unet.config.sample_size
+        side: int = sample_size if isinstance(sample_size, int) else min(sample_size)
+        return side * self.pixels_per_latent
+
+    @property
+    def size_multiple(self) -> int:
+        return self.pixels_per_latent * 2 ** (len(self.pipe.unet.config.block_out_channels) - 1)
+
+    @contextmanager
+    def _vae_in_range(self) -> Iterator[None]:
+        """SDXL's autoencoder overflows in float16 and says so (``force_upcast``): float32 for the length of the
+        context, as diffusers' own pipeline does; then its weights are, to the bit, as before."""
+        vae = self.pipe.vae
+        if not (self.is_xl and vae.config.get("force_upcast")):
+            yield
+            return
+        with _UPCASTING:  # one thread at a time: the weights are swapped
+            halves = [(p, p.data) for p in vae.parameters()] if vae.dtype == torch.float16 else []
+            for parameter, half in halves:
+                parameter.data = half.float()
+            try:
+                yield
+            finally:
+                for parameter, half in halves:
+                    parameter.data = half
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        vae = self.pipe.vae
+        with self._vae_in_range():
+            encoded = vae.encode(pixels.to(self.device, vae.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return ((latents - shift) * vae.config.scaling_factor).to(self.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        vae = self.pipe.vae
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        with self._vae_in_range():
+            latents = latents.to(vae.dtype) / vae.config.scaling_factor + shift
+            pixels: torch.Tensor = vae.decode(latents, return_dict=False, generator=generator)[0]
+            return pixels
+
+    # -------------------------------------------------------------------- noise
+
+    def schedule(self, num_inference_steps: int, size: tuple[int, int] | None = None) -> NoiseSchedule:
+        return diffusion_schedule(self.pipe.scheduler, num_inference_steps)
+
+    def training_schedule(self, size: tuple[int, int] | None = None) -> NoiseSchedule:
+        return diffusion_training_schedule(self.pipe.scheduler)
+
+    def denoise(self, x: torch.Tensor, timestep: Any, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor:
+        added = None
+        if embeds.pooled is not None:
+            height, width = (side * self.pixels_per_latent for side in x.shape[-2:])
+            # what SDXL is told of the picture's size: as it was, where it was cut, as it is to be
+            size_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=dtype, device=x.device)
+            added = {"text_embeds": embeds.pooled.to(dtype), "time_ids": size_ids.expand(len(x), -1)}
+        output: torch.Tensor = self.denoiser(
+            x.to(dtype),
+            timestep.to(x.device) if isinstance(timestep, torch.Tensor) else timestep,
+            encoder_hidden_states=embeds.embeds.to(dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return output.to(x)
+
+    # -------------------------------------------------------------------- attention and adapters
+
+    def attention_grids(self, height: int, width: int) -> dict[int, tuple[int, int]]:
+        grids: dict[int, tuple[int, int]] = {}
+        for _ in self.pipe.unet.config.block_out_channels:
+            grids.setdefault(height * width, (height, width))
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return grids
+
+    def attention_site(
+        self, grids: Mapping[int, tuple[int, int]], name: str, layer: nn.Module, hidden_states: torch.Tensor, text: Any
+    ) -> AttentionSite | None:
+        """Layers at 1/16 and 1/32 of the picture's side tell where words look (S2Edit); at 1/16 and below they hold
+        the layout (prompt-to-prompt). Latents that are as small as a 1/16 layer themselves count as one."""
+        cells = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2:].numel()
+        grid = grids.get(cells)
+        if grid is None:
+            return None
+        height, width = next(iter(grids.values()))  # the latents' own
+        factor = 2 if min(height, width) > _SHALLOWEST_MAP else 1
+        most, fewest = (-(-height // f) * -(-width // f) for f in (factor, 2 * factor))
+        return AttentionSite(
+            name,
+            "self" if text is None else "cross",
+            *grid,
+            tells_words=text is not None and fewest <= cells <= most,
+            holds_layout=text is None and cells <= most,
+        )
+
+    def lora_targets(self, component: str, layers: str) -> list[str]:
+        """With ``layers`` "all" every linear layer and convolution of the U-Net, otherwise its attention projections;
+        of a text encoder always these."""
+        if component != "unet":
+            return list(_CLIP_ATTENTION)
+        if layers == "attention":
+            return list(_ATTENTION)
+        unet = self.tuned_components["unet"]
+        return [name for name, layer in unet.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+
+    # -------------------------------------------------------------------- diffusers' own pipeline
+
+    @property
+    def stock_components(self) -> frozenset[str]:
+        both = {"vae", "unet", "scheduler", "text_encoder", "tokenizer", "feature_extractor", "image_encoder"}
+        return frozenset(both | ({"text_encoder_2", "tokenizer_2"} if self.is_xl else {"safety_checker"}))
+
+    def stock(self) -> Any:
+        pipe = self.pipe
+        components = {name: getattr(pipe, name) for name in self.stock_components - {"scheduler"}}
+        scheduler = copy.deepcopy(pipe.scheduler)  # its steps are each call's own
+        if self.is_xl:
+            zeros = pipe.config.get("force_zeros_for_empty_prompt", True)
+            return StableDiffusionXLPipeline(**components, scheduler=scheduler, force_zeros_for_empty_prompt=zeros)
+        return StableDiffusionPipeline(
+            **components, scheduler=scheduler, requires_safety_checker=pipe.safety_checker is not None
+        )
+
+
+_UPCASTING = threading.RLock()
+
+
+def tokenize_for(tokenizers: Mapping[str, Any], texts: Mapping[str, Any]) -> TokenizedPrompt:
+    """One prompt, for each text encoder by its own tokenizer.
+
+    Args:
+        tokenizers, texts: text encoder's name -> its tokenizer, and the prompt as that is to read it.
+
+    Raises:
+        TypeError, ValueError: as ``prompt_words.tokenize``; the tokenizers cut the prompt up differently, so that
+            its words would be at different positions.
+    """
+    first, *others = (tokenize(tokenizer, texts[name]) for name, tokenizer in tokenizers.items())
+    for other in others:
+        if (other.words, other.eos, other.input_ids.shape) != (first.words, first.eos, first.input_ids.shape):
+            raise ValueError(
+                f"The two tokenizers cut {first.text!r} into different tokens. SDXL's have one vocabulary: load both "
+                "from one model, and learned words into both (load_textual_inversion for each tokenizer)."
+            )
+        first = replace(first, input_ids_2=other.input_ids)
+    return first

@@ -1,0 +1,210 @@
+"""Stage one of S2Edit: from a picture and its words to an :class:`IdentityAdapter`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from .attention_controls import MapRecorder, mask_at
+from .fit_loop import FitExample, FitProgress, FitResult, fit_weights
+from .fit_settings import FitRequest, FitSettings, ReferenceAttribute
+from .identity_adapter import IdentityAdapter, LearnedAttribute
+from .identity_fingerprint import fingerprint
+from .identity_prompts import check_prompt
+from .object_masks import threshold_map
+from .picture_inputs import load_mask, load_picture
+from .pipeline_turns import Interrupted
+from .pipeline_work import Work
+from .prompt_tokens import initial_row, with_tokens
+from .prompt_words import TokenizedPrompt, insert_token, split_words
+
+MASK_LEVELS = (0.2, 0.35, 0.5, 0.65)
+"""Where the object is looked for: shares of the way from the picture to noise."""
+
+OnFitStep = Callable[[int, int, Mapping[str, float]], None]
+"""``on_step(step, num_steps, measures)``, the caller's own."""
+
+
+@dataclass(frozen=True)
+class FitInput:
+    """A picture that is to be fitted, checked: prompts without and with the token, the (height, width) to work at, and
+    the caller's own mask (H, W) or None."""
+
+    picture: PIL.Image.Image
+    subject: str
+    token: str
+    prompt: TokenizedPrompt
+    prompt_with_token: TokenizedPrompt
+    size: tuple[int, int]
+    mask: torch.Tensor | None
+
+
+@torch.no_grad()
+def object_mask(
+    work: Work, latents: torch.Tensor, prompt: TokenizedPrompt, subject: str, threshold: float
+) -> torch.Tensor:
+    """(h, w) float32 of 0 and 1: where ``subject`` is in the picture of ``latents`` (1, C, h, w), from the model as it
+    is now (S2Edit, ``M_obj``)."""
+    family = work.family
+    height, width = latents.shape[-2:]
+    schedule = family.schedule(min(50, family.training_schedule().num_steps), family.pixel_size(latents))
+    recorder, encoded, dtype = MapRecorder(), family.encode([prompt]), family.dtype
+    generator = torch.Generator().manual_seed(0)  # its own: looking at the mask must not change what is drawn after it
+    with family.control_attention(recorder, height, width):
+        for share in MASK_LEVELS:
+            level = max(1, round(share * schedule.num_steps))
+            noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
+            family.denoise(
+                schedule.noised(latents, noise, level), int(schedule.timesteps[level - 1]), encoded, dtype
+            )
+    return threshold_map(recorder.word_map(0, prompt.find(subject), height, width).cpu(), threshold)
+
+
+def fit_input(
+    work: Work,
+    picture: ReferenceAttribute,
+    name: str,
+    tokenizers: Mapping[str, Any],
+    size: tuple[int | None, int | None],
+) -> FitInput:
+    """One picture to fit, checked; ``name`` goes before the arguments' names in messages.
+
+    Raises:
+        TypeError, ValueError: it can't be used.
+    """
+    family, prompt, subject, token = work.family, picture.prompt, picture.subject, picture.token
+    check_prompt(prompt, f"{name}prompt")
+    check_prompt(subject, f"{name}subject")
+    rgb = load_picture(picture.image, f"{name}image")
+    if token in split_words(prompt, [token]):
+        raise ValueError(f"{name}prompt={prompt!r} holds the token {token!r} already; describe the picture without it.")
+    return FitInput(
+        rgb,
+        subject,
+        token,
+        family.tokenize(prompt),
+        family.tokenize(insert_token(prompt, subject, token), tokenizers),
+        family.working_size(rgb, *size),
+        None if picture.mask is None else load_mask(picture.mask, rgb.size, f"{name}mask"),
+    )
+
+
+def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> IdentityAdapter:
+    """Fit as ``request`` says; the model is left as it was found.
+
+    Raises:
+        TypeError, ValueError: an input that can't be used; nothing has been done then.
+        FloatingPointError: the loss ran away.
+    """
+    family, settings = work.family, request.settings
+    first = next(iter(family.tokenizers))
+    tokenizers = {
+        name: with_tokens(tokenizer, [picture.token for picture in request.pictures])
+        for name, tokenizer in family.tokenizers.items()
+    }
+    inputs = [
+        fit_input(work, picture, "" if i == 0 else "reference.", tokenizers, request.size if i == 0 else (None, None))
+        for i, picture in enumerate(request.pictures)
+    ]
+    started = time.perf_counter()
+    examples = [_example(work, one, settings, tokenizers[first]) for one in inputs]
+    rows = [
+        {n: initial_row(family.tokenizers[n], encoder, one.subject) for n, encoder in family.text_encoders.items()}
+        for one in inputs
+    ]
+    with work.progress_bar(total=settings.num_steps) as bar:
+        result = fit_weights(family, examples, rows, settings, request.generator, _reporter(work, bar, settings, on_step))
+    masks = [None if example.mask is None else example.mask.cpu() for example in examples]
+    return _adapter(work, request, inputs, masks, result, time.perf_counter() - started)
+
+
+def _example(work: Work, one: FitInput, settings: FitSettings, tokenizer: Any) -> FitExample:
+    latents, mask = work.family.encode_picture(one.picture, *one.size), None
+    if settings.spatial_control and one.mask is None:
+        mask = object_mask(work, latents, one.prompt, one.subject, settings.mask_threshold)
+    elif settings.spatial_control and one.mask is not None:
+        mask = mask_at(one.mask, *latents.shape[-2:])
+    token_id = tokenizer.convert_tokens_to_ids(one.token)
+    return FitExample(latents, one.prompt, one.prompt_with_token, token_id, mask)
+
+
+def _reporter(work: Work, bar: Any, settings: FitSettings, on_step: OnFitStep) -> Callable[[FitProgress], bool]:
+    assert settings.num_steps is not None
+    num_steps = settings.num_steps
+
+    def report(progress: FitProgress) -> bool:
+        bar.set_postfix(loss=f"{progress.reconstruction_loss:.4f}", cos=f"{progress.cosine:+.3f}", refresh=False)
+        bar.update()
+        measures = {
+            "reconstruction_loss": progress.reconstruction_loss,
+            "semantic_loss": progress.semantic_loss,
+            "cosine": progress.cosine,
+        }
+        if len(progress.cosines) > 1:
+            measures["reference_cosine"] = progress.cosines[1]
+        on_step(progress.step, num_steps, measures)
+        try:
+            work.call.check()
+        except Interrupted:
+            return False
+        return True
+
+    return report
+
+
+def _adapter(
+    work: Work,
+    request: FitRequest,
+    inputs: list[FitInput],
+    masks: list[torch.Tensor | None],
+    result: FitResult,
+    seconds: float,
+) -> IdentityAdapter:
+    settings, first, last = request.settings, result.progress[0], result.progress[-1]
+    tail = result.progress[-max(1, len(result.progress) // 5) :]
+    measures = {
+        "cosine_first": first.cosine,
+        "cosine_last": last.cosine,
+        "reconstruction_loss_first": first.reconstruction_loss,
+        "reconstruction_loss_last": float(np.mean([p.reconstruction_loss for p in tail])),
+        "seconds": round(seconds, 2),
+    }
+    attribute = None
+    if len(request.pictures) > 1:
+        reference = request.pictures[1]
+        attribute = LearnedAttribute(
+            reference.token, reference.subject, reference.prompt, result.rows[1], masks[1]
+        )
+        measures |= {"reference_cosine_first": first.cosines[1], "reference_cosine_last": last.cosines[1]}
+    facts = asdict(settings)
+    del facts["method"], facts["gradient_checkpointing"]
+    facts |= {
+        "num_steps": len(result.progress),
+        "automatic_mask": inputs[0].mask is None,
+        "height": inputs[0].size[0],
+        "width": inputs[0].size[1],
+    }
+    if work.call.interrupted:
+        facts["interrupted"] = True
+    picture, components = request.pictures[0], work.family.tuned_components
+    return IdentityAdapter(
+        token=picture.token,
+        subject=picture.subject,
+        source_prompt=picture.prompt,
+        method=settings.method,
+        rows=result.rows[0],
+        weights=result.weights,
+        lora_metadata=result.lora_metadata,
+        mask=masks[0],
+        base_model=work.base_model,
+        base_fingerprint={name: fingerprint(module) for name, module in components.items()},
+        settings=facts,
+        measures=measures,
+        reference=attribute,
+    )

@@ -1,0 +1,101 @@
+"""Prompts that say loaded identities' tokens: where these stand, what they are masked to, and how they are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .attention_controls import SpatialControl
+from .family_base import ModelFamily
+from .identity_overlay import IdentityOverlay
+from .prompt_embeds import Branch, PromptEmbeds, join
+from .prompt_words import TokenizedPrompt, insert_token, split_words
+
+
+def check_prompt(prompt: Any, name: str) -> None:
+    """Raises:
+    TypeError, ValueError: ``prompt`` is no text, or an empty one; ``name`` is the argument it came as.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"{name} must be a string, not {type(prompt).__name__}.")
+    if not prompt.strip():
+        raise ValueError(f"{name} is empty; say what the picture shows, such as 'a photo of a lady with glasses'.")
+
+
+def identities_in(prompts: Sequence[str], overlay: IdentityOverlay) -> list[str]:
+    """The loaded identities that ``prompts`` say."""
+    return [token for token in overlay.identities if any(token in split_words(prompt, [token]) for prompt in prompts)]
+
+
+def with_identities(prompt: str, tokens: Sequence[str], overlay: IdentityOverlay) -> str:
+    """``prompt`` with each loaded identity of ``tokens`` put before its subject.
+
+    Raises:
+        ValueError: the subject isn't in it.
+    """
+    for token in tokens:
+        if token not in split_words(prompt, [token]):
+            prompt = insert_token(prompt, overlay.identities[token].adapter.subject, token)
+    return prompt
+
+
+def fitting_identities(prompt: str, chosen: str | None, overlay: IdentityOverlay) -> list[str]:
+    """The identities to put into a source prompt: the chosen one, or none where it says one itself, or those of the
+    loaded identities whose subject it names.
+
+    Raises:
+        ValueError: several stand before the same noun.
+    """
+    if chosen is not None:
+        return [chosen]
+    if identities_in([prompt], overlay):
+        return []
+    words = f" {' '.join(split_words(prompt))} "
+    fitting = {
+        token: loaded.adapter.subject.lower()
+        for token, loaded in overlay.identities.items()
+        if f" {' '.join(split_words(loaded.adapter.subject))} " in words
+    }
+    if len(set(fitting.values())) < len(fitting):
+        raise ValueError(
+            f"Several loaded identities stand before the same noun in {prompt!r}: {', '.join(fitting)}. "
+            f"Say which, identity={next(iter(fitting))!r}, or write the tokens into the prompt."
+        )
+    return list(fitting)
+
+
+def spatial_control(
+    prompts: Sequence[TokenizedPrompt | None], family: ModelFamily, overlay: IdentityOverlay
+) -> SpatialControl:
+    """Each learned token's mask for each row of a batch; rows without a prompt (unconditional) have none."""
+    masks, columns = {}, []
+    switches: dict[str, list[str]] = {"renormalize": [], "mask_after": []}
+    for loaded in overlay.identities.values():
+        for token, (_, mask) in loaded.adapter.learned.items():
+            if mask is not None:
+                masks[token] = mask
+                for switch, tokens in switches.items():
+                    tokens += [token] if loaded.adapter.settings.get(switch) else []
+    first = next(iter(family.tokenizers))
+    ids = {token: family.tokenizers[first].convert_tokens_to_ids(token) for token in masks}
+    for prompt in prompts:
+        positions: dict[str, tuple[int, ...]] = {}
+        for token in masks:
+            at = () if prompt is None else torch.nonzero(prompt.ids[first][0] == ids[token])[:, 0].tolist()
+            if len(at):
+                positions[token] = tuple(at)
+        columns.append(positions)
+    return SpatialControl(masks, columns, renormalize=switches["renormalize"], mask_after=switches["mask_after"])
+
+
+@torch.no_grad()
+def encode_each(family: ModelFamily, prompts: Sequence[TokenizedPrompt], clip_skip: int | None = None) -> PromptEmbeds:
+    """Encoded one by one, so that a prompt's embeddings don't depend on those beside it, not even in rounding."""
+    return join([family.encode([prompt], clip_skip) for prompt in prompts])
+
+
+def branches(role: str, prompts: Sequence[TokenizedPrompt], embeds: PromptEmbeds) -> list[Branch]:
+    """One branch for each prompt."""
+    return [Branch(role, embeds.rows(slice(i, i + 1)), prompt) for i, prompt in enumerate(prompts)]

@@ -1,0 +1,242 @@
+"""From a picture and its words to an :class:`Inversion`, with the model as it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import nn
+
+from .attention_controls import Controllers, SpatialControl
+from .attention_seam import AttentionController
+from .attention_source import AttentionKeeper, KeepAttention
+from .edit_settings import DEFAULT_GUIDANCE
+from .identity_fingerprint import weights_signature
+from .identity_prompts import branches, encode_each, fitting_identities, spatial_control, with_identities
+from .inversion_record import Inversion, InversionTask, MadeWith, inversion_method
+from .noise_schedule import NoiseSchedule
+from .picture_inputs import load_picture
+from .pipeline_turns import Interrupted
+from .pipeline_work import Work
+from .prompt_embeds import Branch
+
+
+@dataclass(frozen=True)
+class InversionRequest:
+    """What is to be inverted, and how.
+
+    Attributes:
+        picture: as it was handed in.
+        latents: (1, C, h, w), its own.
+        source: the branch of the source prompt.
+        null: the unconditional branch.
+        method: its name.
+        schedule: the noise levels.
+        guidance_scale: that edits will be guided with.
+        generator: of the methods that draw noise.
+        clip_skip: how the prompts were encoded.
+        keep: how much of the source's attention is kept.
+    """
+
+    picture: PIL.Image.Image
+    latents: torch.Tensor
+    source: Branch
+    null: Branch
+    method: str
+    schedule: NoiseSchedule
+    guidance_scale: float
+    generator: torch.Generator | None
+    clip_skip: int | None
+    keep: KeepAttention
+
+
+@dataclass(frozen=True)
+class InversionCall:
+    """One call's inversion, its arguments as they came; see ``S2EditPipeline.invert``."""
+
+    image: Any
+    prompt: str
+    method: str
+    identity_token: str | None
+    num_inference_steps: int
+    guidance_scale: float | None
+    negative_prompt: str | None
+    size: tuple[int | None, int | None]
+    clip_skip: int | None
+    generator: Any
+    keep: KeepAttention
+
+
+def invert_words(work: Work, call: InversionCall) -> Inversion:
+    """Invert ``call.image`` under ``call.prompt``, with the identities put in whose subject it names.
+
+    Raises:
+        TypeError, ValueError: an input that can't be used; nothing has been done then.
+    """
+    family, method = work.family, inversion_method(call.method)
+    for name, value in (("guidance_scale", call.guidance_scale), ("negative_prompt", call.negative_prompt)):
+        if value is not None and not method.binds_guidance:
+            raise ValueError(
+                f"{name} has no effect on the inversion {call.method!r}, which serves any; leave it out here and pass it "
+                "to the edit."
+            )
+    picture = load_picture(call.image)
+    size = family.working_size(picture, *call.size)
+    schedule = family.schedule(call.num_inference_steps, size)
+    tokens = fitting_identities(call.prompt, call.identity_token, work.overlay)
+    prompt = family.tokenize(with_identities(call.prompt, tokens, work.overlay))
+    encoded = encode_each(family, [prompt], call.clip_skip)
+    with torch.no_grad():
+        null = Branch("unconditional", family.encode_negative(call.negative_prompt, encoded, call.clip_skip))
+    (source,) = branches("source", [prompt], encoded)
+    scale = DEFAULT_GUIDANCE if call.guidance_scale is None else call.guidance_scale
+    latents = family.encode_picture(picture, *size)
+    request = InversionRequest(
+        picture, latents, source, null, call.method, schedule, scale, call.generator, call.clip_skip, call.keep
+    )
+    return invert_picture(work, request)
+
+
+def invert_picture(work: Work, request: InversionRequest) -> Inversion:
+    """Run the method; where the call is stopped meanwhile, the inversion says that it was ``interrupted``."""
+    assert request.source.prompt is not None
+    family, schedule, method = work.family, request.schedule, inversion_method(request.method)
+    size, dtype = request.latents.shape[-2:], family.dtype
+    keeper = AttentionKeeper(request.keep, schedule.num_steps) if method.pinned and request.keep.max_bytes else None
+    # the unconditional branch says no token: nothing to mask there
+    sides = _SourceOrNull(spatial_control([request.source.prompt], family, work.overlay), keeper)
+    timesteps = schedule.timesteps.tolist()
+
+    def denoise(x: torch.Tensor, level: int) -> torch.Tensor:
+        sides.begin(is_source=True, level=level)
+        return family.denoise(x, timesteps[level - 1], request.source.embeds, dtype)
+
+    def denoise_null(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+        sides.begin(is_source=False, level=level)
+        return family.denoise(x, timesteps[level - 1], request.null.embeds.with_embeds(embeds), dtype)
+
+    facts = {
+        "method": request.method,
+        "prompt": request.source.prompt.text,
+        "guidance_scale": request.guidance_scale if method.binds_guidance else None,
+        "made_with": made_with(work, schedule),
+        "picture_digest": picture_digest(request.picture),
+        "clip_skip": request.clip_skip,
+    }
+    num_steps = schedule.num_steps * method.num_passes
+    with (
+        torch.set_grad_enabled(method.needs_gradients),
+        frozen(family.denoiser) if method.needs_gradients else nullcontext(),
+        family.control_attention(sides, *size),
+        work.progress_bar(total=num_steps) as bar,
+    ):
+
+        def on_step(step: int, latents: torch.Tensor) -> None:
+            bar.update()
+            # up, the noise grows with the steps; on a second pass it falls again
+            level = step + 1 if step < schedule.num_steps else num_steps - step
+            work.report(step, timesteps[level - 1], {"latents": latents.detach()})
+
+        task = InversionTask(
+            request.latents, schedule, denoise, denoise_null, request.source.embeds.embeds,
+            request.null.embeds.embeds, request.guidance_scale, request.generator, on_step,
+        )  # fmt: skip
+        try:
+            path = method.run(task)
+        except Interrupted:
+            return Inversion(**facts, trajectory=request.latents, interrupted=True)
+        if keeper is not None and keeper.first_kept <= schedule.num_steps and schedule.num_steps not in keeper.maps:
+            # the walk up never asks at the noise that it ends in, where an edit begins
+            with torch.no_grad():
+                denoise(path.trajectory[-1:], schedule.num_steps)
+    return Inversion(
+        **facts,
+        trajectory=path.trajectory,
+        unconditional_embeds=path.unconditional_embeds,
+        residuals=path.residuals,
+        attention=None if keeper is None else keeper.kept(),
+    )
+
+
+class _SourceOrNull(Controllers):
+    """The source's controls where its branch is asked, none where the unconditional one is."""
+
+    def __init__(self, spatial: SpatialControl, keeper: AttentionKeeper | None) -> None:
+        super().__init__(())
+        self.keeper = keeper
+        self.of_source: Sequence[AttentionController] = [spatial, *([] if keeper is None else [keeper])]
+
+    def begin(self, *, is_source: bool, level: int) -> None:
+        """Be told of the next evaluation."""
+        self.controllers = tuple(self.of_source) if is_source else ()
+        if is_source and self.keeper is not None:
+            self.keeper.begin(level)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Null-text differentiates through the denoiser, not with respect to it."""
+    required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, before in required:
+            parameter.requires_grad_(before)
+
+
+def picture_digest(picture: PIL.Image.Image) -> str:
+    """A hash of the picture's pixels and size."""
+    rgb = picture.convert("RGB")
+    return hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()[:32]
+
+
+def made_with(work: Work, schedule: NoiseSchedule) -> MadeWith:
+    """What the model's answers depend on now, besides what goes in."""
+    components = work.family.tuned_components
+    return MadeWith(
+        schedule=schedule.signature,
+        family=work.family.name,
+        weights=weights_signature(components, work.overlay),
+        adapters=work.overlay.foreign_state(components),
+        identities={token: work.overlay.state(token) for token in work.overlay.identities},
+    )
+
+
+def check_inversion(work: Work, inversion: Any, schedule: NoiseSchedule, picture: PIL.Image.Image | None) -> None:
+    """Raises:
+    ValueError: ``inversion`` was stopped before its end, or made with another model, scheduler, LoRA, identity or of
+        another picture than an edit would use now.
+    """
+    if inversion.interrupted:
+        raise ValueError("This inversion was stopped before its end; invert again: pipe.invert(image, prompt).")
+    before, now = inversion.made_with, made_with(work, schedule)
+    again = "invert again: pipe.invert(image, prompt)"
+    for token, state in before.identities.items():
+        if now.identities.get(token) != state:
+            loaded = "another identity, scale or mask is" if token in now.identities else "it isn't"
+            raise ValueError(
+                f"The inversion was made with the identity {token!r}, and {loaded} loaded under that name. "
+                f"Pass the same one, identity=..., or {again} without it."
+            )
+    if before.family != now.family or before.weights != now.weights:
+        raise ValueError(f"The inversion was made with another model, or with other weights; {again}.")
+    if before.adapters != now.adapters:
+        raise ValueError(
+            f"The inversion was made with other LoRA weights ({before.adapters or 'none'}) than are active now "
+            f"({now.adapters or 'none'}); activate the same, or {again}."
+        )
+    if before.schedule != now.schedule:
+        raise ValueError(
+            f"The inversion was made with another scheduler, or other settings of it, whose noise levels differ; {again}."
+        )
+    if picture is not None and inversion.picture_digest != picture_digest(picture):
+        raise ValueError(f"The inversion was made of another picture than image=; pass that one, or {again}.")
+    channels = inversion.trajectory.shape[1]
+    if channels != work.family.latent_channels:
+        raise ValueError(f"The inversion has {channels} latent channels, this model {work.family.latent_channels}.")

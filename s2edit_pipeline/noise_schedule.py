@@ -1,0 +1,186 @@
+"""The noise levels of one call, and every formula that moves between them.
+
+A picture x_0 and noise n make the latents of a level, ``x = a x_0 + s n``: ``a`` is the level's signal, ``s`` its noise.
+A variance-preserving diffusion has ``a = sqrt(abar)``, ``s = sqrt(1 - abar)`` (DDIM, Song et al. 2021); flow matching has
+``a = 1 - sigma``, ``s = sigma`` (Lipman et al. 2023). The same moves serve both: with a flow's levels DDIM's step is
+Euler's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+
+PREDICTIONS = ("epsilon", "v_prediction", "flow")
+"""What a denoiser may return: the noise n, ``a n - s x_0`` (Salimans & Ho 2022), or ``n - x_0``."""
+
+Level = int | torch.Tensor
+"""One level's number, or (B,) int64, one for each picture."""
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The noise levels of one call, cleanest first.
+
+    Attributes:
+        signal, noise: (N + 1,) float64, a and s of each level; level 0 is the picture itself, level N the noisiest.
+        timesteps: (N,), what the denoiser is told at level ``k`` is ``timesteps[k - 1]``.
+        prediction: what the denoiser returns, one of ``PREDICTIONS``.
+    """
+
+    signal: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    prediction: str
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def signature(self) -> str:
+        """Equal for schedules with the same levels, timesteps and prediction."""
+        levels = [f"{value:.9g}" for value in (*self.signal.tolist(), *self.noise.tolist(), *self.timesteps.tolist())]
+        return f"{self.prediction}: {' '.join(levels)}"
+
+    def noised(self, x0: torch.Tensor, epsilon: torch.Tensor, level: Level) -> torch.Tensor:
+        """``a x_0 + s n`` of the picture ``x0`` and the noise ``epsilon``, (B, C, H, W) each."""
+        a, s = self._factors(level, x0)
+        return a * x0 + s * epsilon
+
+    def split(self, output: torch.Tensor, x: torch.Tensor, level: Level) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``(x_0, n)`` that the denoiser's ``output`` at ``x`` stands for; all (B, C, H, W)."""
+        a, s = self._factors(level, x)
+        if self.prediction == "epsilon":
+            return (x - s * output) / a, output
+        if self.prediction == "v_prediction":
+            return a * x - s * output, a * output + s * x
+        return (x - s * output) / (a + s), (x + a * output) / (a + s)
+
+    def target(self, x0: torch.Tensor, epsilon: torch.Tensor, level: Level) -> torch.Tensor:
+        """What the denoiser should return at ``noised(x0, epsilon, level)``."""
+        if self.prediction == "epsilon":
+            return epsilon
+        if self.prediction == "v_prediction":
+            a, s = self._factors(level, x0)
+            return a * epsilon - s * x0
+        return epsilon - x0
+
+    def move(self, x: torch.Tensor, output: torch.Tensor, level: Level, next_level: Level) -> torch.Tensor:
+        """From ``level`` to ``next_level``, cleaner or noisier (DDIM, equation 12 with sigma 0; Euler's step of a flow).
+
+        ``output`` is the denoiser's, at ``x``; with it unchanged the move back is the exact inverse.
+        """
+        x0, epsilon = self.split(output, x, level)
+        return self.noised(x0, epsilon, next_level)
+
+    def move_by_noise(self, x: torch.Tensor, epsilon: torch.Tensor, level: Level, next_level: Level) -> torch.Tensor:
+        """:meth:`move`, given the noise that the denoiser predicted somewhere else."""
+        a, s = self._factors(level, x)
+        return self.noised((x - s * epsilon) / a, epsilon, next_level)
+
+    def posterior(
+        self, x: torch.Tensor, output: torch.Tensor, level: int, next_level: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean (B, C, H, W) and the deviation of the random step down to ``next_level``: the next latents are
+        ``mean + deviation z``, z normal (DDIM, equations 12 and 16 with eta 1: DDPM's step)."""
+        x0, epsilon = self.split(output, x, level)
+        a, s = self.signal[level], self.noise[level]
+        a_next, s_next = self.signal[next_level], self.noise[next_level]
+        variance = s_next**2 * (1 - (a * s_next / (a_next * s)) ** 2)
+        mean = a_next.to(x) * x0 + (s_next**2 - variance).clamp(min=0).sqrt().to(x) * epsilon
+        return mean, variance.clamp(min=0).sqrt().to(x)
+
+    def _factors(self, level: Level, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(a, s) in ``x``'s dtype, shaped to multiply it."""
+        levels = torch.as_tensor(level, device="cpu").reshape(-1, *[1] * (x.ndim - 1))
+        return self.signal[levels].to(x), self.noise[levels].to(x)
+
+
+def diffusion_schedule(scheduler: Any, num_inference_steps: int) -> NoiseSchedule:
+    """The levels that DDIM visits in ``num_inference_steps`` steps with ``scheduler``'s own settings.
+
+    ``scheduler`` (any with ``alphas_cumprod``) is read, never changed.
+
+    Raises:
+        ValueError: the scheduler can't serve, or the number of steps is out of its range.
+    """
+    check_diffusion_scheduler(scheduler)
+    num_train = scheduler.config.num_train_timesteps
+    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train:
+        raise ValueError(
+            f"num_inference_steps must be a whole number from 1 to {num_train}, not {num_inference_steps!r}."
+        )
+    known = {key: value for key, value in scheduler.config.items() if key in DDIMScheduler().config}
+    ddim = DDIMScheduler.from_config({**known, "clip_sample": False, "thresholding": False})
+    ddim.set_timesteps(num_inference_steps)
+    timesteps = ddim.timesteps.flip(0).cpu()
+    if int(timesteps[-1]) >= num_train:  # steps_offset and "leading" spacing leave no room for all of them
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} is too many for this scheduler's timestep_spacing and "
+            f"steps_offset: it would start at {int(timesteps[-1])} of {num_train - 1}. Take fewer."
+        )
+    alphas_bar = torch.cat([ddim.final_alpha_cumprod.reshape(1).double(), ddim.alphas_cumprod[timesteps].double()])
+    return _variance_preserving(alphas_bar, timesteps, scheduler)
+
+
+def diffusion_training_schedule(scheduler: Any) -> NoiseSchedule:
+    """Every level that the model was trained at: level ``k`` is timestep ``k - 1``, level 0 the picture itself."""
+    check_diffusion_scheduler(scheduler)
+    alphas_bar = torch.cat([torch.ones(1, dtype=torch.float64), scheduler.alphas_cumprod.cpu().double()])
+    return _variance_preserving(alphas_bar, torch.arange(len(alphas_bar) - 1), scheduler)
+
+
+def _variance_preserving(alphas_bar: torch.Tensor, timesteps: torch.Tensor, scheduler: Any) -> NoiseSchedule:
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    if prediction == "epsilon" and float(alphas_bar[1:].min()) == 0:
+        raise ValueError(
+            f"{type(scheduler).__name__} ends in pure noise (rescale_betas_zero_snr=True) and the model predicts "
+            "epsilon: where there is no signal, the picture can't be told from a prediction of the noise. Load the "
+            "scheduler without it: pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, "
+            "rescale_betas_zero_snr=False)."
+        )
+    return NoiseSchedule(alphas_bar.sqrt(), (1 - alphas_bar).sqrt(), timesteps, prediction)
+
+
+def check_diffusion_scheduler(scheduler: Any) -> None:
+    """Raises:
+    ValueError: ``scheduler`` doesn't describe a variance-preserving diffusion with discrete timesteps.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    why = None
+    if getattr(scheduler, "alphas_cumprod", None) is None or not hasattr(config, "num_train_timesteps"):
+        why = f"{name} has no alphas_cumprod: it is not a discrete diffusion schedule"
+    elif config.get("timestep_type", "discrete") != "discrete":
+        why = f"{name} has timestep_type={config['timestep_type']!r}: its noise levels are not the discrete timesteps'"
+    elif config.get("use_flow_sigmas"):
+        why = f"{name} has use_flow_sigmas=True: it is made for flow matching"
+    if why is not None:
+        raise ValueError(
+            f"{why}, so DDIM inversion has no meaning there. Load one that has: "
+            "pipe.scheduler = DDIMScheduler.from_pretrained(model, subfolder='scheduler')."
+        )
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{name} has prediction_type={prediction!r}; 'epsilon' and 'v_prediction' can be inverted.")
+
+
+def check_finite(latents: torch.Tensor, doing: str, step: int) -> None:
+    """Raises:
+    FloatingPointError: ``latents`` hold NaN or infinity; the message names what was being done, and the step.
+    """
+    if not bool(torch.isfinite(latents).all()):
+        fix = "float32 (or bfloat16)" if latents.dtype == torch.float16 else "float32"
+        raise FloatingPointError(
+            f"The latents are no numbers any more (NaN or infinity) at step {step} of {doing}; the model works in "
+            f"{latents.dtype}. Load it in {fix}: from_pretrained(..., dtype=torch.float32)."
+        )
+
+
+def gradient_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Loss scaling for what is differentiated through a model of ``dtype``: float16 has no gradients below 6e-8;
+    other dtypes need none. A step whose scaled gradients overflow is left out, and the scale halved."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

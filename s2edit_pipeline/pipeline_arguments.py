@@ -1,0 +1,168 @@
+"""The public calls' arguments: checked before any work is spent, and never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from .family_base import ModelFamily
+from .fit_settings import ReferenceAttribute
+from .pipeline_turns import Call
+from .pipeline_work import Report
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_output_type(output_type: Any) -> None:
+    """Raises:
+    ValueError: no such form of pictures.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'.")
+
+
+def check_keep(keep_attention: Any) -> None:
+    """Raises:
+    TypeError: it is no ``KeepAttention``.
+    """
+    if keep_attention is not None and not hasattr(keep_attention, "max_bytes"):
+        raise TypeError(
+            f"keep_attention must be a KeepAttention, not {keep_attention!r}; KeepAttention(max_bytes=0) keeps nothing."
+        )
+
+
+def check_generator(generator: Any, what: str) -> None:
+    """Raises:
+    TypeError: it is no generator.
+    ValueError: it is a list of them; ``what`` takes one.
+    """
+    if isinstance(generator, (list, tuple)):
+        raise ValueError(f"generator must be one for {what}, not {len(generator)}: all of it shares one picture.")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be one torch.Generator for {what}, not {type(generator).__name__}.")
+
+
+def check_autograd() -> None:
+    """Raises:
+    ValueError: gradients can't be made here.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("This needs gradients: call it outside torch.inference_mode() (torch.no_grad() is fine).")
+
+
+def check_can_train(family: ModelFamily) -> None:
+    """Raises:
+    ValueError: gradients can't be made here, or a component that a fit changes is offloaded.
+    """
+    check_autograd()
+    for name, module in family.tuned_components.items():
+        if getattr(module, "_hf_hook", None) is not None:
+            raise ValueError(
+                f"The {name} is offloaded, and a fit needs it where the work is done. Call "
+                "pipe.remove_all_hooks() and pipe.to('cuda') first, and enable offloading again afterwards."
+            )
+
+
+def checked_reference(reference: Any) -> tuple[ReferenceAttribute, ...]:
+    """Nothing, or the one reference attribute.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if reference is None:
+        return ()
+    if not all(hasattr(reference, name) for name in ("image", "prompt", "subject")):
+        raise TypeError(
+            "reference must be a ReferenceAttribute(image, prompt='a lady with makeup', subject='makeup'), "
+            f"not {type(reference).__name__}."
+        )
+    return (reference,)
+
+
+def checked_tensor_inputs(names: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    """The tensors that a callback is shown.
+
+    Raises:
+        ValueError: there is no such tensor.
+    """
+    names = tuple(names or ("latents",))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{name!r} can't be handed to callbacks; choose from {list(known)}.")
+    return names
+
+
+def check_callback(callback: Any) -> None:
+    """Raises:
+    TypeError: a callback that is made for Stable Diffusion's own loop.
+    """
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        raise TypeError(
+            f"{type(callback).__name__} steers Stable Diffusion's own loop, which an edit's isn't. To stop guidance "
+            "early pass guidance_stop=; other callbacks are functions (pipe, step, timestep, tensors)."
+        )
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback_on_step_end must be a function, not {type(callback).__name__}.")
+
+
+def step_report(pipe: Any, callback: Callable[..., Any] | None, names: Sequence[str]) -> Callable[[Call], Report]:
+    """What a stage reports its steps to: the caller's ``callback(pipe, step, timestep, tensors)``, shown the tensors
+    ``names``; what it changed comes back, and a call that was stopped goes no further.
+
+    Raises:
+        TypeError: it is no callback.
+    """
+    check_callback(callback)
+
+    def of_call(call: Call) -> Report:
+        def report(step: int, timestep: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            changed: dict[str, torch.Tensor] = {}
+            if callback is not None:
+                shown = {name: tensors[name] for name in names if name in tensors}
+                returned = callback(pipe, step, timestep, dict(shown)) or {}
+                unknown = [name for name in returned if name not in shown]
+                if unknown:
+                    raise ValueError(
+                        f"A callback may change {', '.join(map(repr, shown))}, which it was shown; it returned "
+                        f"{', '.join(map(repr, unknown))}. Name it in callback_on_step_end_tensor_inputs."
+                    )
+                changed = {name: tensor for name, tensor in returned.items() if tensor is not shown[name]}
+            call.check()
+            return changed
+
+        return report
+
+    return of_call
+
+
+def refuse_for_drawing(arguments: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: an argument that only editing a picture can obey.
+    """
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{name}= is for editing a picture: pass image= too.")
+
+
+def refuse_for_editing(arguments: Mapping[str, Any], image: Any, keep_pixels: bool, output_type: str) -> None:
+    """Raises:
+    ValueError: an argument that only drawing from noise can obey.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            reason = (
+                "an edit is deterministic, a second one would be the same" if name == "num_images_per_prompt"
+                else "the edit is made from the words and is as large as the picture"
+            )  # fmt: skip
+            raise ValueError(f"{name} can't be combined with image: {reason}.")
+    if keep_pixels and (image is None or output_type == "latent"):
+        raise ValueError("keep_pixels=True needs image=, and pictures for an output, not latents.")
+
+
+def base_name(pipe: Any) -> str:
+    """What the base model calls itself: a Hub name, or the last part of a folder's."""
+    name = str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path", ""))
+    return name.rstrip("/").split("/")[-1] if name.startswith(("/", ".")) or name.count("/") > 1 else name

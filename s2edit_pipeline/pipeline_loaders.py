@@ -1,0 +1,245 @@
+"""Loading into a living pipeline: identities by name, and diffusers' own loaders where identities are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from diffusers.utils import logging
+
+from .family_base import ModelFamily, family_of
+from .identity_adapter import IdentityAdapter
+from .identity_overlay import IdentityOverlay
+from .picture_inputs import load_mask
+from .pipeline_turns import Turns, turns_of
+
+logger = logging.get_logger(__name__)
+
+
+class IdentityLoaders:
+    """The pipeline's loaders: what is loaded, and that it isn't pulled out from under an identity."""
+
+    _overlay: IdentityOverlay
+    maybe_free_model_hooks: Callable[[], None]
+
+    @property
+    def family(self) -> ModelFamily:
+        """What kind of model this is."""
+        return family_of(self)
+
+    @property
+    def _turns(self) -> Turns:
+        return turns_of(self.family.denoiser)
+
+    @property
+    def identities(self) -> tuple[str, ...]:
+        """The tokens of the identities loaded now."""
+        return tuple(self._overlay.identities)
+
+    def load_identity(
+        self,
+        identity: Any,
+        token: str | None = None,
+        scale: float = 1.0,
+        *,
+        mask: Any = None,
+        reference_token: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Load an identity into the pipeline; prompts can then say its token.
+
+        Args:
+            identity: an ``IdentityAdapter``, a folder, or a Hub repository's name.
+            token: another name for it.
+            scale: strength of its weights, 1 as fitted, 0 as if they weren't there.
+            mask: where it is in the picture that will be edited, white inside; None: where it was in its own. Two
+                people in one picture, each fitted to a picture of their own, need it.
+            reference_token: another name for its reference attribute's token.
+            kwargs: for ``IdentityAdapter.from_pretrained``.
+
+        Returns:
+            The token.
+
+        Raises:
+            ValueError: it belongs to another base model, or its token is taken; nothing is changed then.
+            RuntimeError: called in a callback, in the middle of a call that uses the model.
+        """
+        adapter = self._adapter(identity, **kwargs)
+        if token is not None or reference_token is not None:
+            adapter = adapter.renamed(token, reference_token)
+        if mask is not None:
+            adapter = replace(adapter, mask=load_mask(mask, None))
+        if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)) or not np.isfinite(scale):
+            raise ValueError(f"scale must be a number, not {scale!r}.")
+        with self._turns.exclusive("load_identity"):
+            self._lay(adapter, float(scale))
+        return adapter.token
+
+    def unload_identity(self, token: str | None = None) -> None:
+        """Take out one identity, or all. With the last one gone the pipeline is, to the bit, as before the first.
+
+        Raises:
+            ValueError: no identity of that token is loaded.
+            RuntimeError: called in a callback, in the middle of a call that uses the model.
+        """
+        with self._turns.exclusive("unload_identity"):
+            if token is not None and token not in self._overlay.identities:
+                raise ValueError(f"No identity {token!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}.")
+            if self._overlay.identities:
+                self._set_tokenizers(self._overlay.lift(token, self.family.tuned_components))
+
+    def _adapter(self, identity: Any, **kwargs: Any) -> Any:
+        """``identity`` itself, or the one that its folder or repository holds."""
+        if hasattr(identity, "weight_differences"):
+            return identity
+        if isinstance(identity, str) and identity[:1] in ("[", "<"):
+            raise ValueError(
+                f"No identity {identity!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}. "
+                "Pass the identity itself, its folder or its Hub repository."
+            )
+        return IdentityAdapter.from_pretrained(identity, **kwargs)
+
+    def _lay(self, adapter: Any, scale: float = 1.0) -> None:
+        family = self.family
+        self._set_tokenizers(self._overlay.lay(adapter, scale, family.tuned_components, family.tokenizers))
+
+    def _set_tokenizers(self, tokenizers: dict[str, Any]) -> None:
+        for name, tokenizer in tokenizers.items():
+            setattr(self, name.replace("text_encoder", "tokenizer"), tokenizer)
+
+    def _loaded_token(self, identity: Any) -> str | None:
+        """The token under which ``identity`` is loaded already, or None.
+
+        Raises:
+            ValueError: it is loaded more than once.
+        """
+        digest = getattr(identity, "digest", None)  # the same fit under whatever name, mask or strength it was loaded
+        tokens = [
+            token
+            for token, loaded in self._overlay.identities.items()
+            if loaded.adapter.digest == digest or (isinstance(identity, str) and identity == token)
+        ]
+        if len(tokens) > 1:
+            raise ValueError(
+                f"This identity is loaded more than once, as {' and '.join(tokens)}; say which: identity={tokens[0]!r}."
+            )
+        return tokens[0] if tokens else None
+
+    @contextmanager
+    def _with_identity(self, identity: Any) -> Iterator[str | None]:
+        """A turn at the model with ``identity`` in it, unless that is None or loaded already; gives its token."""
+        loaded = None if identity is None else self._loaded_token(identity)
+        adapter = None if identity is None or loaded is not None else self._adapter(identity)
+
+        def enter() -> None:
+            self._overlay.ensure(self.family.tuned_components)
+            if adapter is not None:
+                self._lay(adapter)
+
+        def leave() -> None:
+            if adapter is not None:
+                self._set_tokenizers(self._overlay.lift(adapter.token, self.family.tuned_components))
+            self.maybe_free_model_hooks()
+
+        key = None if adapter is None else (adapter.digest, adapter.token)
+        with self._turns.shared(key, enter, leave):
+            token = loaded if adapter is None else adapter.token
+            if token is not None and token not in self._overlay.identities:
+                raise ValueError(f"The identity {token!r} was unloaded meanwhile; load it again, or pass it itself.")
+            yield token
+
+    def _check_bare(self, why: str) -> None:
+        """Raises:
+        ValueError: identities or LoRAs lie over the model.
+        """
+        if self._overlay.identities:
+            raise ValueError(
+                f"Identities are loaded ({', '.join(self.identities)}). {why}. Call pipe.unload_identity() first."
+            )
+        for component in self.family.tuned_components.values():
+            if getattr(component, "peft_config", None):
+                raise ValueError(
+                    f"Other LoRA weights are attached. {why}. Merge them, pipe.fuse_lora() then "
+                    "pipe.unload_lora_weights(), or only unload them, and fit again."
+                )
+
+    # -------------------------------------------------------------------- diffusers' own loaders
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """As every pipeline's, to make others of: without those that are None and that the stock pipeline of this kind
+        of model doesn't know, so that ``StableDiffusionPipeline(**pipe.components)`` works, or SDXL's."""
+        every: dict[str, Any] = super().components  # type: ignore[misc]
+        known = self.family.stock_components
+        return {name: one for name, one in every.items() if one is not None or name in known}
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As every pipeline's; the components that the other pipeline lacks are None."""
+        names, _ = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
+        absent = {name: None for name in names if name not in pipeline.components}
+        return super().from_pipe(pipeline, **{**absent, **kwargs})  # type: ignore[misc]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As every pipeline's; loaded identities are left out, save them with their own ``save_pretrained``."""
+        if not self._overlay.identities:
+            super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+            return
+        logger.warning(
+            f"The loaded identities ({', '.join(self.identities)}) are not saved with the pipeline. Save each with "
+            "identity.save_pretrained(folder), and load it again with pipe.load_identity(folder)."
+        )
+        with self._turns.exclusive("save_pretrained"):
+            loaded = list(self._overlay.identities.values())
+            self.unload_identity()
+            try:
+                super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                for one in loaded:
+                    self._lay(one.adapter, one.scale)
+
+    def _refuse_while_loaded(self, what: str) -> None:
+        if self._overlay.identities:
+            raise ValueError(
+                f"{what} changes what the loaded identities ({', '.join(self.identities)}) were laid over. "
+                "Call unload_identity() first, then this, and load them again."
+            )
+
+    def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
+        """As Stable Diffusion's; before identities are loaded.
+
+        Raises:
+            ValueError: identities are loaded.
+        """
+        self._refuse_while_loaded("load_textual_inversion")
+        super().load_textual_inversion(*args, **kwargs)  # type: ignore[misc]
+
+    def unload_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
+        """As Stable Diffusion's; before identities are loaded: it would take their tokens out of the tokenizer.
+
+        Raises:
+            ValueError: identities are loaded.
+        """
+        self._refuse_while_loaded("unload_textual_inversion")
+        super().unload_textual_inversion(*args, **kwargs)  # type: ignore[misc]
+
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As Stable Diffusion's; before identities are loaded.
+
+        Raises:
+            ValueError: identities are loaded.
+        """
+        self._refuse_while_loaded("fuse_lora")
+        super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """As Stable Diffusion's; before identities are loaded.
+
+        Raises:
+            ValueError: identities are loaded.
+        """
+        self._refuse_while_loaded("unfuse_lora")
+        super().unfuse_lora(*args, **kwargs)  # type: ignore[misc]

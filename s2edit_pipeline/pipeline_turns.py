@@ -1,0 +1,180 @@
+"""Several threads on one pipeline: which calls run side by side, which wait their turn, and how one is stopped.
+
+Calls that use the same weights run side by side. What changes weights (a fit, loading, another identity for one call)
+has the model to itself. Whoever came first goes first, so that nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+class Interrupted(Exception):
+    """A call was stopped between two steps; never seen by users."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call at work.
+
+    Attributes:
+        stop: the caller's own stop sign, with ``is_set()`` as ``threading.Event`` has it, or None.
+        interrupted: whether it was asked to stop.
+        facts: what diffusers' callbacks read of a pipeline: ``guidance_scale``, ``num_timesteps`` and the like.
+    """
+
+    stop: Any = None
+    interrupted: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def should_stop(self) -> bool:
+        if self.stop is not None and self.stop.is_set():
+            self.interrupted = True
+        return self.interrupted
+
+    def check(self) -> None:
+        """Raises:
+        Interrupted: the call was asked to stop.
+        """
+        if self.should_stop:
+            raise Interrupted
+
+
+def check_stop_sign(stop: Any) -> None:
+    """Raises:
+    TypeError: ``stop`` is no stop sign.
+    """
+    if stop is not None and not callable(getattr(stop, "is_set", None)):
+        raise TypeError(f"stop must be a threading.Event, whose set() stops the call, not {type(stop).__name__}.")
+
+
+_CALL: ContextVar[tuple[Call, ...]] = ContextVar("s2edit_call", default=())
+"""The calls that this thread is in, the innermost last."""
+
+
+class Turns:
+    """Who is at work on one model."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: list[object] = []
+        self._key: Hashable = None
+        self._owners: list[int] = []
+        self.calls: list[Call] = []
+
+    @contextmanager
+    def shared(self, key: Hashable, enter: Callable[[], None], leave: Callable[[], None]) -> Iterator[None]:
+        """Work side by side with others of the same ``key``; ``enter`` is called before the first, ``leave`` after the
+        last, while nobody else is at work. A thread that is at work already may come in again.
+
+        Raises:
+            RuntimeError: this thread is at work with another key, and would wait for itself.
+        """
+        self._begin(key, enter)
+        try:
+            yield
+        finally:
+            self._end(leave)
+
+    @contextmanager
+    def exclusive(self, what: str) -> Iterator[None]:
+        """Work alone. A thread that is alone already may come in again.
+
+        Args:
+            what: it does, for the message.
+
+        Raises:
+            RuntimeError: this thread is in the middle of a call that shares the model.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            inside = me in self._owners
+        if inside and isinstance(self._key, _Alone):
+            yield
+            return
+        if inside:
+            raise RuntimeError(
+                f"{what} changes the model, and this thread is in the middle of a call that uses it. Do it after the "
+                "call, not in its callback."
+            )
+        self._begin(_Alone(), _nothing)
+        try:
+            yield
+        finally:
+            self._end(_nothing)
+
+    def _begin(self, key: Hashable, enter: Callable[[], None]) -> None:
+        me, ticket = threading.get_ident(), object()
+        with self._changed:
+            if me in self._owners:
+                if key != self._key and not isinstance(self._key, _Alone):
+                    raise RuntimeError(
+                        "This thread is in the middle of a call with other identities; start the second call after it, "
+                        "not in its callback."
+                    )
+                self._owners.append(me)
+                return
+            self._waiting.append(ticket)
+            try:
+                self._changed.wait_for(
+                    lambda: self._waiting[0] is ticket and (not self._owners or self._key == key)
+                )
+                if not self._owners:
+                    enter()
+                    self._key = key
+                self._owners.append(me)
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+
+    def _end(self, leave: Callable[[], None]) -> None:
+        with self._changed:
+            self._owners.remove(threading.get_ident())
+            try:
+                if not self._owners:
+                    leave()
+            finally:
+                self._changed.notify_all()
+
+    @contextmanager
+    def call(self, stop: Any = None) -> Iterator[Call]:
+        """A call of this thread, which can be stopped alone."""
+        one = Call(stop)
+        self.calls.append(one)
+        token = _CALL.set((*_CALL.get(), one))
+        try:
+            yield one
+        finally:
+            _CALL.reset(token)
+            self.calls.remove(one)
+
+    def current(self) -> Call | None:
+        """The call that this thread is in, or None."""
+        return next((one for one in reversed(_CALL.get()) if one in self.calls), None)
+
+
+class _Alone:
+    """A key that no other is equal to."""
+
+
+def _nothing() -> None:
+    pass
+
+
+_TURNS: weakref.WeakKeyDictionary[nn.Module, Turns] = weakref.WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
+
+
+def turns_of(denoiser: nn.Module) -> Turns:
+    """The turns at ``denoiser``: pipelines that share it, as ``from_pipe`` makes them, take turns as well."""
+    with _TURNS_LOCK:
+        return _TURNS.setdefault(getattr(denoiser, "_orig_mod", denoiser), Turns())

@@ -1,0 +1,136 @@
+"""Drawing from noise: diffusers' own pipeline of the model, with the identities' masks at its attention.
+
+Nothing of the sampling is done here. Every scheduler and every argument is the stock pipeline's; where no identity
+takes part, so is the picture, to the bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from .attention_controls import SpatialControl
+from .attention_seam import AttentionAccess, AttentionController, AttentionSite, Cuts
+from .edit_output import S2EditPipelineOutput
+from .identity_prompts import encode_each, spatial_control
+from .pipeline_work import Work
+from .prompt_embeds import PromptEmbeds, join
+from .prompt_words import TokenizedPrompt, split_words
+
+EMBEDDINGS = (
+    "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+)  # fmt: skip
+
+
+def draw(
+    work: Work, arguments: Mapping[str, Any], callback: Callable[..., Any] | None, callback_tensors: Sequence[str]
+) -> S2EditPipelineOutput:
+    """Draw as the stock pipeline would with ``arguments``.
+
+    Args:
+        arguments: of the stock pipeline's call, by its names; a None is left to its default.
+        callback: ``f(pipe, step, timestep, tensors)``, shown the tensors ``callback_tensors``.
+
+    Raises:
+        TypeError: the stock pipeline has no such argument.
+        ValueError: as it raises, or a learned token where it can't be served.
+    """
+    stock = work.family.stock()
+    stock.set_progress_bar_config(**getattr(work.family.pipe, "_progress_bar_config", {}))
+    given = {name: value for name, value in arguments.items() if value is not None}
+    unknown = sorted(given.keys() - inspect.signature(stock.__call__).parameters.keys())
+    if unknown:
+        raise TypeError(f"{type(stock).__name__}, which draws this model's pictures, has no argument {unknown[0]!r}.")
+    seam = nullcontext()
+    if _says_learned(work, given.get("prompt")):
+        given, prompts = _with_own_embeddings(work, given)
+        scale = work.family.pixels_per_latent
+        native = work.family.native_size
+        size = [(given.get(name) or native) // scale for name in ("height", "width")]
+        rows = [prompt for prompt in prompts for _ in range(given.get("num_images_per_prompt", 1))]
+        seam = work.family.control_attention(_DrawnRows(work, rows), *size)
+
+    def on_step(stock: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        facts = work.call.facts
+        facts |= {"guidance_scale": stock._guidance_scale, "num_timesteps": stock.num_timesteps}
+        changed = (callback(work.family.pipe, step, timestep, tensors) if callback is not None else None) or {}
+        stock._guidance_scale = facts["guidance_scale"]
+        stock._interrupt = work.call.should_stop
+        return dict(changed)
+
+    with seam:
+        output = stock(
+            **given, callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=list(callback_tensors)
+        )
+    return S2EditPipelineOutput(
+        images=output.images,
+        nsfw_content_detected=getattr(output, "nsfw_content_detected", None),
+        interrupted=work.call.interrupted,
+    )
+
+
+def _says_learned(work: Work, prompt: Any) -> bool:
+    texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    return any(token in split_words(text, [token]) for text in texts for token in work.overlay.tokens)
+
+
+def _with_own_embeddings(work: Work, given: dict[str, Any]) -> tuple[dict[str, Any], list[TokenizedPrompt]]:
+    """``given`` with embeddings in the words' place: the stock pipeline would take a token that was added last, ``[I]``,
+    for the end of the prompt (SDXL pools at the highest id)."""
+    family, clip_skip = work.family, given.pop("clip_skip", None)
+    texts = given.pop("prompt")
+    if any(given.get(name) is not None for name in (*EMBEDDINGS, "prompt_2", "negative_prompt_2")):
+        raise ValueError("A prompt that says a learned token can't be combined with embeddings or a second prompt.")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    prompts = [family.tokenize(text) for text in texts]
+    encoded = encode_each(family, prompts, clip_skip)
+    negative = given.pop("negative_prompt", None)
+    negatives = list(negative) if isinstance(negative, (list, tuple)) else [negative] * len(texts)
+    if len(negatives) != len(texts):
+        raise ValueError(f"negative_prompt lists {len(negatives)} for {len(texts)} prompts; give one for all, or each.")
+    with torch.no_grad():
+        nulls = join([family.encode_negative(text, encoded, clip_skip) for text in negatives])
+    return {**given, **_named(encoded, ""), **_named(nulls, "negative_")}, prompts
+
+
+def _named(embeds: PromptEmbeds, prefix: str) -> dict[str, torch.Tensor]:
+    named = {f"{prefix}prompt_embeds": embeds.embeds}
+    if embeds.pooled is not None:
+        named[f"{prefix}pooled_prompt_embeds"] = embeds.pooled
+    return named
+
+
+class _DrawnRows(AttentionController):
+    """The tokens' masks in the stock pipeline's batches: the prompts' rows, after as many unconditional ones where it
+    guides."""
+
+    def __init__(self, work: Work, prompts: Sequence[TokenizedPrompt]) -> None:
+        nulls = [None] * len(prompts)
+        self.by_rows: dict[int, SpatialControl] = {
+            len(rows): spatial_control(rows, work.family, work.overlay) for rows in (prompts, [*nulls, *prompts])
+        }
+        self.now = self.by_rows[len(prompts)]
+
+    def access_needed(self, site: AttentionSite) -> AttentionAccess:
+        return self.now.access_needed(site)
+
+    def exchange(
+        self, query: torch.Tensor, key: torch.Tensor, site: AttentionSite
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(query) not in self.by_rows:
+            raise ValueError(
+                f"The batch has {len(query)} rows, and {' or '.join(map(str, self.by_rows))} were expected: an identity "
+                "can't be drawn with what makes other rows. Leave it out of the prompt, or the argument that does."
+            )
+        self.now = self.by_rows[len(query)]
+        return query, key
+
+    def cuts(self, site: AttentionSite, keys: int, device: torch.device) -> Cuts | None:
+        return self.now.cuts(site, keys, device)
+
+    def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
+        return self.now(probs, site)
