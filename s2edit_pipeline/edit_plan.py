@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from .edit_sampling import Confinement, EditSettings
-from .prompt_alignment import PromptAlignment, TokenizedPrompt, align_prompts, content_words
+from .prompt_alignment import PromptAlignment, align_prompts, content_words
+from .prompt_columns import TokenizedPrompt
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .ddim_steps import add_noise, gradient_scaler, training_target
 from .identity_losses import cosine, reconstruction_loss, semantic_loss
 from .identity_token import token_rows
 from .lora_start import start_along_gradient
-from .prompt_alignment import TokenizedPrompt
+from .prompt_columns import TokenizedPrompt
 from .prompt_encoding import PromptEmbeds, encode_prompts
 from .tuned_weights import LORA_LAYERS, checkpointed, frozen, full_weights, lora_weights, no_weights
 

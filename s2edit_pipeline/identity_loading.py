@@ -16,8 +16,9 @@ from .identity_adapter import IdentityAdapter, LoadedIdentities, check_base
 from .identity_token import token_rows, with_tokens
 from .picture_inputs import load_mask
 from .pipeline_parts import PipelineParts
-from .prompt_alignment import TokenizedPrompt, insert_token, split_words
+from .prompt_columns import TokenizedPrompt
 from .prompt_encoding import PromptEmbeds, encode_prompts, join
+from .prompt_words import insert_token, split_words
 
 
 class IdentityLoading(PipelineParts):

@@ -13,7 +13,7 @@ from .ddim_steps import noise_schedule
 from .edit_sampling import sample_from_noise
 from .identity_loading import IdentityLoading
 from .pipeline_output import S2EditPipelineOutput
-from .prompt_alignment import TokenizedPrompt
+from .prompt_columns import TokenizedPrompt
 from .prompt_encoding import PromptEmbeds, join, join_pooled
 
 

@@ -30,7 +30,7 @@ from .object_masks import feather, mask_to_picture
 from .picture_inputs import load_mask, load_picture, picture_to_tensor
 from .pipeline_output import S2EditPipelineOutput
 from .pipeline_parts import Denoise
-from .prompt_alignment import TokenizedPrompt
+from .prompt_columns import TokenizedPrompt
 from .prompt_encoding import PromptEmbeds, join_pooled
 from .source_attention import AttentionKeeper, KeepAttention, SourceAttention
 

@@ -20,7 +20,8 @@ from .identity_loading import IdentityLoading
 from .identity_token import initial_row, with_tokens
 from .object_masks import record_maps, threshold_map
 from .picture_inputs import load_mask, load_picture
-from .prompt_alignment import TokenizedPrompt, insert_token, split_words
+from .prompt_columns import TokenizedPrompt
+from .prompt_words import insert_token, split_words
 
 MASK_LEVELS = (0.2, 0.35, 0.5, 0.65)
 """Where the object is looked for: shares of the way from the picture to noise."""

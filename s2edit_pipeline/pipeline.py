@@ -58,8 +58,11 @@ from .picture_inputs import load_picture
 from .pipeline_output import S2EditPipelineOutput
 from .pipeline_parts import PipelineParts  # noqa: F401
 from .presets import with_preset
-from .prompt_alignment import tokenize  # noqa: F401
+from .prompt_alignment import align_prompts  # noqa: F401
+from .prompt_columns import side_by_side  # noqa: F401
 from .prompt_encoding import encode_prompts  # noqa: F401
+from .prompt_tokenizing import tokenize  # noqa: F401
+from .prompt_words import find_phrase  # noqa: F401
 from .source_attention import KeepAttention
 from .tuned_weights import lora_weights  # noqa: F401
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .ddim_steps import NoiseSchedule, check_scheduler
 from .picture_inputs import picture_to_tensor, working_size
-from .prompt_alignment import TokenizedPrompt
+from .prompt_columns import TokenizedPrompt
 from .prompt_encoding import tokenize_for
 
 Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]

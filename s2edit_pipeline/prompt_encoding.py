@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from .prompt_alignment import TokenizedPrompt, tokenize
+from .prompt_columns import TokenizedPrompt, side_by_side
+from .prompt_tokenizing import tokenize
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,10 @@ def tokenize_for(tokenizers: Mapping[str, Any], texts: Mapping[str, Any]) -> Tok
         tokenizers, texts: text encoder's name -> its tokenizer, and the prompt as that is to read it.
 
     Raises:
-        TypeError, ValueError: as ``prompt_alignment.tokenize``; the tokenizers cut the prompt up differently, so that
+        TypeError, ValueError: as ``prompt_tokenizing.tokenize``; the tokenizers cut the prompt up differently, so that
             its words would be at different positions.
     """
-    first, *others = (tokenize(tokenizer, texts[name]) for name, tokenizer in tokenizers.items())
-    for other in others:
-        if (other.words, other.eos, other.input_ids.shape) != (first.words, first.eos, first.input_ids.shape):
-            raise ValueError(
-                f"The two tokenizers cut {first.text!r} into different tokens. SDXL's have one vocabulary: load both "
-                "from one model, and learned words into both (load_textual_inversion for each tokenizer)."
-            )
-        first = replace(first, input_ids_2=other.input_ids)
-    return first
+    return side_by_side([tokenize(t, texts[name], name=name) for name, t in tokenizers.items()])
 
 
 def encode_prompts(
