@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from .attention_seam import AttentionAccess, AttentionController, AttentionSite, Cuts
-from .prompt_words import PromptAlignment
+from .prompt_alignment import PromptAlignment
 
 
 class Controllers(AttentionController):

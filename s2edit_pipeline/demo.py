@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
     from .latent_inversion import check_method
     from .picture_inputs import load_picture
     from .pipeline import S2EditPipeline
-    from .prompt_alignment import insert_token
+    from .prompt_words import insert_token
 
     def clock() -> float:
         return time.perf_counter() - started

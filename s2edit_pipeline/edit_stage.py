@@ -25,7 +25,7 @@ from .object_masks import feather, mask_to_picture
 from .picture_inputs import load_mask, load_picture, picture_to_tensor
 from .pipeline_work import Work
 from .prompt_embeds import Batch, Branch
-from .prompt_words import TokenizedPrompt
+from .prompt_columns import TokenizedPrompt
 
 DEFAULT_STEPS = 50
 

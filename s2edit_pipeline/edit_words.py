@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from .edit_settings import EditSettings
-from .prompt_words import PromptAlignment, TokenizedPrompt, align_prompts, content_words
+from .prompt_alignment import PromptAlignment, align_prompts, content_words
+from .prompt_columns import TokenizedPrompt
 
 
 @dataclass(frozen=True)

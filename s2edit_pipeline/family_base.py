@@ -20,7 +20,7 @@ from .attention_seam import AttentionController, AttentionSite, attention_contro
 from .noise_schedule import NoiseSchedule
 from .picture_inputs import picture_to_tensor, working_size
 from .prompt_embeds import PromptEmbeds
-from .prompt_words import TokenizedPrompt
+from .prompt_columns import TokenizedPrompt
 
 
 class ModelFamily(ABC):

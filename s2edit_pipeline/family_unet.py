@@ -6,7 +6,6 @@ import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +20,9 @@ from .noise_schedule import (
     diffusion_schedule,
     diffusion_training_schedule,
 )
+from .prompt_columns import TokenizedPrompt, side_by_side
 from .prompt_embeds import PromptEmbeds
-from .prompt_words import TokenizedPrompt, tokenize
+from .prompt_tokenizing import tokenize
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -103,9 +103,7 @@ class UNetFamily(ModelFamily):
 
     def tokenize(self, prompt: str, tokenizers: Mapping[str, Any] | None = None) -> TokenizedPrompt:
         tokenizers = self.tokenizers if tokenizers is None else tokenizers
-        # a textual inversion of several vectors is spelt out
-        texts = {name: self.pipe.maybe_convert_prompt(prompt, one) for name, one in tokenizers.items()}
-        return tokenize_for(tokenizers, texts)
+        return side_by_side([tokenize(one, prompt, name=name) for name, one in tokenizers.items()])
 
     def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int | None = None) -> PromptEmbeds:
         """As diffusers' own pipelines do.
@@ -274,23 +272,3 @@ class UNetFamily(ModelFamily):
 
 _UPCASTING = threading.RLock()
 
-
-def tokenize_for(tokenizers: Mapping[str, Any], texts: Mapping[str, Any]) -> TokenizedPrompt:
-    """One prompt, for each text encoder by its own tokenizer.
-
-    Args:
-        tokenizers, texts: text encoder's name -> its tokenizer, and the prompt as that is to read it.
-
-    Raises:
-        TypeError, ValueError: as ``prompt_words.tokenize``; the tokenizers cut the prompt up differently, so that
-            its words would be at different positions.
-    """
-    first, *others = (tokenize(tokenizer, texts[name]) for name, tokenizer in tokenizers.items())
-    for other in others:
-        if (other.words, other.eos, other.input_ids.shape) != (first.words, first.eos, first.input_ids.shape):
-            raise ValueError(
-                f"The two tokenizers cut {first.text!r} into different tokens. SDXL's have one vocabulary: load both "
-                "from one model, and learned words into both (load_textual_inversion for each tokenizer)."
-            )
-        first = replace(first, input_ids_2=other.input_ids)
-    return first

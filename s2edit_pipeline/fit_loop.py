@@ -21,7 +21,7 @@ from .fit_weights import TunedWeights, checkpointed, frozen, full_weights, lora_
 from .noise_schedule import gradient_scaler
 from .prompt_embeds import PromptEmbeds
 from .prompt_tokens import token_rows
-from .prompt_words import TokenizedPrompt
+from .prompt_columns import TokenizedPrompt
 
 FUSED_ON = ("cpu", "cuda")
 """Where PyTorch has AdamW in one kernel."""

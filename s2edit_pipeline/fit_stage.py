@@ -22,7 +22,8 @@ from .picture_inputs import load_mask, load_picture
 from .pipeline_turns import Interrupted
 from .pipeline_work import Work
 from .prompt_tokens import initial_row, with_tokens
-from .prompt_words import TokenizedPrompt, insert_token, split_words
+from .prompt_columns import TokenizedPrompt
+from .prompt_words import insert_token, split_words
 
 MASK_LEVELS = (0.2, 0.35, 0.5, 0.65)
 """Where the object is looked for: shares of the way from the picture to noise."""

@@ -34,7 +34,7 @@ from .identity_files import (
 from .lora_format import lora_metadata, name_within, pattern_name
 from .low_rank import compress
 from .picture_inputs import load_picture
-from .prompt_alignment import insert_token
+from .prompt_words import insert_token
 
 KEPT_ENERGY = 0.99
 MOST_BYTES = 4_800_000

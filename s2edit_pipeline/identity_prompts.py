@@ -11,7 +11,8 @@ from .attention_controls import SpatialControl
 from .family_base import ModelFamily
 from .identity_overlay import IdentityOverlay
 from .prompt_embeds import Branch, PromptEmbeds, join
-from .prompt_words import TokenizedPrompt, insert_token, split_words
+from .prompt_columns import TokenizedPrompt
+from .prompt_words import insert_token, split_words
 
 
 def check_prompt(prompt: Any, name: str) -> None:

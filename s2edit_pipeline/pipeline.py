@@ -88,9 +88,12 @@ from .pipeline_facts import CallFacts
 from .pipeline_loaders import IdentityLoaders
 from .pipeline_turns import check_stop_sign
 from .pipeline_work import Work
+from .prompt_alignment import align_prompts  # noqa: F401
+from .prompt_columns import TokenizedPrompt  # noqa: F401
 from .prompt_embeds import PromptEmbeds  # noqa: F401
+from .prompt_tokenizing import tokenize  # noqa: F401
 from .prompt_tokens import token_rows  # noqa: F401
-from .prompt_words import tokenize  # noqa: F401
+from .prompt_words import insert_token  # noqa: F401
 from .stock_drawing import draw
 
 

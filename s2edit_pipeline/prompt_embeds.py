@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from .prompt_words import TokenizedPrompt
+from .prompt_columns import TokenizedPrompt
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,8 @@ from .edit_output import S2EditPipelineOutput
 from .identity_prompts import encode_each, spatial_control
 from .pipeline_work import Work
 from .prompt_embeds import PromptEmbeds, join
-from .prompt_words import TokenizedPrompt, split_words
+from .prompt_columns import TokenizedPrompt
+from .prompt_words import split_words
 
 EMBEDDINGS = (
     "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",

@@ -10,7 +10,8 @@ import torch
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.edit_plan import TargetPlan, plan_edits
 from s2edit_pipeline.edit_sampling import EditSettings
-from s2edit_pipeline.prompt_alignment import TokenizedPrompt, tokenize
+from s2edit_pipeline.prompt_columns import TokenizedPrompt
+from s2edit_pipeline.prompt_tokenizing import tokenize
 
 TOKENIZER = build_tokenizer(num_captions=200)
 SOURCE = "a photo of a sad man with a beard"

@@ -26,7 +26,9 @@ from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.ddim_steps import NoiseSchedule, ddim_move, noise_schedule
 from s2edit_pipeline.identity_losses import reconstruction_loss, semantic_loss
 from s2edit_pipeline.latent_inversion import INVERSIONS
-from s2edit_pipeline.prompt_alignment import TokenizedPrompt, align_prompts, tokenize
+from s2edit_pipeline.prompt_alignment import align_prompts
+from s2edit_pipeline.prompt_columns import TokenizedPrompt
+from s2edit_pipeline.prompt_tokenizing import tokenize
 from s2edit_pipeline.source_attention import AttentionKeeper, KeepAttention
 
 KINDS = ("epsilon", "v_prediction")

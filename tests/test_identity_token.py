@@ -9,7 +9,7 @@ import torch
 
 from s2edit_pipeline.identity_token import initial_row, token_rows, with_tokens
 from s2edit_pipeline.pipeline import S2EditPipeline
-from s2edit_pipeline.prompt_alignment import tokenize
+from s2edit_pipeline.prompt_tokenizing import tokenize
 
 
 def test_the_token_is_one_token_only_in_the_copy(pipe: S2EditPipeline) -> None:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..avatars.captions import describe
 from ..avatars.world import PERSON_ATTRIBUTES, Person, changed_pixels, render, sample_person
 from ..identity_fitting import ReferenceAttribute
-from ..prompt_alignment import insert_token
+from ..prompt_words import insert_token
 from .attribute_classifier import AttributeClassifier, load_attribute_classifier
 from .counterfactual import grade_against
 from .intervals import bootstrap_interval

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..prompt_alignment import split_words
+from ..prompt_words import split_words
 from .edit_methods import holds
 
 CAPTIONS = ("captions.jsonl", "captions.csv")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from ..prompt_alignment import split_words
+from ..prompt_words import split_words
 
 Edit = Callable[[Sequence[str]], list[Image.Image]]
 """``edit(target_prompts)``: one edited picture for each prompt, of the source picture's size.

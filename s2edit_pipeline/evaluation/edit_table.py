@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..avatars.autoencoder_training import reconstruct
 from ..avatars.captions import describe
 from ..avatars.world import Subject, changed_pixels, render, sample_person
-from ..prompt_alignment import insert_token
+from ..prompt_words import insert_token
 from .attribute_classifier import load_attribute_classifier
 from .counterfactual import CounterfactualEdit, demo_edits, grade
 from .own_methods import Setting

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..avatars.captions import describe
 from ..avatars.world import render, sample_person
-from ..prompt_alignment import insert_token
+from ..prompt_words import insert_token
 from .counterfactual import demo_edits
 from .edit_costs import PERSON
 from .peak_memory import tracked_allocations

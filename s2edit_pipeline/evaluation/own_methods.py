@@ -15,7 +15,7 @@ from ..identity_adapter import IdentityAdapter
 from ..identity_fitting import FitSettings
 from ..latent_inversion import Inversion
 from ..presets import PRESETS, with_preset
-from ..prompt_alignment import insert_token
+from ..prompt_words import insert_token
 from .edit_methods import at_size_of, holds
 
 

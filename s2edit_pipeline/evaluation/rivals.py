@@ -21,7 +21,7 @@ from ..ddim_steps import check_finite, ddim_move, noise_schedule
 from ..identity_fitting import FitSettings
 from ..latent_inversion import guided
 from ..picture_inputs import working_size
-from ..prompt_alignment import insert_token
+from ..prompt_words import insert_token
 from .edit_methods import Edit, at_size_of, plain_fields, weights_digest
 
 

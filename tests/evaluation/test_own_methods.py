@@ -19,7 +19,7 @@ from s2edit_pipeline.evaluation.own_methods import ABLATION, PAPER, SETTINGS, Fi
 from s2edit_pipeline.evaluation.unet_counts import count_unet
 from s2edit_pipeline.identity_fitting import RECIPES
 from s2edit_pipeline.latent_inversion import check_method
-from s2edit_pipeline.prompt_alignment import insert_token
+from s2edit_pipeline.prompt_words import insert_token
 
 SOURCE, TARGET = "a photo of a smiling lady with glasses", "a photo of a sad lady with glasses"
 STEPS = 3
