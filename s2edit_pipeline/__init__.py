@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention_source import KeepAttention
     from .avatars import load_avatars
+    from .edit_output import S2EditPipelineOutput
+    from .fit_settings import ReferenceAttribute
     from .identity_adapter import IdentityAdapter
-    from .identity_fitting import ReferenceAttribute
-    from .latent_inversion import Inversion
+    from .inversion_record import Inversion
     from .pipeline import S2EditPipeline
-    from .pipeline_output import S2EditPipelineOutput
-    from .source_attention import KeepAttention
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,11 +26,11 @@ __all__ = [
 
 _WHERE = {
     "IdentityAdapter": "identity_adapter",
-    "Inversion": "latent_inversion",
-    "KeepAttention": "source_attention",
-    "ReferenceAttribute": "identity_fitting",
+    "Inversion": "inversion_record",
+    "KeepAttention": "attention_source",
+    "ReferenceAttribute": "fit_settings",
     "S2EditPipeline": "pipeline",
-    "S2EditPipelineOutput": "pipeline_output",
+    "S2EditPipelineOutput": "edit_output",
     "load_avatars": "avatars",
 }
 

@@ -255,8 +255,8 @@ class MapRecorder(AttentionController):
         self._counts: dict[tuple[int, int], int] = {}
 
     def access_needed(self, site: AttentionSite) -> AttentionAccess:
-        looks = site.kind == "cross" and site.tells_words
-        return AttentionAccess.PROBABILITIES if looks and (self.rows is None or len(self.rows)) else AttentionAccess.NONE
+        looks = site.kind == "cross" and site.tells_words and (self.rows is None or len(self.rows) > 0)
+        return AttentionAccess.PROBABILITIES if looks else AttentionAccess.NONE
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
         rows = probs.detach() if self.rows is None else probs.detach()[list(self.rows)]

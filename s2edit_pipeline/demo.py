@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
 
     from .avatars import load_avatars
     from .identity_adapter import IdentityAdapter
-    from .latent_inversion import check_method
+    from .inversion_record import inversion_method
     from .picture_inputs import load_picture
     from .pipeline import S2EditPipeline
     from .prompt_words import insert_token
@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
     def clock() -> float:
         return time.perf_counter() - started
 
-    check_method(args.inversion)
+    method = inversion_method(args.inversion)
     graded: list[CounterfactualEdit | None]
     if args.image:
         picture, prompt, subject = load_picture(args.image), args.prompt, args.subject
@@ -124,7 +124,9 @@ def _run(args: argparse.Namespace, started: float) -> None:
     )
     pipe.load_identity(IdentityAdapter.from_pretrained(out / "identity"))
     pipe.set_progress_bar_config(desc="inverting", leave=False)
-    inversion = pipe.invert(picture, prompt, args.inversion, args.steps, guidance_scale=args.guidance)
+    inversion = pipe.invert(
+        picture, prompt, args.inversion, args.steps, guidance_scale=args.guidance if method.binds_guidance else None
+    )
     print(f"{clock():6.1f} s  picture inverted ({args.inversion}, {args.steps} steps)")
 
     pipe.set_progress_bar_config(desc="editing", leave=False)

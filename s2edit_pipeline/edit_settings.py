@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .noise_schedule import NoiseSchedule
@@ -33,9 +33,30 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class EditSettings:
-    """How to edit; the fields are the arguments of ``S2EditPipeline.__call__``, which explains them, and two shares of
-    the steps: after ``confine_from`` the source is kept outside the edit, after ``settle_from`` also where the edit
-    changed nothing much.
+    """How to edit: what ``S2EditPipeline.__call__`` takes by these names.
+
+    Attributes:
+        guidance_scale: how strongly the target's words pull; 3.5 to 5.5 are S2Edit's.
+        guidance_rescale: from 0 to 1, against colours burnt by guidance (Lin et al. 2024).
+        guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024), half of
+            them by default; 1 is prompt-to-prompt's own, guided to the end.
+        strength: share of the noise levels that the edit goes through; lower stays nearer to the picture
+            ("edit_friendly" was published with 0.64). The other shares count from the full noise all the same: at
+            0.5 an edit with the defaults is neither guided nor given the source's attention.
+        edit: "auto", "replace" or "refine", see ``prompt_alignment.align_prompts``.
+        cross_replace_steps: share of the steps in which words common to both prompts keep the source's
+            cross-attention; or ``{"word": share, "default_": share}``.
+        self_replace_steps: share of the steps in which the self-attention at 1/16 of the picture's side and
+            below is the source's.
+        reweight: word of the target -> factor on its attention.
+        blend_words: None confines the edit to where the changed words look, a list to where these words look
+            (in source or target), False lets it change the whole picture.
+        keep_words: words (of source or target) whose place is taken out of the words' region.
+        blend_threshold: of the words' maps, in (0, 1); lower lets the edit reach farther.
+        confine_from: share of the steps after which the source is kept outside the region.
+        change_threshold: after ``settle_from``, cells of the words' region that changed by less than this share of the
+            most changed one are the source's again: that is drift, not edit. 0 lets it be.
+        settle_from: share of the steps.
 
     Raises:
         ValueError: a number out of its range, or options that don't go together.
@@ -65,6 +86,13 @@ class EditSettings:
         check_choice("edit", self.edit, ("auto", "replace", "refine"))
         if not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength!r}.")
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], preset: Mapping[str, Any]) -> EditSettings:
+        """From a call's arguments, those of ``preset`` in place of what wasn't said."""
+        chosen = {**arguments, **preset}
+        names = [one.name for one in fields(cls) if chosen.get(one.name) is not None]
+        return cls(**{name: chosen[name] for name in names})
 
     def num_steps(self, schedule: NoiseSchedule) -> int:
         """The steps that an edit of this strength makes."""

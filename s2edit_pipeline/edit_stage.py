@@ -24,8 +24,8 @@ from .noise_schedule import NoiseSchedule
 from .object_masks import feather, mask_to_picture
 from .picture_inputs import load_mask, load_picture, picture_to_tensor
 from .pipeline_work import Work
-from .prompt_embeds import Batch, Branch
 from .prompt_columns import TokenizedPrompt
+from .prompt_embeds import Batch, Branch
 
 DEFAULT_STEPS = 50
 
@@ -187,8 +187,8 @@ def _check_request_against(inversion: Any, source_prompt: str, request: EditRequ
         )
     if inversion.clip_skip != request.clip_skip:
         raise ValueError(
-            f"The inversion was made with clip_skip={inversion.clip_skip}, not {request.clip_skip}; use that, or invert "
-            "again: pipe.invert(..., clip_skip=...)."
+            f"The inversion was made with clip_skip={inversion.clip_skip}, not {request.clip_skip}; use that, or "
+            "invert again: pipe.invert(..., clip_skip=...)."
         )
     if request.negative_prompt is not None and inversion.unconditional_embeds is not None:
         raise ValueError(
@@ -306,9 +306,7 @@ def _finished(
     if request.keep_pixels:
         assert canvas.picture is not None
         everywhere = torch.ones(canvas.latent_size)
-        weights = [
-            feather(everywhere if r is None else r.cpu(), out_height, out_width, scale) for r in edited.regions
-        ]
+        weights = [feather(everywhere if r is None else r.cpu(), out_height, out_width, scale) for r in edited.regions]
         own_pixels = (picture_to_tensor(canvas.picture, out_height, out_width), torch.stack(weights)[:, None])
     images, flagged = decoded_pictures(work, edited.targets, request, own_pixels)
     source = edited.source  # the caller's own picture: no safety checker looks at it

@@ -19,8 +19,8 @@ from torch import nn
 from .attention_seam import AttentionController, AttentionSite, attention_control
 from .noise_schedule import NoiseSchedule
 from .picture_inputs import picture_to_tensor, working_size
-from .prompt_embeds import PromptEmbeds
 from .prompt_columns import TokenizedPrompt
+from .prompt_embeds import PromptEmbeds
 
 
 class ModelFamily(ABC):
@@ -239,5 +239,7 @@ def family_of(pipe: Any) -> ModelFamily:
     denoiser = next((part for name in ("unet", "transformer") if (part := getattr(pipe, name, None)) is not None), None)
     served = "; ".join(f"{family.name} ({', '.join(family.denoiser_classes)})" for family in reversed(_FAMILIES))
     if denoiser is None:
-        raise ValueError(f"The pipeline has no unet; load it whole, or pass unet= to from_pretrained. Served: {served}.")
+        raise ValueError(
+            f"The pipeline has no unet; load it whole, or pass unet= to from_pretrained. Served are: {served}."
+        )
     raise ValueError(f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}.")

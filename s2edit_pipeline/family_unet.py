@@ -271,4 +271,3 @@ class UNetFamily(ModelFamily):
 
 
 _UPCASTING = threading.RLock()
-

@@ -19,9 +19,9 @@ from .fit_losses import cosine, reconstruction_loss, semantic_loss
 from .fit_settings import TIMESTEP_SAMPLING, FitSettings, bitsandbytes
 from .fit_weights import TunedWeights, checkpointed, frozen, full_weights, lora_weights, no_weights
 from .noise_schedule import gradient_scaler
+from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import PromptEmbeds
 from .prompt_tokens import token_rows
-from .prompt_columns import TokenizedPrompt
 
 FUSED_ON = ("cpu", "cuda")
 """Where PyTorch has AdamW in one kernel."""
@@ -141,8 +141,8 @@ class Objective:
     def losses(self, levels: torch.Tensor, epsilon: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(L_recons, L_semantic, cosine) at these noise levels, with this noise."""
         example = self.example
-        alone = self.sentence is not None
-        encoded = self.family.encode([example.prompt_with_token] if alone else [example.prompt, example.prompt_with_token])
+        sentence_prompts = [example.prompt] if self.sentence is None else []
+        encoded = self.family.encode([*sentence_prompts, example.prompt_with_token])
         semantics, angles = [], []
         for name, output in encoded.outputs.items():
             sentence = (output if self.sentence is None else self.sentence.outputs[name])[0, example.prompt.eos]  # e_P

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -110,8 +110,8 @@ class FitSettings:
         timestep_sampling: which levels are drawn how often, see ``TIMESTEP_SAMPLING``; "uniform" is the base model's,
             the others are ours.
         lr_scheduler: of every rate, see ``LR_SCHEDULERS``; None takes the method's own.
-        early_stop: end when the loss at fixed noise and levels has stopped falling (ours), see ``fit_loop.Plateau``; the last
-            weights are kept.
+        early_stop: end when the loss at fixed noise and levels has stopped falling (ours), see
+            ``fit_loop.Plateau``; the last weights are kept.
         optimizer: "adamw", or "adamw_8bit", whose state takes a quarter of the memory (Dettmers et al. 2022).
         gradient_checkpointing: make the U-Net's activations again in the backward pass instead of keeping them.
         semantic_weight: lambda of the semantic loss; 0.1 is the paper's.
@@ -132,7 +132,7 @@ class FitSettings:
     batch_size: int | None = None
     timestep_sampling: str | None = None
     lr_scheduler: str | None = None
-    early_stop: bool = False
+    early_stop: bool | None = None
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
     semantic_weight: float = 0.1
@@ -145,6 +145,13 @@ class FitSettings:
     lora_init: str = "gradient"
     mask_threshold: float = MASK_THRESHOLD
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> FitSettings:
+        """From a call's arguments, its ``preset`` among them."""
+        names = [one.name for one in fields(cls)]
+        given = {name: arguments[name] for name in names if name in arguments}
+        return cls(**fit_preset(arguments.get("preset"), given))
+
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             if hasattr(value, "item"):  # numpy's and torch's numbers, which JSON doesn't know
@@ -152,7 +159,7 @@ class FitSettings:
         check_choice("method", self.method, tuple(RECIPES))
         if self.method == "token" and self.learning_rate is not None and self.token_learning_rate is None:
             object.__setattr__(self, "token_learning_rate", self.learning_rate)  # the row is all that is trained
-        for name, default in vars(RECIPES[self.method]).items():
+        for name, default in (vars(RECIPES[self.method]) | {"early_stop": False}).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         check_choice("timestep_sampling", self.timestep_sampling, tuple(TIMESTEP_SAMPLING))

@@ -21,8 +21,8 @@ from .object_masks import threshold_map
 from .picture_inputs import load_mask, load_picture
 from .pipeline_turns import Interrupted
 from .pipeline_work import Work
-from .prompt_tokens import initial_row, with_tokens
 from .prompt_columns import TokenizedPrompt
+from .prompt_tokens import initial_row, with_tokens
 from .prompt_words import insert_token, split_words
 
 MASK_LEVELS = (0.2, 0.35, 0.5, 0.65)
@@ -61,9 +61,7 @@ def object_mask(
         for share in MASK_LEVELS:
             level = max(1, round(share * schedule.num_steps))
             noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
-            family.denoise(
-                schedule.noised(latents, noise, level), int(schedule.timesteps[level - 1]), encoded, dtype
-            )
+            family.denoise(schedule.noised(latents, noise, level), int(schedule.timesteps[level - 1]), encoded, dtype)
     return threshold_map(recorder.word_map(0, prompt.find(subject), height, width).cpu(), threshold)
 
 
@@ -120,7 +118,8 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
         for one in inputs
     ]
     with work.progress_bar(total=settings.num_steps) as bar:
-        result = fit_weights(family, examples, rows, settings, request.generator, _reporter(work, bar, settings, on_step))
+        report = _reporter(work, bar, settings, on_step)
+        result = fit_weights(family, examples, rows, settings, request.generator, report)
     masks = [None if example.mask is None else example.mask.cpu() for example in examples]
     return _adapter(work, request, inputs, masks, result, time.perf_counter() - started)
 
@@ -179,9 +178,7 @@ def _adapter(
     attribute = None
     if len(request.pictures) > 1:
         reference = request.pictures[1]
-        attribute = LearnedAttribute(
-            reference.token, reference.subject, reference.prompt, result.rows[1], masks[1]
-        )
+        attribute = LearnedAttribute(reference.token, reference.subject, reference.prompt, result.rows[1], masks[1])
         measures |= {"reference_cosine_first": first.cosines[1], "reference_cosine_last": last.cosines[1]}
     facts = asdict(settings)
     del facts["method"], facts["gradient_checkpointing"]

@@ -115,8 +115,8 @@ def no_weights() -> Iterator[TunedWeights]:
 
 @contextmanager
 def checkpointed(denoiser: Any) -> Iterator[None]:
-    """``denoiser``'s activations are made again in the backward pass instead of kept (Chen et al. 2016); afterwards each
-    block does as before."""
+    """``denoiser``'s activations are made again in the backward pass instead of kept (Chen et al. 2016); afterwards
+    each block does as before."""
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")
     before = [(m, {n: vars(m)[n] for n in names if n in vars(m)}) for m in denoiser.modules()]
     denoiser.enable_gradient_checkpointing()

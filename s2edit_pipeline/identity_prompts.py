@@ -10,8 +10,8 @@ import torch
 from .attention_controls import SpatialControl
 from .family_base import ModelFamily
 from .identity_overlay import IdentityOverlay
-from .prompt_embeds import Branch, PromptEmbeds, join
 from .prompt_columns import TokenizedPrompt
+from .prompt_embeds import Branch, PromptEmbeds, join
 from .prompt_words import insert_token, split_words
 
 

@@ -25,8 +25,8 @@ def ddim_trajectory(task: InversionTask) -> torch.Tensor:
 
 
 def trajectory_alone(task: InversionTask) -> InversionPath:
-    """Direct inversion (Ju et al. 2023, "PnP Inversion"), or plain DDIM: the walk itself is all there is. Direct
-    inversion's offset is algebraically "use the stored latent", so that pinning the source branch is the whole method."""
+    """Direct inversion (Ju et al. 2023, "PnP Inversion", algorithm 1), or plain DDIM: the walk is all there is. Direct
+    inversion's offset is, written out, "use the stored latents", so that pinning the source branch is the method."""
     return InversionPath(ddim_trajectory(task))
 
 

@@ -82,8 +82,8 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     for name, value in (("guidance_scale", call.guidance_scale), ("negative_prompt", call.negative_prompt)):
         if value is not None and not method.binds_guidance:
             raise ValueError(
-                f"{name} has no effect on the inversion {call.method!r}, which serves any; leave it out here and pass it "
-                "to the edit."
+                f"{name} has no effect on the inversion {call.method!r}, which serves any; leave it out here and pass "
+                "it to the edit."
             )
     picture = load_picture(call.image)
     size = family.working_size(picture, *call.size)
@@ -233,7 +233,7 @@ def check_inversion(work: Work, inversion: Any, schedule: NoiseSchedule, picture
         )
     if before.schedule != now.schedule:
         raise ValueError(
-            f"The inversion was made with another scheduler, or other settings of it, whose noise levels differ; {again}."
+            f"The inversion was made with another scheduler, or other settings of it: its noise levels differ; {again}."
         )
     if picture is not None and inversion.picture_digest != picture_digest(picture):
         raise ValueError(f"The inversion was made of another picture than image=; pass that one, or {again}.")

@@ -1,9 +1,9 @@
 """The noise levels of one call, and every formula that moves between them.
 
-A picture x_0 and noise n make the latents of a level, ``x = a x_0 + s n``: ``a`` is the level's signal, ``s`` its noise.
-A variance-preserving diffusion has ``a = sqrt(abar)``, ``s = sqrt(1 - abar)`` (DDIM, Song et al. 2021); flow matching has
-``a = 1 - sigma``, ``s = sigma`` (Lipman et al. 2023). The same moves serve both: with a flow's levels DDIM's step is
-Euler's.
+A picture x_0 and noise n make the latents of a level, ``x = a x_0 + s n``: ``a`` is the level's signal, ``s`` its
+noise. A variance-preserving diffusion has ``a = sqrt(abar)``, ``s = sqrt(1 - abar)`` (DDIM, Song et al. 2021); flow
+matching has ``a = 1 - sigma``, ``s = sigma`` (Lipman et al. 2023). The same moves serve both: with a flow's levels
+DDIM's step is Euler's.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class NoiseSchedule:
         return epsilon - x0
 
     def move(self, x: torch.Tensor, output: torch.Tensor, level: Level, next_level: Level) -> torch.Tensor:
-        """From ``level`` to ``next_level``, cleaner or noisier (DDIM, equation 12 with sigma 0; Euler's step of a flow).
+        """From ``level`` to ``next_level``, cleaner or noisier (DDIM, equation 12 with sigma 0; a flow's Euler step).
 
         ``output`` is the denoiser's, at ``x``; with it unchanged the move back is the exact inverse.
         """

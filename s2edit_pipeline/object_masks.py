@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-
-from .attention_control import MapRecorder
-from .ddim_steps import NoiseSchedule, add_noise
-
-Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
 def gaussian_smooth(values: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -68,23 +63,6 @@ def threshold_map(attention: torch.Tensor, threshold: float, sigma: float = 0.7)
     if not bool(high > low):
         raise ValueError("The word's attention is the same everywhere: no object can be found. Pass mask= yourself.")
     return largest_component((smooth - low) / (high - low) >= threshold).float()
-
-
-@torch.no_grad()
-def record_maps(
-    denoise: Denoise,
-    recorder: MapRecorder,
-    latents: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    schedule: NoiseSchedule,
-    levels: Sequence[int],
-    generator: torch.Generator | None,
-) -> MapRecorder:
-    """Let ``recorder`` see the U-Net at the noised ``latents`` (1, C, h, w), once for each of ``levels``."""
-    for level in levels:
-        noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
-        denoise(add_noise(latents, noise, schedule.alphas_bar[level]), level, prompt_embeds)
-    return recorder
 
 
 def edit_region(word_maps: Sequence[torch.Tensor], threshold: float) -> torch.Tensor:

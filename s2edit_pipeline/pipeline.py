@@ -6,8 +6,7 @@ beside this one; here a call's arguments become a request, and the request goes 
 
 # no `from __future__ import annotations` here: diffusers' from_pipe reads the types of __init__'s parameters
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -47,10 +46,10 @@ from .edit_stage import DEFAULT_STEPS, edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of
 from .family_unet import UNetFamily  # noqa: F401
-from .fit_lora_start import start_along_gradient  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401
+from .fit_lora_start import start_along_gradient  # noqa: F401
 from .fit_losses import cosine  # noqa: F401
-from .fit_settings import MASK_THRESHOLD, FitRequest, FitSettings, ReferenceAttribute, fit_preset
+from .fit_settings import MASK_THRESHOLD, FitRequest, FitSettings, ReferenceAttribute
 from .fit_stage import fit_input, fit_picture, object_mask
 from .fit_weights import lora_weights  # noqa: F401
 from .identity_adapter import IdentityAdapter
@@ -72,7 +71,9 @@ from .noise_schedule import NoiseSchedule  # noqa: F401
 from .object_masks import mask_to_picture
 from .picture_inputs import load_picture  # noqa: F401
 from .pipeline_arguments import (
-    base_name,
+    BOTH,
+    DRAWING,
+    arguments_of,
     check_autograd,
     check_can_train,
     check_generator,
@@ -86,8 +87,8 @@ from .pipeline_arguments import (
 )
 from .pipeline_facts import CallFacts
 from .pipeline_loaders import IdentityLoaders
-from .pipeline_turns import check_stop_sign
-from .pipeline_work import Work
+from .pipeline_turns import Turns  # noqa: F401
+from .pipeline_work import Work  # noqa: F401
 from .prompt_alignment import align_prompts  # noqa: F401
 from .prompt_columns import TokenizedPrompt  # noqa: F401
 from .prompt_embeds import PromptEmbeds  # noqa: F401
@@ -146,13 +147,13 @@ class S2EditPipeline(
         safety_checker: StableDiffusionSafetyChecker = None,
         feature_extractor: CLIPImageProcessor = None,
         image_encoder: CLIPVisionModelWithProjection = None,
-        requires_safety_checker: bool = False,
         text_encoder_2: CLIPTextModelWithProjection = None,
         tokenizer_2: CLIPTokenizer = None,
-        force_zeros_for_empty_prompt: bool = True,
         transformer: ModelMixin = None,
         text_encoder_3: PreTrainedModel = None,
         tokenizer_3: PreTrainedTokenizerBase = None,
+        requires_safety_checker: bool = False,
+        force_zeros_for_empty_prompt: bool = True,
     ) -> None:
         super().__init__()
         if getattr(tokenizer, "s2edit_tokens", ()):
@@ -176,24 +177,6 @@ class S2EditPipeline(
         if text_encoder_2 is not None:
             self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         self._overlay = IdentityOverlay()
-
-    @contextmanager
-    def _at_work(self, identity: Any, stop: Any, report: Any, alone: str = "") -> Iterator[tuple[Work, str | None]]:
-        """A call's turn at the model, and the token of the identity that it was asked with.
-
-        Args:
-            report: makes the stage's report from the call.
-            alone: what needs the model to itself; "" shares it.
-        """
-        check_stop_sign(stop)
-        family, turns = self.family, self._turns
-        with turns.call(stop) as call, ExitStack() as turn:
-            if alone:
-                turn.enter_context(turns.exclusive(alone))
-            token = turn.enter_context(self._with_identity(identity))
-            family.check()
-            name = base_name(self)
-            yield Work(family, self._overlay, call, self.progress_bar, report(call), name), token
 
     def preview_mask(
         self,
@@ -279,23 +262,12 @@ class S2EditPipeline(
                 ``reconstruction_loss``, ``semantic_loss``, ``cosine`` (and ``reference_cosine``).
             preset: "paper" is the paper's reading in one word, see ``fit_settings.FIT_PRESETS``; what is passed beside
                 it wins.
-            batch_size: noise levels a step; None takes the method's own.
-            timestep_sampling: which noise levels are drawn how often, "uniform", "low_noise", "high_noise" or
-                "logit_normal"; None takes the method's own.
-            lr_scheduler: of the rates: "constant", or "linear" or "cosine" down to 0; None takes the method's own.
-            early_stop: end when the loss at fixed noise stops falling; off unless asked for.
-            optimizer: "adamw", or "adamw_8bit" with bitsandbytes.
-            gradient_checkpointing: less memory for activations, a third more time.
-            lora_rank: of the adapters.
-            lora_layers: "all" adapts every linear layer and convolution of the U-Net, "attention" its attention
-                projections; of the text encoders these alone are.
-            lora_init: "gradient" turns the adapters to where the loss falls fastest before the first step, for one
-                step's time; "random" is PEFT's own start.
-            detach_sentence, renormalize, mask_after: see ``fit_settings.FitSettings``.
-            mask_threshold: of the automatic mask.
+            batch_size, timestep_sampling, lr_scheduler, early_stop, optimizer, gradient_checkpointing, lora_rank,
+                lora_layers, lora_init, detach_sentence, renormalize, mask_after, mask_threshold, token_learning_rate:
+                see ``fit_settings.FitSettings``; None takes the method's own.
             height, width: work at another size than the model's own.
-            stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is comes
-                back and says ``interrupted``.
+            stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
+                comes back and says ``interrupted``.
 
         Returns:
             The identity, to be saved, loaded, or passed to the pipeline.
@@ -305,18 +277,8 @@ class S2EditPipeline(
             ImportError: the optimizer's package is missing.
             FloatingPointError: the loss ran away; the message names the step.
         """
+        settings = FitSettings.of(locals())
         self.family.check()
-        settings = FitSettings(
-            **fit_preset(preset, {
-                "method": method, "num_steps": num_steps, "learning_rate": learning_rate, "batch_size": batch_size,
-                "token_learning_rate": token_learning_rate, "timestep_sampling": timestep_sampling,
-                "lr_scheduler": lr_scheduler, "early_stop": early_stop,
-            }),
-            optimizer=optimizer, gradient_checkpointing=gradient_checkpointing, semantic_weight=semantic_weight,
-            spatial_control=spatial_control, detach_sentence=detach_sentence, renormalize=renormalize,
-            mask_after=mask_after, lora_rank=lora_rank, lora_layers=lora_layers, lora_init=lora_init,
-            mask_threshold=mask_threshold,
-        )  # fmt: skip
         check_generator(generator, "a fit")
         check_can_train(self.family)
         pictures = (ReferenceAttribute(image, prompt, subject, token, mask), *checked_reference(reference))
@@ -364,8 +326,8 @@ class S2EditPipeline(
                 ("direct", "fixed_point", "edit_friendly"), so that no edit has to ask for it again; None is
                 ``KeepAttention()``: of 40 % of the steps, at most 1 GiB.
             callback_on_step_end: ``f(pipe, step, timestep, {"latents": ...})``.
-            stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is comes
-                back and says ``interrupted``.
+            stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
+                comes back and says ``interrupted``.
 
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
@@ -445,36 +407,20 @@ class S2EditPipeline(
             identity: an identity to use for this call, or the token of a loaded one.
             inversion: what :meth:`invert` returned, or a method's name; None is "direct".
             num_inference_steps: 50, or the inversion's own.
-            guidance_scale: 3.5 to 5.5 are S2Edit's.
-            guidance_rescale: from 0 to 1, against colours burnt by guidance (Lin et al. 2024).
+            guidance_scale, cross_replace_steps, self_replace_steps, reweight, blend_words, keep_words, edit,
+                guidance_rescale, guidance_stop, blend_threshold, change_threshold, strength: how to edit, see
+                ``edit_settings.EditSettings``.
             preset: "paper" is the paper's reading in one word (null-text inversion, guided to the end, not confined),
                 see ``edit_settings.EDIT_PRESETS``; what is passed beside it wins, an inversion among it, and
                 ``blend_words=True`` for None's confinement.
-            guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024), half of
-                them by default; 1 is prompt-to-prompt's own, guided to the end.
-            cross_replace_steps: share of the steps in which words common to both prompts keep the source's
-                cross-attention; or ``{"word": share, "default_": share}``.
-            self_replace_steps: share of the steps in which the self-attention at 1/16 of the picture's side and
-                below is the source's.
-            reweight: word of the target -> factor on its attention.
-            blend_words: None confines the edit to where the changed words look, a list to where these words look
-                (in source or target), False lets it change the whole picture.
             edit_mask: where the edit may change the picture, white inside; replaces the words' own region, so that
                 ``keep_words`` doesn't go with it.
-            keep_words: words (of source or target) whose place is taken out of the words' region.
             keep_pixels: outside the region, return the picture's own pixels, not the autoencoder's; its border is
                 feathered inwards.
-            strength: share of the noise levels that the edit goes through; lower stays nearer to the picture
-                ("edit_friendly" was published with 0.64). The other shares count from the full noise all the same: at
-                0.5 an edit with the defaults is neither guided nor given the source's attention.
             generator: of the noise, without ``image`` or with ``inversion="edit_friendly"``.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: ``f(pipe, step, timestep, tensors)``; it may return tensors by the names that it was
                 shown, and set ``pipe._guidance_scale`` for the steps to come.
-            edit: "auto", "replace" or "refine", see ``prompt_words.align_prompts``.
-            blend_threshold: of the words' maps, in (0, 1); lower lets the edit reach farther.
-            change_threshold: in the last fifth of the steps, cells of the words' region that changed by less than this
-                share of the most changed one are the source's again: that is drift, not edit. 0 lets it be.
             negative_prompt: what to steer away from; without ``image`` also a list, one for each prompt.
             num_images_per_prompt, latents, prompt_embeds, negative_prompt_embeds, and SDXL's pooled_prompt_embeds,
                 negative_pooled_prompt_embeds, original_size, crops_coords_top_left, target_size: only without
@@ -483,8 +429,8 @@ class S2EditPipeline(
             keep_attention: where the inversion is made here: how much of the source's attention is kept meanwhile, as
                 in :meth:`invert`; its ``share`` is what the edit needs. None keeps only where its words look: the
                 source is asked again at the steps that take its attention over, in the least memory.
-            stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is comes
-                back and says ``interrupted``.
+            stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
+                comes back and says ``interrupted``.
             stock_arguments: only without ``image``: whatever else diffusers' own pipeline of this model takes.
 
         Returns:
@@ -494,61 +440,35 @@ class S2EditPipeline(
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
-        self.family.check()
+        given = arguments_of(S2EditPipeline.__call__, locals())
         check_keep(keep_attention)
         check_output_type(output_type)
+        chosen = with_preset(preset, EDIT_PRESETS, given.only(("inversion", "guidance_stop", "blend_words")))
+        settings = EditSettings.of(given.values, chosen)
         names = checked_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        drawing = image is None and not hasattr(inversion, "trajectory")
-        asked = {"inversion": inversion, "guidance_stop": guidance_stop, "blend_words": blend_words}
-        chosen = with_preset(preset, EDIT_PRESETS, asked)
-        settings = EditSettings(
-            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale,
-            guidance_stop=chosen.get("guidance_stop", EditSettings.guidance_stop), strength=strength, edit=edit,
-            cross_replace_steps=cross_replace_steps, self_replace_steps=self_replace_steps, reweight=reweight,
-            blend_words=chosen.get("blend_words"), keep_words=keep_words, blend_threshold=blend_threshold,
-            change_threshold=change_threshold,
-        )  # fmt: skip
-        of_edits = {
-            **asked, "source_prompt": source_prompt, "reweight": reweight, "edit_mask": edit_mask,
-            "keep_words": keep_words, "return_attention_maps": return_attention_maps, "keep_pixels": keep_pixels,
-            "strength": None if strength == 1 else strength, "edit": None if edit == "auto" else edit,
-            "keep_attention": keep_attention,
-        }  # fmt: skip
-        of_drawing = {
-            "num_images_per_prompt": None if num_images_per_prompt == 1 else num_images_per_prompt,
-            "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
-            "pooled_prompt_embeds": pooled_prompt_embeds, "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-            "latents": latents, "original_size": original_size, "target_size": target_size,
-            "crops_coords_top_left": None if tuple(crops_coords_top_left) == (0, 0) else crops_coords_top_left,
-            **stock_arguments,
-        }  # fmt: skip
-        if drawing:
-            refuse_for_drawing(of_edits)
-            arguments = of_drawing | {
-                "prompt": prompt, "num_inference_steps": num_inference_steps or DEFAULT_STEPS,
-                "guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale or None,
-                "negative_prompt": negative_prompt, "generator": generator, "height": height, "width": width,
-                "clip_skip": clip_skip, "output_type": output_type,
-            }  # fmt: skip
+        self.family.check()
+        if image is None and not hasattr(inversion, "trajectory"):
+            refuse_for_drawing(given)
+            steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
+            drawn = {**stock_arguments, **given.only((*BOTH, *DRAWING)), "num_inference_steps": steps}
+            drawn["guidance_scale"] = guidance_scale
             with self._at_work(identity, stop, lambda call: None) as (work, _):
-                output = draw(work, arguments, callback_on_step_end, names)
+                output = draw(work, drawn, callback_on_step_end, names)
         else:
-            refuse_for_editing(of_drawing, image, keep_pixels, output_type)
+            refuse_for_editing(given, stock_arguments)
             check_generator(generator, "an edit")
-            method = chosen.get("inversion") or DEFAULT_INVERSION
+            method = chosen.get("inversion", DEFAULT_INVERSION)
             alone = isinstance(method, str) and inversion_method(method).needs_gradients
             if alone:
                 check_autograd()
             report = step_report(self, callback_on_step_end, names)
             with self._at_work(identity, stop, report, str(method) if alone else "") as (work, token):
-                output = edit_picture(
-                    work,
-                    EditRequest(
-                        [prompt] if isinstance(prompt, str) else list(prompt or []), image, source_prompt, token, method,
-                        settings, num_inference_steps, negative_prompt, edit_mask, keep_pixels, (height, width),
-                        clip_skip, generator, keep_attention, output_type, return_attention_maps,
-                    ),
+                request = EditRequest(
+                    [prompt] if isinstance(prompt, str) else list(prompt or []), image, source_prompt, token,
+                    method, settings, num_inference_steps, negative_prompt, edit_mask, keep_pixels,
+                    (height, width), clip_skip, generator, keep_attention, output_type, return_attention_maps,
                 )  # fmt: skip
+                output = edit_picture(work, request)
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -138,27 +140,74 @@ def step_report(pipe: Any, callback: Callable[..., Any] | None, names: Sequence[
     return of_call
 
 
-def refuse_for_drawing(arguments: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class Arguments:
+    """A call's arguments by name, and which of them the caller changed from their defaults."""
+
+    values: Mapping[str, Any]
+    changed: frozenset[str]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def only(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of ``names`` that were changed."""
+        return {name: self.values[name] for name in names if name in self.changed}
+
+
+def arguments_of(call: Callable[..., Any], values: Mapping[str, Any]) -> Arguments:
+    """``values``, the local variables at the start of ``call``."""
+    parameters = dict(inspect.signature(call).parameters)
+    named = {n: values[n] for n, p in parameters.items() if n != "self" and p.kind is not p.VAR_KEYWORD}
+    changed = frozenset(n for n, value in named.items() if not _is_default(value, parameters[n].default))
+    return Arguments(named, changed)
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    plain = (bool, int, float, str, tuple)
+    return value is default or (isinstance(value, plain) and isinstance(default, plain) and value == default)
+
+
+EDITING = (
+    "source_prompt", "inversion", "preset", "reweight", "edit_mask", "keep_words", "keep_pixels", "blend_words",
+    "blend_threshold", "change_threshold", "guidance_stop", "strength", "edit", "cross_replace_steps",
+    "self_replace_steps", "return_attention_maps", "keep_attention",
+)  # fmt: skip
+"""Arguments that only editing a picture can obey."""
+DRAWING = (
+    "num_images_per_prompt", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds", "latents", "original_size", "crops_coords_top_left", "target_size",
+)  # fmt: skip
+"""Arguments that only drawing from noise can obey."""
+BOTH = (
+    "prompt", "guidance_scale", "guidance_rescale", "negative_prompt", "generator", "height", "width", "clip_skip",
+    "output_type",
+)  # fmt: skip
+"""Arguments of both."""
+
+
+def refuse_for_drawing(arguments: Arguments) -> None:
     """Raises:
     ValueError: an argument that only editing a picture can obey.
     """
-    for name, value in arguments.items():
-        if value is not None and value is not False:
-            raise ValueError(f"{name}= is for editing a picture: pass image= too.")
+    for name in arguments.only(EDITING):
+        raise ValueError(f"{name}= is for editing a picture: pass image= too.")
 
 
-def refuse_for_editing(arguments: Mapping[str, Any], image: Any, keep_pixels: bool, output_type: str) -> None:
+def refuse_for_editing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> None:
     """Raises:
+    TypeError: an argument that there isn't.
     ValueError: an argument that only drawing from noise can obey.
     """
-    for name, value in arguments.items():
-        if value is not None:
-            reason = (
-                "an edit is deterministic, a second one would be the same" if name == "num_images_per_prompt"
-                else "the edit is made from the words and is as large as the picture"
-            )  # fmt: skip
-            raise ValueError(f"{name} can't be combined with image: {reason}.")
-    if keep_pixels and (image is None or output_type == "latent"):
+    for name in arguments.only(DRAWING):
+        reason = (
+            "an edit is deterministic, a second one would be the same" if name == "num_images_per_prompt"
+            else "the edit is made from the words and is as large as the picture"
+        )  # fmt: skip
+        raise ValueError(f"{name} can't be combined with image: {reason}.")
+    for name in stock_arguments:
+        raise TypeError(f"An edit has no argument {name!r}; without image= diffusers' own pipeline may have it.")
+    if arguments["keep_pixels"] and (arguments["image"] is None or arguments["output_type"] == "latent"):
         raise ValueError("keep_pixels=True needs image=, and pictures for an output, not latents.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,9 @@ from .family_base import ModelFamily, family_of
 from .identity_adapter import IdentityAdapter
 from .identity_overlay import IdentityOverlay
 from .picture_inputs import load_mask
-from .pipeline_turns import Turns, turns_of
+from .pipeline_arguments import base_name
+from .pipeline_turns import Turns, check_stop_sign, turns_of
+from .pipeline_work import Work
 
 logger = logging.get_logger(__name__)
 
@@ -24,6 +26,7 @@ class IdentityLoaders:
 
     _overlay: IdentityOverlay
     maybe_free_model_hooks: Callable[[], None]
+    progress_bar: Callable[..., Any]
 
     @property
     def family(self) -> ModelFamily:
@@ -87,7 +90,9 @@ class IdentityLoaders:
         """
         with self._turns.exclusive("unload_identity"):
             if token is not None and token not in self._overlay.identities:
-                raise ValueError(f"No identity {token!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}.")
+                raise ValueError(
+                    f"No identity {token!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}."
+                )
             if self._overlay.identities:
                 self._set_tokenizers(self._overlay.lift(token, self.family.tuned_components))
 
@@ -150,6 +155,24 @@ class IdentityLoaders:
             if token is not None and token not in self._overlay.identities:
                 raise ValueError(f"The identity {token!r} was unloaded meanwhile; load it again, or pass it itself.")
             yield token
+
+    @contextmanager
+    def _at_work(self, identity: Any, stop: Any, report: Any, alone: str = "") -> Iterator[tuple[Work, str | None]]:
+        """A call's turn at the model, and the token of the identity that it was asked with.
+
+        Args:
+            report: makes the stage's report from the call.
+            alone: what needs the model to itself; "" shares it.
+        """
+        check_stop_sign(stop)
+        family, turns = self.family, self._turns
+        with turns.call(stop) as call, ExitStack() as turn:
+            if alone:
+                turn.enter_context(turns.exclusive(alone))
+            token = turn.enter_context(self._with_identity(identity))
+            family.check()
+            name = base_name(self)
+            yield Work(family, self._overlay, call, self.progress_bar, report(call), name), token
 
     def _check_bare(self, why: str) -> None:
         """Raises:

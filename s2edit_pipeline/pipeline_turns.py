@@ -125,9 +125,7 @@ class Turns:
                 return
             self._waiting.append(ticket)
             try:
-                self._changed.wait_for(
-                    lambda: self._waiting[0] is ticket and (not self._owners or self._key == key)
-                )
+                self._changed.wait_for(lambda: self._waiting[0] is ticket and (not self._owners or self._key == key))
                 if not self._owners:
                     enter()
                     self._key = key

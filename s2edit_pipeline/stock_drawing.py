@@ -18,8 +18,8 @@ from .attention_seam import AttentionAccess, AttentionController, AttentionSite,
 from .edit_output import S2EditPipelineOutput
 from .identity_prompts import encode_each, spatial_control
 from .pipeline_work import Work
-from .prompt_embeds import PromptEmbeds, join
 from .prompt_columns import TokenizedPrompt
+from .prompt_embeds import PromptEmbeds, join
 from .prompt_words import split_words
 
 EMBEDDINGS = (
@@ -64,9 +64,7 @@ def draw(
         return dict(changed)
 
     with seam:
-        output = stock(
-            **given, callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=list(callback_tensors)
-        )
+        output = stock(**given, callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=list(callback_tensors))
     return S2EditPipelineOutput(
         images=output.images,
         nsfw_content_detected=getattr(output, "nsfw_content_detected", None),
@@ -80,8 +78,8 @@ def _says_learned(work: Work, prompt: Any) -> bool:
 
 
 def _with_own_embeddings(work: Work, given: dict[str, Any]) -> tuple[dict[str, Any], list[TokenizedPrompt]]:
-    """``given`` with embeddings in the words' place: the stock pipeline would take a token that was added last, ``[I]``,
-    for the end of the prompt (SDXL pools at the highest id)."""
+    """``given`` with embeddings in the words' place: the stock pipeline would take ``[I]``, the token that was added
+    last, for the end of the prompt (SDXL pools at the highest id)."""
     family, clip_skip = work.family, given.pop("clip_skip", None)
     texts = given.pop("prompt")
     if any(given.get(name) is not None for name in (*EMBEDDINGS, "prompt_2", "negative_prompt_2")):
@@ -124,8 +122,8 @@ class _DrawnRows(AttentionController):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if len(query) not in self.by_rows:
             raise ValueError(
-                f"The batch has {len(query)} rows, and {' or '.join(map(str, self.by_rows))} were expected: an identity "
-                "can't be drawn with what makes other rows. Leave it out of the prompt, or the argument that does."
+                f"The batch has {len(query)} rows, and {' or '.join(map(str, self.by_rows))} were expected: an "
+                "identity can't be drawn with what makes other rows. Leave it out of the prompt, or that argument out."
             )
         self.now = self.by_rows[len(query)]
         return query, key
