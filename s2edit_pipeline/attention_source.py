@@ -55,12 +55,10 @@ class SourceAttention:
     Attributes:
         layers: for the levels that were to be kept, and found room.
         maps: for every level: where its words looked, averaged over heads and layers.
-        made_with: the model, its identities and its noise levels; with others it is not the source's attention.
     """
 
     layers: Mapping[int, LayerAttention] = field(default_factory=dict)
     maps: Mapping[int, MapRecorder] = field(default_factory=dict)
-    made_with: str = ""
 
 
 class AttentionKeeper(AttentionController):
@@ -123,6 +121,7 @@ class AttentionKeeper(AttentionController):
         while self.layers and sum(layers.num_bytes for layers in self.layers.values()) > self.keep.max_bytes:
             del self.layers[min(self.layers)]
 
-    def kept(self, made_with: str = "") -> SourceAttention:
+    def kept(self) -> SourceAttention:
+        """What there is now."""
         self._make_room()
-        return SourceAttention(dict(self.layers), dict(self.maps), made_with)
+        return SourceAttention(dict(self.layers), dict(self.maps))

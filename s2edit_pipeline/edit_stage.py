@@ -18,8 +18,9 @@ from .edit_output import S2EditPipelineOutput
 from .edit_settings import EditRequest
 from .edit_words import TargetPlan, plan_edits
 from .identity_prompts import branches, check_prompt, encode_each, identities_in, spatial_control, with_identities
+from .inversion_origin import check_inversion
 from .inversion_record import DEFAULT_INVERSION, INVERSIONS, Inversion, inversion_method
-from .inversion_stage import InversionRequest, check_inversion, invert_picture, made_with
+from .inversion_stage import InversionRequest, invert_picture
 from .noise_schedule import NoiseSchedule
 from .object_masks import feather, mask_to_picture
 from .picture_inputs import load_mask, load_picture, picture_to_tensor
@@ -83,14 +84,11 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
         inversion = _invert_first(work, request, canvas, source, null, prompt_to_prompt)
         if inversion.interrupted:
             return _unedited(work, request, canvas, inversion, len(targets))
-    kept = inversion.attention
-    if kept is not None and inversion.made_with != made_with(work, canvas.schedule):
-        kept = None
     control = EditControl(
         lambda batch: spatial_control([branch.prompt for branch in batch.branches], family, work.overlay),
         prompt_to_prompt,
         Reweighting([plan.weights for plan in plans]),
-        kept,
+        inversion.attention,
         maps=request.return_attention_maps
         or any(plan.confinement is not None and plan.confinement.region is None for plan in plans),
     )
@@ -148,7 +146,7 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
         _check_request_against(inversion, words.source.text, request)
         height, width = inversion.trajectory.shape[-2:]
         schedule = family.schedule(inversion.num_inference_steps, family.pixel_size(inversion.trajectory))
-        check_inversion(work, inversion, schedule, picture)
+        check_inversion(inversion, family, work.overlay, schedule, picture)
         return Canvas(picture, height, width, schedule)
     assert picture is not None  # else it would have been drawn from noise
     method = inversion_method(inversion or DEFAULT_INVERSION)

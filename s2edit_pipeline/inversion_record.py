@@ -101,15 +101,15 @@ class MadeWith:
     Attributes:
         schedule: the noise levels' signature.
         family: the kind of model.
-        weights: fingerprints of the denoiser's and the text encoders' base weights; None where they can't be read.
-        adapters: which LoRAs are active, how strongly, and a digest of their weights.
+        weights: component -> the fingerprint of its base weights, or None where they can't be read.
+        loras: the user's own LoRAs that were at work.
         identities: loaded identity's token -> which fit, how strong, held where.
     """
 
     schedule: str = ""
     family: str = ""
-    weights: str | None = None
-    adapters: str = ""
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    loras: str = ""
     identities: Mapping[str, str] = field(default_factory=dict)
 
 

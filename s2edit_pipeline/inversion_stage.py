@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from .attention_controls import Controllers, SpatialControl
 from .attention_seam import AttentionController
 from .attention_source import AttentionKeeper, KeepAttention
 from .edit_settings import DEFAULT_GUIDANCE
-from .identity_fingerprint import weights_signature
 from .identity_prompts import branches, encode_each, fitting_identities, spatial_control, with_identities
-from .inversion_record import Inversion, InversionTask, MadeWith, inversion_method
+from .inversion_origin import made_with, picture_digest
+from .inversion_record import Inversion, InversionTask, inversion_method
 from .noise_schedule import NoiseSchedule
 from .picture_inputs import load_picture
 from .pipeline_turns import Interrupted
@@ -124,7 +123,7 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
         "method": request.method,
         "prompt": request.source.prompt.text,
         "guidance_scale": request.guidance_scale if method.binds_guidance else None,
-        "made_with": made_with(work, schedule),
+        "made_with": made_with(family, work.overlay, schedule),
         "picture_digest": picture_digest(request.picture),
         "clip_skip": request.clip_skip,
     }
@@ -188,55 +187,3 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter, before in required:
             parameter.requires_grad_(before)
-
-
-def picture_digest(picture: PIL.Image.Image) -> str:
-    """A hash of the picture's pixels and size."""
-    rgb = picture.convert("RGB")
-    return hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()[:32]
-
-
-def made_with(work: Work, schedule: NoiseSchedule) -> MadeWith:
-    """What the model's answers depend on now, besides what goes in."""
-    components = work.family.tuned_components
-    return MadeWith(
-        schedule=schedule.signature,
-        family=work.family.name,
-        weights=weights_signature(components, work.overlay),
-        adapters=work.overlay.foreign_state(components),
-        identities={token: work.overlay.state(token) for token in work.overlay.identities},
-    )
-
-
-def check_inversion(work: Work, inversion: Any, schedule: NoiseSchedule, picture: PIL.Image.Image | None) -> None:
-    """Raises:
-    ValueError: ``inversion`` was stopped before its end, or made with another model, scheduler, LoRA, identity or of
-        another picture than an edit would use now.
-    """
-    if inversion.interrupted:
-        raise ValueError("This inversion was stopped before its end; invert again: pipe.invert(image, prompt).")
-    before, now = inversion.made_with, made_with(work, schedule)
-    again = "invert again: pipe.invert(image, prompt)"
-    for token, state in before.identities.items():
-        if now.identities.get(token) != state:
-            loaded = "another identity, scale or mask is" if token in now.identities else "it isn't"
-            raise ValueError(
-                f"The inversion was made with the identity {token!r}, and {loaded} loaded under that name. "
-                f"Pass the same one, identity=..., or {again} without it."
-            )
-    if before.family != now.family or before.weights != now.weights:
-        raise ValueError(f"The inversion was made with another model, or with other weights; {again}.")
-    if before.adapters != now.adapters:
-        raise ValueError(
-            f"The inversion was made with other LoRA weights ({before.adapters or 'none'}) than are active now "
-            f"({now.adapters or 'none'}); activate the same, or {again}."
-        )
-    if before.schedule != now.schedule:
-        raise ValueError(
-            f"The inversion was made with another scheduler, or other settings of it: its noise levels differ; {again}."
-        )
-    if picture is not None and inversion.picture_digest != picture_digest(picture):
-        raise ValueError(f"The inversion was made of another picture than image=; pass that one, or {again}.")
-    channels = inversion.trajectory.shape[1]
-    if channels != work.family.latent_channels:
-        raise ValueError(f"The inversion has {channels} latent channels, this model {work.family.latent_channels}.")

@@ -65,6 +65,7 @@ from .identity_schema import check_config  # noqa: F401
 from .inversion_ddim import ddim_trajectory  # noqa: F401
 from .inversion_edit_friendly import edit_friendly  # noqa: F401
 from .inversion_null_text import null_text  # noqa: F401
+from .inversion_origin import check_inversion  # noqa: F401
 from .inversion_record import DEFAULT_INVERSION, Inversion, inversion_method
 from .inversion_stage import InversionCall, invert_words
 from .noise_schedule import NoiseSchedule  # noqa: F401

@@ -15,16 +15,10 @@ from PIL import Image
 from scipy import stats
 
 from s2edit_pipeline import ReferenceAttribute, identity_fitting
-from s2edit_pipeline.identity_fitting import (
-    CHECK_EVERY,
-    LR_SCHEDULERS,
-    TIMESTEP_SAMPLING,
-    TOKEN_LEARNING_RATE,
-    Plateau,
-    draw_levels,
-)
+from s2edit_pipeline.fit_loop import CHECK_EVERY, TOKEN_LEARNING_RATE, Plateau, draw_levels
+from s2edit_pipeline.fit_settings import LR_SCHEDULERS, TIMESTEP_SAMPLING
+from s2edit_pipeline.fit_weights import checkpointed
 from s2edit_pipeline.pipeline import S2EditPipeline
-from s2edit_pipeline.tuned_weights import checkpointed
 
 PROMPT = "a photo of a sad lady with glasses"
 METHODS = ("lora", "full", "token")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from s2edit_pipeline import S2EditPipeline
-from s2edit_pipeline.edit_sampling import EditSettings
-from s2edit_pipeline.identity_fitting import FitSettings
+from s2edit_pipeline.edit_settings import EditSettings
+from s2edit_pipeline.fit_settings import FitSettings
 
 ROOT = Path(__file__).parent.parent
 HEADER = ["the paper", "where", "switch", "test"]

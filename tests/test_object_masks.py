@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from s2edit_pipeline.attention_control import MapRecorder
-from s2edit_pipeline.ddim_steps import NoiseSchedule
+from s2edit_pipeline.attention_controls import MapRecorder
+from s2edit_pipeline.noise_schedule import NoiseSchedule
 from s2edit_pipeline.object_masks import (
     changed_cells,
     edit_region,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from s2edit_pipeline import identity_fitting
-from s2edit_pipeline.identity_fitting import Recipe
+from s2edit_pipeline.fit_settings import Recipe
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from s2edit_pipeline import S2EditPipeline
-from s2edit_pipeline.prompt_encoding import tokenize_for
+from s2edit_pipeline.prompt_embeds import tokenize_for
 
 FAMILIES = ("sd1", "sd2_v", "sdxl")
 STOCK: dict[str, Any] = {

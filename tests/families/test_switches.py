@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, Inversion, KeepAttention, ReferenceAttribute, S2EditPipeline
-from s2edit_pipeline.attention_control import mask_at
-from s2edit_pipeline.edit_sampling import EditSettings
-from s2edit_pipeline.identity_fitting import FitSettings
+from s2edit_pipeline.attention_controls import mask_at
+from s2edit_pipeline.edit_settings import EditSettings
+from s2edit_pipeline.fit_settings import FitSettings
 from s2edit_pipeline.identity_token import initial_row
-from s2edit_pipeline.latent_inversion import INVERSIONS
+from s2edit_pipeline.inversion_record import INVERSIONS
 
 FAMILIES = ("sd1", "sd2_v", "sdxl")
 SOURCE = "a photo of a sad lady with glasses"

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from s2edit_pipeline.attention_control import PromptToPrompt, Reweighting, SpatialControl
-from s2edit_pipeline.ddim_steps import NoiseSchedule
-from s2edit_pipeline.edit_control import BranchRows, EditControl
-from s2edit_pipeline.edit_sampling import Confinement, EditSettings, sample_edits, sample_from_noise
-from s2edit_pipeline.latent_inversion import Inversion, ddim_trajectory
+from s2edit_pipeline.attention_controls import PromptToPrompt, Reweighting, SpatialControl
+from s2edit_pipeline.edit_attention import BranchRows, EditControl
+from s2edit_pipeline.edit_loop import sample_edits, sample_from_noise
+from s2edit_pipeline.edit_settings import EditSettings
+from s2edit_pipeline.edit_words import Confinement
+from s2edit_pipeline.inversion_ddim import ddim_trajectory
+from s2edit_pipeline.inversion_record import Inversion
+from s2edit_pipeline.noise_schedule import NoiseSchedule
 
 N = 6
 SCHEDULE = NoiseSchedule(torch.linspace(0.999, 0.05, N + 1, dtype=torch.float64), torch.arange(N), "epsilon")

@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from s2edit_pipeline.ddim_steps import NoiseSchedule, ddim_move
-from s2edit_pipeline.latent_inversion import (
+from s2edit_pipeline.inversion_ddim import ddim_trajectory
+from s2edit_pipeline.inversion_record import (
     INVERSIONS,
     Inversion,
     _fixed_point,
-    check_method,
-    ddim_trajectory,
     guided,
+    inversion_method,
     num_inversion_steps,
 )
+from s2edit_pipeline.noise_schedule import NoiseSchedule, ddim_move
 from s2edit_pipeline.pipeline import S2EditPipeline
 
 KINDS = ("epsilon", "v_prediction")

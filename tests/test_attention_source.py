@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from s2edit_pipeline import KeepAttention
-from s2edit_pipeline.attention_control import AttentionSite, Look
+from s2edit_pipeline.attention_seam import AttentionAccess, AttentionSite
+from s2edit_pipeline.attention_source import AttentionKeeper
 from s2edit_pipeline.evaluation.unet_counts import count_unet
 from s2edit_pipeline.pipeline import S2EditPipeline
-from s2edit_pipeline.source_attention import AttentionKeeper
 
 SOURCE = "a photo of a sad lady with glasses"
 TARGETS = ["a photo of a smiling lady with glasses", "a photo of a sad lady with red hair and sunglasses"]

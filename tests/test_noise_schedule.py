@@ -15,11 +15,11 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from s2edit_pipeline.ddim_steps import (
+from s2edit_pipeline.noise_schedule import (
     add_noise,
     ddim_move,
     ddpm_mean,
-    noise_schedule,
+    diffusion_schedule,
     split_prediction,
     training_target,
 )

@@ -9,22 +9,19 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
-from s2edit_pipeline.attention_control import (
-    AttentionController,
-    AttentionSite,
+from s2edit_pipeline.attention_controls import (
     ControlledAttnProcessor,
     Controllers,
     LayerAttention,
-    Look,
     MapRecorder,
     PromptToPrompt,
     Reweighting,
     SpatialControl,
-    attention_control,
     layer_sizes,
     mask_at,
 )
-from s2edit_pipeline.latent_inversion import INVERSIONS
+from s2edit_pipeline.attention_seam import AttentionAccess, AttentionController, AttentionSite, attention_control
+from s2edit_pipeline.inversion_record import INVERSIONS
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.prompt_alignment import PromptAlignment
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
-from s2edit_pipeline.edit_plan import TargetPlan, plan_edits
-from s2edit_pipeline.edit_sampling import EditSettings
+from s2edit_pipeline.edit_settings import EditSettings
+from s2edit_pipeline.edit_words import TargetPlan, plan_edits
 from s2edit_pipeline.prompt_columns import TokenizedPrompt
 from s2edit_pipeline.prompt_tokenizing import tokenize
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from s2edit_pipeline.identity_losses import cosine, reconstruction_loss, semantic_loss
+from s2edit_pipeline.fit_losses import cosine, reconstruction_loss, semantic_loss
 
 
 def vectors(*shape: int) -> list[torch.Tensor]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from s2edit_pipeline.edit_settings import with_preset
+from s2edit_pipeline.fit_settings import FIT_PRESETS
 from s2edit_pipeline.pipeline import S2EditPipeline
-from s2edit_pipeline.presets import PRESETS, with_preset
 
 PROMPT = "a photo of a sad lady with glasses"
 

@@ -1,0 +1,198 @@
+"""Several threads on one pipeline: each call is its own."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from s2edit_pipeline import IdentityAdapter, S2EditPipeline
+
+SOURCE = "a photo of a sad lady"
+TARGETS = ("a photo of a smiling [I] lady", "a photo of a sad [I] lady with glasses")
+
+
+def fit(pipe: S2EditPipeline, picture: Image.Image, mask: Any, seed: int, **more: Any) -> IdentityAdapter:
+    generator = torch.Generator().manual_seed(seed)
+    return pipe.fit_identity(
+        picture, SOURCE, "lady", mask=mask, num_steps=2, learning_rate=0.05, generator=generator, **more
+    )
+
+
+def edit(pipe: S2EditPipeline, picture: Image.Image, target: str, **more: Any) -> np.ndarray:
+    return pipe(target, picture, SOURCE, num_inference_steps=4, output_type="np", **more).images
+
+
+def snapshot(pipe: S2EditPipeline) -> tuple[Any, ...]:
+    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    weights = {f"{part}.{n}": v.clone() for part, module in parts.items() for n, v in module.state_dict().items()}
+    modules = [id(module) for part in parts.values() for module in part.modules()]
+    return weights, modules, [id(p) for p in pipe.unet.attn_processors.values()], pipe.tokenizer, pipe.identities
+
+
+def assert_as_found(pipe: S2EditPipeline, before: tuple[Any, ...]) -> None:
+    weights, *others = snapshot(pipe)
+    assert others == list(before[1:])
+    assert weights.keys() == before[0].keys() and all(torch.equal(v, before[0][n]) for n, v in weights.items())
+
+
+def test_eight_threads_get_what_one_gets(pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray) -> None:
+    """Edits with four identities, edits with none, fits and drawings, mixed; one call is stopped half way."""
+    identities = [fit(pipe, picture, half_mask, seed) for seed in range(4)]
+    calls: list[tuple[str, Any]] = []
+    for i in range(200):
+        if i in (60, 140):
+            calls.append(("fit", i))
+        elif i % 10 == 9:
+            calls.append(("draw", i % 3))
+        elif i % 5 == 4:
+            calls.append(("plain", TARGETS[i % 2].replace("[I] ", "")))
+        else:
+            calls.append(("edit", (i % 4, i % 2)))
+
+    def run(call: tuple[str, Any]) -> np.ndarray:
+        kind, about = call
+        if kind == "fit":
+            return fit(pipe, picture, half_mask, 100 + about).rows["text_encoder"].numpy()
+        if kind == "draw":
+            generator = torch.Generator().manual_seed(about)
+            return pipe("a photo of a lady", num_inference_steps=2, generator=generator, output_type="np").images
+        if kind == "plain":
+            return edit(pipe, picture, about)
+        return edit(pipe, picture, TARGETS[about[1]], identity=identities[about[0]])
+
+    alone = {repr(call): run(call) for call in dict((repr(c), c) for c in calls).values()}
+    before = snapshot(pipe)
+    stop, stopped = threading.Event(), []
+
+    def stopped_half_way(step: int) -> None:
+        if step == 1:
+            stop.set()
+
+    def run_stopped() -> None:
+        stopped.append(
+            pipe(
+                TARGETS[0], picture, SOURCE, identity=identities[0], num_inference_steps=4, output_type="np", stop=stop,
+                callback_on_step_end=lambda p, i, t, k: stopped_half_way(i) or k,
+            )
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(8) as pool:
+        extra = pool.submit(run_stopped)
+        results = list(pool.map(run, calls))
+        extra.result()
+    for call, result in zip(calls, results, strict=True):
+        np.testing.assert_array_equal(result, alone[repr(call)], err_msg=repr(call))
+    assert stopped[0].interrupted
+    assert_as_found(pipe, before)
+
+
+def test_stopping_one_call_stops_no_other(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    target, both = TARGETS[0].replace("[I] ", ""), threading.Barrier(2, timeout=60)
+    whole = edit(pipe, picture, target)
+
+    def run(stops: bool) -> Any:
+        def callback(pipe: S2EditPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step == 0:
+                both.wait()  # both are in the middle of their calls
+                pipe.interrupt = stops
+                both.wait()
+            return tensors
+
+        return pipe(target, picture, SOURCE, num_inference_steps=4, output_type="np", callback_on_step_end=callback)
+
+    with ThreadPoolExecutor(2) as pool:
+        stopped, other = pool.map(run, (True, False))
+    assert stopped.interrupted and not other.interrupted
+    np.testing.assert_array_equal(other.images, whole)
+    assert np.abs(stopped.images - whole).max() > 0
+    assert pipe.interrupt is False
+
+
+def test_from_outside_every_call_at_work_is_stopped(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def wait(pipe: S2EditPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        started.set()
+        assert go_on.wait(60)
+        return tensors
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(
+            lambda: pipe(
+                TARGETS[0].replace("[I] ", ""), picture, SOURCE, num_inference_steps=4, callback_on_step_end=wait
+            )
+        )
+        assert started.wait(60)
+        pipe.interrupt = True
+        go_on.set()
+        assert future.result().interrupted
+
+
+def test_an_inversion_is_stopped_too(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    seen: list[int] = []
+
+    def callback(pipe: S2EditPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        pipe.interrupt = step == 1
+        return tensors
+
+    inversion = pipe.invert(picture, SOURCE, num_inference_steps=6, callback_on_step_end=callback)
+    assert seen == [0, 1] and inversion.interrupted
+    with pytest.raises(ValueError, match=r"stopped before its end; invert again"):
+        pipe("a photo of a smiling lady", picture, SOURCE, inversion=inversion)
+    stop = threading.Event()
+    stop.set()
+    result = pipe("a photo of a smiling lady", picture, SOURCE, num_inference_steps=6, stop=stop, output_type="np")
+    assert result.interrupted and result.edit_masks == [None]
+
+
+def test_loading_waits_for_edits_and_is_refused_inside_one(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray
+) -> None:
+    identity = fit(pipe, picture, half_mask, 0)
+    errors: list[str] = []
+
+    def load_inside(pipe: S2EditPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        try:
+            pipe.load_identity(identity)
+        except RuntimeError as error:
+            errors.append(str(error))
+        return tensors
+
+    pipe(
+        TARGETS[0].replace("[I] ", ""), picture, SOURCE, num_inference_steps=2, callback_on_step_end=load_inside
+    )  # fmt: skip
+    assert len(errors) == 2 and "after the call, not in its callback" in errors[0]
+    assert pipe.identities == ()
+
+
+def test_two_pipelines_of_one_model_take_turns(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray
+) -> None:
+    """``from_pipe`` shares the modules."""
+    other = S2EditPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    identities = [fit(pipe, picture, half_mask, seed) for seed in range(2)]
+    alone = [edit(pipe, picture, TARGETS[0], identity=identity) for identity in identities]
+    jobs = [((pipe, other)[i % 2], i // 2 % 2) for i in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda job: edit(job[0], picture, TARGETS[0], identity=identities[job[1]]), jobs))
+    for (_, which), result in zip(jobs, results, strict=True):
+        np.testing.assert_array_equal(result, alone[which])
+
+
+def test_a_copy_of_the_pipeline_works_and_is_another(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    target = TARGETS[0].replace("[I] ", "")
+    np.testing.assert_array_equal(edit(copy.deepcopy(pipe), picture, target), edit(pipe, picture, target))
+
+
+def test_a_stop_sign_is_an_event(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    with pytest.raises(TypeError, match=r"stop must be a threading.Event"):
+        pipe("a photo of a lady", picture, SOURCE, stop=True)
