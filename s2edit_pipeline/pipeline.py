@@ -105,14 +105,13 @@ class S2EditPipeline(
 ):
     """Identity-preserving editing of real pictures.
 
-    Which components there are decides what kind of model it is, see ``family_base.family_of``; the others are None.
+    Its components decide what kind of model it is, see ``family_base.family_of``; those it lacks are None.
 
     Args:
         vae: autoencoder between pictures and latents.
         text_encoder, tokenizer: the first text encoder.
         text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3: the others, where the model has them.
-        unet: conditional denoiser, epsilon- or v-prediction; or
-        transformer: one of a kind that is served.
+        unet, transformer: the denoiser, one of them, of a kind that is served.
         scheduler: its noise levels are read and it is never changed.
         safety_checker, feature_extractor: Stable Diffusion's own, or None.
         image_encoder: for IP-Adapter, or None.

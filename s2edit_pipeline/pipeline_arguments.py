@@ -226,7 +226,7 @@ def check_fit(pipe: Any, generator: Any, reference: Any) -> tuple[ReferenceAttri
 
 
 def check_call(arguments: Arguments, what: str, method: Any = None) -> str:
-    """Checks what inversions and edits have in common; returns why the call needs the model to itself, "" if it doesn't.
+    """Checks what inversions and edits have in common; returns why the call needs the model to itself, or "".
 
     Args:
         method: an inversion, made or by name; None takes the argument ``method``.
