@@ -96,7 +96,7 @@ def test_the_pipeline_is_left_as_it_was(
                 return forward(x)
 
             pipe.unet.conv_in.forward = breaks  # type: ignore[method-assign]
-        with pytest.raises(RuntimeError, match="stop here|out of memory"):
+        with pytest.raises(RuntimeError, match=r"stop here|out of memory"):
             fit()
         if fails_at == "unet":
             del pipe.unet.conv_in.forward
@@ -221,6 +221,39 @@ def test_a_seed_decides_everything(pipe: S2EditPipeline, method: str) -> None:
     assert torch.equal(one.rows[0]["text_encoder"], again.rows[0]["text_encoder"]) and one.progress == again.progress
     assert all(torch.equal(one.weights[n], again.weights[n]) for n in one.weights)
     assert not torch.equal(one.rows[0]["text_encoder"], other.rows[0]["text_encoder"])
+
+
+def test_no_other_generator_is_reseeded(pipe: S2EditPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapters are drawn on the CPU; a device's own generator serves the caller's other work, in other threads."""
+    devices: list[Any] = []
+    fork_rng = torch.random.fork_rng
+
+    def fork(*arguments: Any, **options: Any) -> Any:
+        devices.append(options.get("devices", arguments[0] if arguments else None))
+        return fork_rng(*arguments, **options)
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("a device's generator was seeded")
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    for name in ("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    example, rows = example_of(pipe)
+    torch.default_generator.manual_seed(1)
+    before = torch.get_rng_state()
+    fit(pipe, example, rows, method="lora", num_steps=1)
+    assert devices and all(each == [] for each in devices)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+def test_the_cuda_generator_goes_on_as_if_nothing_had_been_fitted(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    pipe.to("cuda")
+    torch.cuda.manual_seed(7)
+    before = torch.cuda.get_rng_state()
+    for method in METHODS:
+        pipe.fit_identity(picture, PROMPT, "lady", method=method, num_steps=2)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("method", METHODS)
