@@ -17,10 +17,10 @@ from torch import nn
 from .attention_control import SpatialControl, attention_control
 from .ddim_steps import add_noise, gradient_scaler, training_target
 from .identity_losses import cosine, reconstruction_loss, semantic_loss
-from .identity_token import token_rows
 from .lora_start import start_along_gradient
 from .prompt_alignment import TokenizedPrompt
 from .prompt_encoding import PromptEmbeds, encode_prompts
+from .prompt_tokens import token_rows
 from .tuned_weights import LORA_LAYERS, checkpointed, frozen, full_weights, lora_weights, no_weights
 
 TOKEN_LEARNING_RATE = 5e-3

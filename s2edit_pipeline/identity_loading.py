@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any
 
-import numpy as np
 import torch
 
 from .attention_control import SpatialControl
-from .identity_adapter import IdentityAdapter, LoadedIdentities, check_base
-from .identity_token import token_rows, with_tokens
+from .identity_adapter import IdentityAdapter
+from .identity_overlay import IdentityOverlay
 from .picture_inputs import load_mask
 from .pipeline_parts import PipelineParts
 from .prompt_alignment import TokenizedPrompt, insert_token, split_words
@@ -23,13 +21,12 @@ from .prompt_encoding import PromptEmbeds, encode_prompts, join
 class IdentityLoading(PipelineParts):
     """Mixed into the pipeline: its loaded identities, and prompts that say their tokens."""
 
-    _loaded: LoadedIdentities
-    _plain_tokenizers: dict[str, Any]
+    _loaded: IdentityOverlay
 
     @property
     def identities(self) -> tuple[str, ...]:
         """The tokens of the identities loaded now."""
-        return tuple(self._loaded.adapters)
+        return tuple(self._loaded.identities)
 
     def load_identity(
         self,
@@ -70,33 +67,7 @@ class IdentityLoading(PipelineParts):
             adapter = adapter.renamed(token, reference_token)
         if mask is not None:
             adapter = replace(adapter, mask=load_mask(mask, None))
-        if adapter.token in self._loaded.adapters:
-            raise ValueError(
-                f"An identity {adapter.token!r} is loaded already. Give this one another name, "
-                f"load_identity(..., token='[{adapter.token.strip('[]<>')}2]'), or unload_identity({adapter.token!r})."
-            )
-        check_base(adapter, self._components_with_weights(), self._loaded)
-        if not np.isfinite(scale):
-            raise ValueError(f"scale must be a number, not {scale!r}.")
-        taken = [name for name in adapter.learned if name in self._learned_tokens]
-        if taken:
-            argument = "token" if taken[0] == adapter.token else "reference_token"
-            raise ValueError(
-                f"A token {taken[0]!r} is loaded already, with the identity {self._owner(taken[0])!r}; give this one "
-                f"another name: load_identity(..., {argument}='[{taken[0].strip('[]<>')}2]')."
-            )
-        plain = self._plain_tokenizers if self._loaded.adapters else self._tokenizers
-        tokens = [*self._learned_tokens, *adapter.learned]
-        tokenizers = {name: _tokenizer_with(tokenizer, tokens) for name, tokenizer in plain.items()}
-        tables = {name: encoder.get_input_embeddings() for name, encoder in self._text_encoders.items()}  # type: ignore[operator]
-        wanted = {name: (table.weight.shape[1],) for name, table in tables.items()}
-        for name, (rows, _) in adapter.learned.items():
-            shapes = {part: tuple(row.shape) for part, row in rows.items()}
-            if shapes != wanted:
-                raise ValueError(f"The token {name!r} has rows of {shapes}; this model's are of {wanted}.")
-        self._loaded.add(adapter, scale, self._components_with_weights())
-        self._plain_tokenizers = plain
-        self._set_tokenizers(tokenizers)
+        self._set_tokenizers(self._loaded.lay(adapter, scale, self._components_with_weights(), self._tokenizers))
         return adapter.token
 
     def unload_identity(self, token: str | None = None) -> None:
@@ -105,39 +76,24 @@ class IdentityLoading(PipelineParts):
         Raises:
             ValueError: no identity of that token is loaded.
         """
-        tokens = list(self._loaded.adapters) if token is None else [token]
-        for name in tokens:
-            if name not in self._loaded.adapters:
-                raise ValueError(f"No identity {name!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}.")
-            self._loaded.remove(name, self._components_with_weights())
-        if tokens:
-            names = self._learned_tokens
-            self._set_tokenizers({name: _tokenizer_with(t, names) for name, t in self._plain_tokenizers.items()})
+        self._set_tokenizers(self._loaded.lift(token, self._components_with_weights()))
 
     def _set_tokenizers(self, tokenizers: dict[str, Any]) -> None:
-        self.tokenizer = tokenizers["text_encoder"]
-        self.tokenizer_2 = tokenizers.get("text_encoder_2")
-
-    @property
-    def _learned_tokens(self) -> list[str]:
-        """The tokens of the loaded identities and of their reference attributes."""
-        return [name for adapter, _ in self._loaded.adapters.values() for name in adapter.learned]
-
-    def _owner(self, token: str) -> str:
-        """The loaded identity that ``token``, its own or its reference attribute's, belongs to."""
-        return next(name for name, (adapter, _) in self._loaded.adapters.items() if token in adapter.learned)
+        for name, tokenizer in tokenizers.items():
+            setattr(self, name.replace("text_encoder", "tokenizer"), tokenizer)
 
     @contextmanager
     def _with_identity(self, identity: Any) -> Iterator[str | None]:
         """``identity`` loaded for the length of the context, unless it is None or loaded already; gives its token."""
+        self._loaded.ensure(self._components_with_weights())
         if identity is None:
             yield None
             return
-        digest = getattr(identity, "digest", None)  # the same fit under whatever name, mask or strength it was loaded
+        digest = getattr(identity, "fit_digest", None)  # whatever name, mask or strength it was loaded with
         loaded = [
             token
-            for token, (adapter, _) in self._loaded.adapters.items()
-            if adapter.digest == digest or (isinstance(identity, str) and identity == token)
+            for token, one in self._loaded.identities.items()
+            if one.adapter.fit_digest == digest or (isinstance(identity, str) and identity == token)
         ]
         if len(loaded) > 1:
             raise ValueError(
@@ -154,16 +110,16 @@ class IdentityLoading(PipelineParts):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As every pipeline's; loaded identities are left out, save them with their own ``save_pretrained``."""
-        held = dict(self._loaded.adapters)
+        loaded = tuple(self._loaded.identities.values())
         self.unload_identity()
         try:
             super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
         finally:
-            for adapter, scale in held.values():
-                self.load_identity(adapter, scale=scale)
+            for one in loaded:
+                self.load_identity(one.adapter, scale=one.scale)
 
     def _refuse_while_loaded(self, what: str) -> None:
-        if self._loaded.adapters:
+        if self._loaded.identities:
             raise ValueError(
                 f"{what} changes what the loaded identities ({', '.join(self.identities)}) were laid over. "
                 "Call unload_identity() first, then this, and load them again."
@@ -200,12 +156,12 @@ class IdentityLoading(PipelineParts):
         """Each learned token's mask for each row of a batch; rows without a prompt (unconditional) have none."""
         masks, columns = {}, []
         switched: dict[str, list[str]] = {"renormalize": [], "mask_after": []}
-        for adapter, _ in self._loaded.adapters.values():
-            for token, (_, mask) in adapter.learned.items():
+        for one in self._loaded.identities.values():
+            for token, (_, mask) in one.adapter.learned.items():
                 if mask is not None:
                     masks[token] = mask
                     for switch, tokens in switched.items():
-                        tokens += [token] if adapter.settings.get(switch) else []
+                        tokens += [token] if one.adapter.settings.get(switch) else []
         names = {token: self.tokenizer.convert_tokens_to_ids(token) for token in masks}
         for prompt in rows:
             found: dict[str, tuple[int, ...]] = {}
@@ -218,30 +174,14 @@ class IdentityLoading(PipelineParts):
 
     def _identity_state(self, token: str) -> str:
         """What a loaded identity does to a picture's inversion: which fit, how strong, held where."""
-        adapter, scale = self._loaded.adapters[token]
-        masks = [mask for _, mask in adapter.learned.values()]
-        held = [[] if mask is None else [list(mask.shape), mask.flatten().tolist()] for mask in masks]
-        return f"{adapter.digest} x {scale:g} at {sha256(repr(held).encode()).hexdigest()[:16]}"
+        return self._loaded.state(token)
 
     # -------------------------------------------------------------------- prompts with identities
 
     @torch.no_grad()
     def _encode_prompts(self, prompts: Sequence[TokenizedPrompt], clip_skip: int | None = None) -> PromptEmbeds:
         """With the loaded identities' rows in place."""
-        with ExitStack() as rows:
-            for name, encoder in self._text_encoders.items():
-                tokenizer = self._tokenizers[name]
-                rows.enter_context(
-                    token_rows(
-                        encoder,
-                        {
-                            tokenizer.convert_tokens_to_ids(token): held[name].to(self._execution_device)
-                            for adapter, _ in self._loaded.adapters.values()
-                            for token, (held, _) in adapter.learned.items()
-                        },
-                    )
-                )
-            encoded = [encode_prompts(self._text_encoders, [p], self._execution_device, clip_skip) for p in prompts]
+        encoded = [encode_prompts(self._text_encoders, [p], self._execution_device, clip_skip) for p in prompts]
         return join(encoded)
 
     def _encode_negative(self, prompt: str | None, like: PromptEmbeds, clip_skip: int | None = None) -> PromptEmbeds:
@@ -253,7 +193,7 @@ class IdentityLoading(PipelineParts):
     def _source_prompt(self, prompt: str, target_tokens: Sequence[str]) -> str:
         """``prompt`` with each loaded token that a target holds put before its subject."""
         for token in target_tokens:
-            adapter, _ = self._loaded.adapters[token]
+            adapter = self._loaded.identities[token].adapter
             if token not in split_words(prompt, [token]):
                 prompt = insert_token(prompt, adapter.subject, token)
         return prompt
@@ -267,9 +207,9 @@ class IdentityLoading(PipelineParts):
             return []
         words = f" {' '.join(split_words(prompt))} "
         fitting = {
-            token: adapter.subject.lower()
-            for token, (adapter, _) in self._loaded.adapters.items()
-            if f" {' '.join(split_words(adapter.subject))} " in words
+            token: one.adapter.subject.lower()
+            for token, one in self._loaded.identities.items()
+            if f" {' '.join(split_words(one.adapter.subject))} " in words
         }
         if len(set(fitting.values())) < len(fitting):
             raise ValueError(
@@ -279,13 +219,4 @@ class IdentityLoading(PipelineParts):
         return list(fitting)
 
     def _tokens_in(self, prompts: Sequence[str]) -> list[str]:
-        return [t for t in self._loaded.adapters if any(t in split_words(p, [t]) for p in prompts)]
-
-
-def _tokenizer_with(plain: Any, tokens: list[str]) -> Any:
-    """``plain`` itself without ``tokens``; else a copy that knows them and names them in ``s2edit_tokens``."""
-    if not tokens:
-        return plain
-    tokenizer = with_tokens(plain, tokens)
-    tokenizer.s2edit_tokens = tuple(tokens)
-    return tokenizer
+        return [t for t in self._loaded.identities if any(t in split_words(p, [t]) for p in prompts)]

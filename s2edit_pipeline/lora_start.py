@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .low_rank import leading_triples
+from .identity_compression import leading_triples
 from .tuned_weights import frozen
 
 ROW_LENGTH = 3**-0.5

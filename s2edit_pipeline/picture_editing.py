@@ -99,7 +99,7 @@ class PictureEditing(IdentityLoading):
 
     def _model_state(self, schedule: NoiseSchedule) -> str:
         """What an evaluation of the U-Net depends on besides what goes in."""
-        identities = {token: self._identity_state(token) for token in self._loaded.adapters}
+        identities = {token: self._identity_state(token) for token in self._loaded.identities}
         adapters = sorted(getattr(self.unet, "peft_config", {}))
         return repr((self._base_name(), identities, adapters, schedule.timesteps.tolist()))
 
@@ -127,8 +127,8 @@ class PictureEditing(IdentityLoading):
                 f"leave it out, or call pipe.invert(..., num_inference_steps={steps})."
             )
         for token, state in inversion.identities.items():
-            if token not in self._loaded.adapters or self._identity_state(token) != state:
-                loaded = "another identity, scale or mask is" if token in self._loaded.adapters else "it isn't"
+            if token not in self._loaded.identities or self._identity_state(token) != state:
+                loaded = "another identity, scale or mask is" if token in self._loaded.identities else "it isn't"
                 raise ValueError(
                     f"The inversion was made with the identity {token!r}, and {loaded} loaded under that name. "
                     "Pass the same one, identity=..., or invert again without it."
@@ -183,7 +183,7 @@ class PictureEditing(IdentityLoading):
         present = self._tokens_in([*prompts, inverted_prompt])
         if source_prompt is None:
             known = [*present, *([asked] if asked is not None else [])]
-            named = [inverted_prompt, *(self._loaded.adapters[t][0].source_prompt for t in known)]
+            named = [inverted_prompt, *(self._loaded.identities[t].adapter.source_prompt for t in known)]
             source_prompt = next((text for text in named if text), None)
             if source_prompt is None:
                 raise ValueError("Pass source_prompt=, what the picture shows now: 'a photo of a lady with glasses'.")

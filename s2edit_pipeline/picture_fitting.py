@@ -14,13 +14,14 @@ import torch
 from .attention_control import MapRecorder, attention_control, mask_at
 from .ddim_steps import noise_schedule
 from .edit_sampling import check_share
-from .identity_adapter import IdentityAdapter, LearnedAttribute, fingerprint
+from .identity_adapter import IdentityAdapter, LearnedAttribute
+from .identity_fingerprint import fingerprint
 from .identity_fitting import FitExample, FitProgress, FitSettings, fit_identity_weights
 from .identity_loading import IdentityLoading
-from .identity_token import initial_row, with_tokens
 from .object_masks import record_maps, threshold_map
 from .picture_inputs import load_mask, load_picture
 from .prompt_alignment import TokenizedPrompt, insert_token, split_words
+from .prompt_tokens import initial_row, with_tokens
 
 MASK_LEVELS = (0.2, 0.35, 0.5, 0.65)
 """Where the object is looked for: shares of the way from the picture to noise."""
@@ -93,7 +94,7 @@ class PictureFitting(IdentityLoading):
             asked.append(
                 self._fit_input("reference.", r.image, r.prompt, r.subject, r.token, r.mask, tokenizers, (None, None))
             )
-        if self._loaded.adapters:
+        if self._loaded.identities:
             raise ValueError(
                 f"Identities are loaded ({', '.join(self.identities)}); a new one is fitted to the bare model. "
                 "Call pipe.unload_identity() first."

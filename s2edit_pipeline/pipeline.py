@@ -31,25 +31,28 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-# diffusers copies only the files that this one names, so the stages' own modules are named here as well; in what is
-# published this is the only list that its loader follows, see publishing.unfollowed
-from .atomic_folder import atomic_folder  # noqa: F401
 from .attention_control import attention_control  # noqa: F401
 from .ddim_steps import noise_schedule
 from .edit_control import EditControl  # noqa: F401
 from .edit_plan import plan_edits  # noqa: F401
 from .edit_sampling import EditSettings, check_share
-from .identity_adapter import IdentityAdapter, LoadedIdentities
+from .identity_adapter import IdentityAdapter
 from .identity_card import identity_card  # noqa: F401
+from .identity_compression import compress  # noqa: F401
 from .identity_files import read_identity  # noqa: F401
+from .identity_fingerprint import fingerprint  # noqa: F401
 from .identity_fitting import FitSettings
+
+# diffusers copies only the files that this one names, so the stages' own modules are named here as well; in what is
+# published this is the only list that its loader follows, see publishing.unfollowed
+from .identity_folder import atomic_folder  # noqa: F401
 from .identity_loading import IdentityLoading  # noqa: F401
+from .identity_lora_names import lora_metadata  # noqa: F401
 from .identity_losses import cosine  # noqa: F401
-from .identity_token import token_rows  # noqa: F401
+from .identity_overlay import IdentityOverlay
+from .identity_schema import check_config  # noqa: F401
 from .latent_inversion import Inversion, check_method
-from .lora_format import lora_metadata  # noqa: F401
 from .lora_start import start_along_gradient  # noqa: F401
-from .low_rank import compress  # noqa: F401
 from .noise_drawing import NoiseDrawing
 from .object_masks import mask_to_picture
 from .picture_editing import PictureEditing
@@ -60,6 +63,7 @@ from .pipeline_parts import PipelineParts  # noqa: F401
 from .presets import with_preset
 from .prompt_alignment import tokenize  # noqa: F401
 from .prompt_encoding import encode_prompts  # noqa: F401
+from .prompt_tokens import token_rows  # noqa: F401
 from .source_attention import KeepAttention
 from .tuned_weights import lora_weights  # noqa: F401
 
@@ -137,8 +141,7 @@ class S2EditPipeline(
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         if text_encoder_2 is not None:
             self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        self._loaded = LoadedIdentities()
-        self._plain_tokenizers: dict[str, Any] = {}
+        self._loaded = IdentityOverlay()
         self._interrupt = False
 
     @property

@@ -10,8 +10,8 @@ import peft
 import torch
 from torch import nn
 
-from .identity_token import embedding_table
-from .lora_format import lora_metadata, published_name
+from .identity_lora_names import lora_metadata, published_name
+from .prompt_tokens import embedding_table
 
 LORA_LAYERS = ("all", "attention")
 _ATTENTION = {"unet": ["to_q", "to_k", "to_v", "to_out.0"]}

@@ -15,9 +15,9 @@ from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, ReferenceAttribute
 from s2edit_pipeline.identity_fitting import FitExample, FitSettings, fit_identity_weights
-from s2edit_pipeline.identity_token import initial_row, with_tokens
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.prompt_alignment import insert_token, tokenize
+from s2edit_pipeline.prompt_tokens import initial_row, with_tokens
 
 METHODS = ("lora", "full", "token")
 PROMPT = "a photo of a sad lady with glasses"

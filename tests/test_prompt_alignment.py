@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
-from s2edit_pipeline.identity_token import with_tokens
 from s2edit_pipeline.prompt_alignment import (
     TokenizedPrompt,
     align_prompts,
@@ -20,6 +19,7 @@ from s2edit_pipeline.prompt_alignment import (
     split_words,
     tokenize,
 )
+from s2edit_pipeline.prompt_tokens import with_tokens
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from transformers import CLIPTokenizer
 from s2edit_pipeline import IdentityAdapter, S2EditPipeline, latent_inversion
 from s2edit_pipeline.ddim_steps import gradient_scaler
 from s2edit_pipeline.identity_fitting import FitExample, FitSettings, fit_identity_weights
-from s2edit_pipeline.identity_token import initial_row, with_tokens
 from s2edit_pipeline.latent_inversion import INVERSIONS
+from s2edit_pipeline.prompt_tokens import initial_row, with_tokens
 
 FAMILIES = ("sd1", "sd2_v", "sdxl")
 METHODS = ("lora", "full", "token")
