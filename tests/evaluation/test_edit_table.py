@@ -45,8 +45,9 @@ def test_rows_are_graded_against_the_drawings_and_share_their_fits(monkeypatch: 
 def test_every_setting_is_one_that_the_pipeline_takes() -> None:
     import inspect
 
-    from s2edit_pipeline import S2EditPipeline
     from s2edit_pipeline.latent_inversion import check_method
+
+    from s2edit_pipeline import S2EditPipeline
 
     fit, call = (inspect.signature(f).parameters for f in (S2EditPipeline.fit_identity, S2EditPipeline.__call__))
     for setting in SETTINGS.values():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from s2edit_pipeline.ddim_steps import split_prediction
 
 from s2edit_pipeline import load_avatars
-from s2edit_pipeline.ddim_steps import split_prediction
 from s2edit_pipeline.evaluation.inversion_table import measure_inversions, seen_as, table
 
 

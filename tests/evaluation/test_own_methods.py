@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from s2edit_pipeline.edit_sampling import EditSettings
+from s2edit_pipeline.identity_fitting import RECIPES
+from s2edit_pipeline.latent_inversion import check_method
 
 from s2edit_pipeline import S2EditPipeline
-from s2edit_pipeline.edit_sampling import EditSettings
 from s2edit_pipeline.evaluation.benchmark_methods import METHODS, Entrant
 from s2edit_pipeline.evaluation.own_methods import ABLATION, PAPER, SETTINGS, FitsOfOnePicture, Setting
 from s2edit_pipeline.evaluation.unet_counts import count_unet
-from s2edit_pipeline.identity_fitting import RECIPES
-from s2edit_pipeline.latent_inversion import check_method
 from s2edit_pipeline.prompt_words import insert_token
 
 SOURCE, TARGET = "a photo of a smiling lady with glasses", "a photo of a sad lady with glasses"

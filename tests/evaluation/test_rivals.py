@@ -15,11 +15,11 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from PIL import Image
+from s2edit_pipeline.identity_fitting import RECIPES
 
 from s2edit_pipeline import S2EditPipeline
 from s2edit_pipeline.avatars.instruct_training import widen_unet
 from s2edit_pipeline.evaluation.rivals import SINE, InstructPix2Pix, SDEdit, model_based_guidance
-from s2edit_pipeline.identity_fitting import RECIPES
 
 SOURCE = "a photo of a smiling lady with glasses"
 TARGETS = ["a photo of a sad lady with glasses", "a photo of a smiling lady with a red hat"]
