@@ -86,7 +86,9 @@ def test_arguments_are_taken_from_the_command_line(monkeypatch, capsys):
 
 def test_measured_costs_are_printed_and_saved(monkeypatch, capsys, tmp_path):
     from s2edit_pipeline import avatars
-    from s2edit_pipeline.evaluation import cost_scaling, edit_costs, few_steps
+    from s2edit_pipeline.evaluation.costs import edits as edit_costs
+    from s2edit_pipeline.evaluation.costs import scaling as cost_scaling
+    from s2edit_pipeline.evaluation.studies import few_steps
 
     @dataclass
     class Report:

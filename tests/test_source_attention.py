@@ -10,7 +10,7 @@ import torch
 
 from s2edit_pipeline import KeepAttention
 from s2edit_pipeline.attention_control import AttentionSite, Look
-from s2edit_pipeline.evaluation.unet_counts import count_unet
+from s2edit_pipeline.evaluation.costs.counts import count_unet
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.source_attention import AttentionKeeper
 

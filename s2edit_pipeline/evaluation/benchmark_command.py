@@ -64,8 +64,8 @@ def _run(args: argparse.Namespace) -> None:
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
-    from .benchmark_methods import BENCHMARK_METHODS, QUICK_METHODS, SETTINGS_FILE, entrants
-    from .method_records import run_benchmark
+    from .benchmark.runner import run_benchmark
+    from .methods.registry import BENCHMARK_METHODS, QUICK_METHODS, SETTINGS_FILE, entrants
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -84,8 +84,8 @@ def _run(args: argparse.Namespace) -> None:
     }
     _check_together(args)
     if args.dataset:
-        from .dataset_benchmark import DatasetRun, standard_measures, write_dataset_report
-        from .edit_datasets import load_edit_dataset
+        from .benchmark.dataset_run import DatasetRun, standard_measures, write_dataset_report
+        from .benchmark.datasets import load_edit_dataset
 
         pictures = load_edit_dataset(args.dataset)[: args.limit]
         taking_part = entrants(args.methods or BENCHMARK_METHODS, settings, models)
@@ -96,16 +96,16 @@ def _run(args: argparse.Namespace) -> None:
         print(f"{report.read_text('utf-8')}\nThe report is {report}")
         return
 
-    from .benchmark import BenchmarkRun
-    from .benchmark_edits import BENCHMARK_FIRST
-    from .benchmark_report import write_report
+    from .benchmark.drawn_edits import BENCHMARK_FIRST
+    from .benchmark.drawn_subjects import BenchmarkRun
+    from .benchmark.report import write_report
 
     drawing = args.figures or args.figure
     sizes = dict(_QUICK if args.quick else _SMALL if args.tune or drawing else _FULL)
     sizes |= {name: value for name in sizes if (value := getattr(args, name)) is not None}
     shared["edits"] = sizes["edits"]
     if args.tune:
-        from .benchmark_tuning import TUNING_FIRST, tune, tuned_methods
+        from .benchmark.tuning import TUNING_FIRST, tune, tuned_methods
 
         subjects = _numbered(TUNING_FIRST, sizes["people"], sizes["creatures"])
         found = tune(args.methods or tuned_methods(), subjects, Path(args.out), settings, args.jobs, models, **shared)
@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace) -> None:
         return BenchmarkRun(Path(args.out), entrants(args.methods or names, settings, models), subjects, **shared)
 
     if drawing:
-        from .benchmark_figures import METHODS_OF, draw_figure
+        from .benchmark.figures import METHODS_OF, draw_figure
 
         for number in (7, 8, 9) if args.figures else args.figure:
             print(f"Figure {number} is {draw_figure(number, of(METHODS_OF[number]), args.jobs)}")

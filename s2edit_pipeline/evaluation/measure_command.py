@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .base_model import BaseModelReport
+    from .studies.base_model import BaseModelReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def _base_model(args: argparse.Namespace) -> None:
-    from .base_model import measure_base_model
+    from .studies.base_model import measure_base_model
 
     report = measure_base_model(
         _load(args), num_captions=args.captions, num_pairs=args.captions // 4, num_inference_steps=args.steps or 30
@@ -80,21 +80,21 @@ def _save_sheet(report: BaseModelReport, path: str) -> None:
 
 
 def _inversions(args: argparse.Namespace) -> None:
-    from .inversion_table import measure_inversions, table
+    from .studies.inversions import measure_inversions, table
 
     print(table(measure_inversions(_load(args), people=range(args.people or 4), num_inference_steps=args.steps or 50)))
 
 
 def _edits(args: argparse.Namespace) -> None:
-    from . import edit_table
+    from .studies import edits as edit_table
 
     names = args.setting or list(edit_table.SETTINGS)
     print(edit_table.table(edit_table.measure_edits(_load(args), names, num_inference_steps=args.steps or 25)))
 
 
 def _confinement(args: argparse.Namespace) -> None:
-    from . import edit_table
-    from .counterfactual import varied_edits
+    from .metrics.counterfactual import varied_edits
+    from .studies import edits as edit_table
 
     rows = edit_table.measure_edits(
         _load(args),
@@ -107,7 +107,7 @@ def _confinement(args: argparse.Namespace) -> None:
 
 
 def _compositions(args: argparse.Namespace) -> None:
-    from . import composition
+    from .studies import compositions as composition
 
     composed = composition.measure_compositions(
         _load(args), composition.composition_pairs(args.people or 24), num_inference_steps=args.steps or 25
@@ -118,7 +118,7 @@ def _compositions(args: argparse.Namespace) -> None:
 
 
 def _fits(args: argparse.Namespace) -> None:
-    from . import fit_curves
+    from .studies import fits as fit_curves
 
     points = fit_curves.measure_fits(_load(args), range(args.people or 4), num_inference_steps=args.steps or 25)
     print(fit_curves.table(points))
@@ -127,7 +127,7 @@ def _fits(args: argparse.Namespace) -> None:
 
 
 def _memory(args: argparse.Namespace) -> None:
-    from . import peak_memory
+    from .costs import memory as peak_memory
 
     pipe = _load(args)
     print(peak_memory.table(peak_memory.measure_memory(pipe, num_inference_steps=args.steps or 10)))
@@ -137,7 +137,7 @@ def _memory(args: argparse.Namespace) -> None:
 
 def _costs(args: argparse.Namespace) -> None:
     if args.random:
-        from .gpu_costs import measure_gpu_costs
+        from .costs.cuda import measure_gpu_costs
 
         report: Any = measure_gpu_costs(
             args.random,
@@ -148,7 +148,7 @@ def _costs(args: argparse.Namespace) -> None:
             repeats=args.repeats,
         )
     else:
-        from .edit_costs import ITEMS, measure_edit_costs
+        from .costs.edits import ITEMS, measure_edit_costs
 
         items = args.items or tuple(ITEMS)
         report = measure_edit_costs(_load(args), args.steps or 50, args.repeats, items=items, side=args.side)
@@ -156,13 +156,13 @@ def _costs(args: argparse.Namespace) -> None:
 
 
 def _steps(args: argparse.Namespace) -> None:
-    from .few_steps import measure_steps
+    from .studies.few_steps import measure_steps
 
     _show(measure_steps(_load(args), people=range(args.people or 4)), args.json)
 
 
 def _scaling(args: argparse.Namespace) -> None:
-    from .cost_scaling import measure_scaling, plot
+    from .costs.scaling import measure_scaling, plot
 
     report = measure_scaling(_load(args), repeats=args.repeats)
     _show(report, args.json)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from s2edit_pipeline.cli import main
-from s2edit_pipeline.evaluation import benchmark_figures, benchmark_methods
-from s2edit_pipeline.evaluation.benchmark import BenchmarkRun
-from s2edit_pipeline.evaluation.benchmark_methods import entrants
-from s2edit_pipeline.evaluation.benchmark_tuning import TUNING_FIRST, criterion
-from s2edit_pipeline.evaluation.own_methods import ABLATION, PipelineMethod, Setting
+from s2edit_pipeline.evaluation.benchmark import figures as benchmark_figures
+from s2edit_pipeline.evaluation.benchmark.drawn_subjects import BenchmarkRun
+from s2edit_pipeline.evaluation.benchmark.tuning import TUNING_FIRST, criterion
+from s2edit_pipeline.evaluation.methods import registry as benchmark_methods
+from s2edit_pipeline.evaluation.methods.pipeline_methods import ABLATION, PipelineMethod, Setting
+from s2edit_pipeline.evaluation.methods.registry import entrants
 
 SMALL = ["--people", "1", "--creatures", "0", "--edits", "2", "--steps", "2", "--device", "cpu"]
 FITTED = ("S2Edit", "S2Edit, the paper's", *(f"ablation: {name}" for name in ("+ IFT", "+ SeC", "+ SpC")))
