@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ...prompt_alignment import split_words
-from ..methods.protocol import holds
+from ..methods.protocol import contains_phrase
 
 CAPTIONS = ("captions.jsonl", "captions.csv")
 PIE_MAPPING, PIE_PICTURES, PIE_SIDE = "mapping_file.json", "annotation_images", 512
@@ -73,12 +73,12 @@ def load_edit_dataset(path: str | Path) -> list[DatasetEdit]:
         listing, folder = path, path.parent
     else:
         folder = path
-        found = [folder / name for name in (*CAPTIONS, PIE_MAPPING) if (folder / name).is_file()]
-        if len(found) > 1:
-            raise ValueError(f"{folder} has {found[0].name} and {found[1].name}; pass the one to read.")
-        if not found:
+        listings = [folder / name for name in (*CAPTIONS, PIE_MAPPING) if (folder / name).is_file()]
+        if len(listings) > 1:
+            raise ValueError(f"{folder} has {listings[0].name} and {listings[1].name}; pass the one to read.")
+        if not listings:
             return _checked(list(_from_sidecars(folder)), folder)
-        listing = found[0]
+        listing = listings[0]
     if listing.suffix == ".json":
         return _checked(list(_from_pie_bench(listing, folder)), listing)
     if listing.suffix not in (".jsonl", ".csv"):
@@ -164,8 +164,8 @@ def _entry(row: Mapping[str, Any], file: str, where: str, folder: Path) -> Datas
         raise ValueError(f"{where} has {unknown[0]!r}, which is no field; the fields are {', '.join(_FIELDS)}.")
     if "target_prompt" in row and "target_prompts" in row:
         raise ValueError(f"{where} has target_prompt and target_prompts; give one of them.")
-    asked = row.get("target_prompts", row.get("target_prompt"))
-    targets = asked if isinstance(asked, list) else [] if asked is None else str(asked).split(_SEPARATOR)
+    prompts = row.get("target_prompts", row.get("target_prompt"))
+    targets = prompts if isinstance(prompts, list) else [] if prompts is None else str(prompts).split(_SEPARATOR)
     targets = [target.strip() if isinstance(target, str) else "" for target in targets]
     if not targets or not all(targets):
         raise ValueError(f"{where} has no target_prompts, or an empty one; say what the picture is to become.")
@@ -186,7 +186,7 @@ def _existing(file: Path, where: str) -> Path:
 
 
 def _check_subject(source: str, subject: str, where: str) -> None:
-    if not holds(source, subject):
+    if not contains_phrase(source, subject):
         raise ValueError(f"{where}: the subject {subject!r} is not in the source prompt {source!r}; take a noun of it.")
 
 
@@ -278,7 +278,7 @@ def _subject(entry: Mapping[str, Any], source: str) -> str:
     first = blended.split()[:1] if isinstance(blended, str) else []
     words = split_words(source)
     for phrase in (*first, *marked):
-        found = [word for word in split_words(phrase) if word in words]
-        if found:
-            return found[-1]
+        shared = [word for word in split_words(phrase) if word in words]
+        if shared:
+            return shared[-1]
     return words[-1]

@@ -1,4 +1,4 @@
-"""The benchmark's edits of a held-out subject: every kind that a caption can ask for and a drawing can answer."""
+"""Edits of a held-out drawn subject: every kind that a caption can ask for and a drawing can answer."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _UNSAID: Mapping[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
-class BenchmarkEdit(CounterfactualEdit):
+class DrawnEdit(CounterfactualEdit):
     """An edit, and the ``category`` that it counts under."""
 
     category: str
 
 
-def benchmark_edits(subject: Subject, number: int | None = None, *, seed: int = 0) -> list[BenchmarkEdit]:
+def drawn_edits(subject: Subject, number: int | None = None, *, seed: int = 0) -> list[DrawnEdit]:
     """Edits of ``subject`` with another prompt and another picture each, whose truth the picture settles.
 
     Args:
@@ -49,10 +49,10 @@ def benchmark_edits(subject: Subject, number: int | None = None, *, seed: int = 
         seed: which ones; of several subjects, each with a seed of its own, every category gets its share.
     """
     rng = random.Random(f"edits-{seed}")
-    of_category: dict[str, list[tuple[BenchmarkEdit, dict[str, str]]]] = {}
+    of_category: dict[str, list[tuple[DrawnEdit, dict[str, str]]]] = {}
     targets = {subject}
     for category, name, changes in _changes(subject):
-        edit = BenchmarkEdit(name, subject, subject.edited(**changes), category)
+        edit = DrawnEdit(name, subject, subject.edited(**changes), category)
         if edit.target not in targets:
             targets.add(edit.target)
             of_category.setdefault(category, []).append((edit, changes))

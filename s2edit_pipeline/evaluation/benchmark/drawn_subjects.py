@@ -1,4 +1,4 @@
-"""Held-out subjects as the benchmark has them: every edit scored against its drawing."""
+"""Held-out drawn subjects: every edit is scored against its drawing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL import Image
 
 from ...avatars.captions import describe
 from ...avatars.world import render, sample
-from ..methods.protocol import Edit, EditMethod
-from ..methods.registry import Entrant
+from ..methods.protocol import Edit, Method
+from ..methods.registry import MethodSpec
 from ..metrics.classifier import load_attribute_classifier
-from .drawn_edits import BenchmarkEdit, benchmark_edits
-from .runner import MethodsRun, Record, Task
+from .drawn_edits import DrawnEdit, drawn_edits
+from .runner import BenchmarkRun, EditTask, Record
 from .scoring import score_edit
 
 SubjectKey = tuple[str, int]
@@ -22,7 +22,7 @@ SubjectKey = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class BenchmarkRun(MethodsRun[SubjectKey]):
+class DrawnRun(BenchmarkRun[SubjectKey]):
     """Drawn subjects; each one's seed is made of the run's and the subject's number.
 
     Attributes:
@@ -35,15 +35,15 @@ class BenchmarkRun(MethodsRun[SubjectKey]):
         kind, number = subject
         return f"{kind}-{number}"
 
-    def settings(self, entrant: Entrant, method: EditMethod, weights: str) -> Record:
-        return {"edits": self.edits, **super().settings(entrant, method, weights)}
+    def settings(self, spec: MethodSpec, method: Method, weights: str) -> Record:
+        return {"edits": self.edits, **super().settings(spec, method, weights)}
 
-    def task(self, subject: SubjectKey, method: EditMethod) -> Task:
+    def task(self, subject: SubjectKey, method: Method) -> EditTask:
         avatar = sample(*subject, "held_out")
-        asked = [edit.target_prompt for edit in edits_of(self, subject)]
-        return Task(render(avatar), describe(avatar).text, avatar.noun, subject_seed(self, subject), asked)
+        prompts = [edit.target_prompt for edit in edits_of(self, subject)]
+        return EditTask(render(avatar), describe(avatar).text, avatar.noun, subject_seed(self, subject), prompts)
 
-    def score(self, subject: SubjectKey, task: Task, edit: Edit, images: Sequence[Image.Image]) -> Record:
+    def score(self, subject: SubjectKey, task: EditTask, edit: Edit, images: Sequence[Image.Image]) -> Record:
         classifier = _classifier(subject[0])
         rows = [
             {"name": e.name, "category": e.category, "prompt": e.target_prompt}
@@ -60,12 +60,12 @@ class BenchmarkRun(MethodsRun[SubjectKey]):
 _classifier = cache(load_attribute_classifier)
 
 
-def subject_seed(run: BenchmarkRun, subject: SubjectKey) -> int:
+def subject_seed(run: DrawnRun, subject: SubjectKey) -> int:
     """Of everything random that is done with ``subject``."""
     return run.seed * 1_000_003 + subject[1]
 
 
-def edits_of(run: BenchmarkRun, subject: SubjectKey) -> list[BenchmarkEdit]:
+def edits_of(run: DrawnRun, subject: SubjectKey) -> list[DrawnEdit]:
     """The edits that are graded, in the order in which the records have them."""
     kind, number = subject
-    return benchmark_edits(sample(kind, number, "held_out"), run.edits, seed=number)
+    return drawn_edits(sample(kind, number, "held_out"), run.edits, seed=number)

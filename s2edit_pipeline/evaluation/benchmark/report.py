@@ -1,6 +1,6 @@
 """From a benchmark's records to tables and plots: means, and paired differences to one of the methods.
 
-Edits of one subject resemble each other, so every interval draws whole subjects (:mod:`intervals`).
+Edits of one subject resemble each other, so every interval draws whole subjects (:mod:`..metrics.intervals`).
 """
 
 from __future__ import annotations
@@ -15,54 +15,55 @@ import numpy as np
 from PIL import Image
 
 from ...avatars.world import IMAGE_SIZE, render
+from ..methods.registry import MethodSpec
 from ..metrics.intervals import bootstrap_interval
 from ..sheets import save_figure, save_sheet
-from .drawn_subjects import BenchmarkRun, SubjectKey, edits_of
+from ..tables import MISSING, markdown_table, number, with_interval
+from .drawn_subjects import DrawnRun, SubjectKey, edits_of
 from .runner import mean_costs
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How ``name`` of a ``benchmark_metrics.Score`` is shown."""
+    """How ``name`` of a ``scoring.Score`` is shown."""
 
     name: str
     title: str
-    digits: int
+    spec: str
     higher_is_better: bool
-
-    def show(self, value: float) -> str:
-        return f"{value:.{self.digits}f}"
 
 
 METRICS = (
-    Metric("psnr", "PSNR", 2, True),
-    Metric("ssim", "SSIM", 4, True),
-    Metric("feature_distance", "feature distance", 4, False),
-    Metric("inside", "inside", 2, True),
-    Metric("outside", "outside", 2, True),
-    Metric("identity", "identity ΔE", 2, False),
-    Metric("aligned", "aligned", 3, True),
-    Metric("agreement", "agreement", 3, True),
-    Metric("done", "done", 3, True),
-    Metric("unchanged", "unchanged", 3, False),
+    Metric("psnr", "PSNR", ".2f", True),
+    Metric("ssim", "SSIM", ".4f", True),
+    Metric("feature_distance", "feature distance", ".4f", False),
+    Metric("inside", "inside", ".2f", True),
+    Metric("outside", "outside", ".2f", True),
+    Metric("identity", "identity ΔE", ".2f", False),
+    Metric("aligned", "aligned", ".3f", True),
+    Metric("agreement", "agreement", ".3f", True),
+    Metric("done", "done", ".3f", True),
+    Metric("unchanged", "unchanged", ".3f", False),
 )
 _SHEET_LINES = 8
 _BY_CATEGORY = ("psnr", "aligned", "identity")
 
-Values = dict[tuple[SubjectKey, str], float]
-"""Subject and edit -> what it scored; those that have no such score are left out."""
+EditKey = tuple[SubjectKey, str]
+"""A subject, and the name of one of its edits."""
+Values = dict[EditKey, float]
+"""What each edit scored; those that have no such score are left out."""
 
 
-def collect(run: BenchmarkRun) -> dict[str, dict[str, Values]]:
-    """Entrant -> metric -> values, of the records that hold edits."""
-    found: dict[str, dict[str, Values]] = {}
-    for entrant, subject, record in run.records():
+def collect(run: DrawnRun) -> dict[str, dict[str, Values]]:
+    """Method -> metric -> values, of the records that have edits."""
+    scores: dict[str, dict[str, Values]] = {}
+    for spec, subject, record in run.records():
         for edit in record.get("edits", ()):
             for metric in METRICS:
                 if edit[metric.name] is not None:
-                    values = found.setdefault(entrant.name, {}).setdefault(metric.name, {})
+                    values = scores.setdefault(spec.name, {}).setdefault(metric.name, {})
                     values[subject, edit["name"]] = float(edit[metric.name])
-    return found
+    return scores
 
 
 def summary(values: Values) -> dict[str, float]:
@@ -77,39 +78,31 @@ def paired(values: Values, baseline: Values) -> dict[str, float]:
     return summary({key: value - baseline[key] for key, value in values.items() if key in baseline})
 
 
-def make_report(run: BenchmarkRun, unavailable: Mapping[str, str], baseline: str) -> dict[str, Any]:
+def make_report(run: DrawnRun, unavailable: Mapping[str, str], baseline: str) -> dict[str, Any]:
     """Everything that the tables say, as JSON holds it.
 
     Args:
-        unavailable: entrants that couldn't be made, with the reason.
-        baseline: the entrant that the others are compared with; without records of it nothing is compared.
+        unavailable: methods that couldn't be made, with the reason.
+        baseline: the method that the others are compared with; without records of it nothing is compared.
     """
     scores, categories = collect(run), _categories(run)
     methods: dict[str, dict[str, Any]] = {}
-    for entrant in run.entrants:
-        row: dict[str, Any] = {"arguments": dict(entrant.arguments), "failures": [], "subjects": 0}
-        methods[entrant.name] = row
-        if entrant.name in unavailable:
-            row["unavailable"] = unavailable[entrant.name]
-        if entrant.name not in scores:
-            continue
-        held = scores[entrant.name]
-        row["edits"] = len(held["psnr"])
-        row["means"] = {name: summary(values) for name, values in held.items()}
-        row["categories"] = {
-            category: {name: float(np.mean(part)) for name in held if (part := _of_category(held[name], keys))}
-            for category, keys in categories.items()
-        }
-        if entrant.name != baseline and baseline in scores:
-            shared = {name: values.keys() & scores[baseline].get(name, {}).keys() for name, values in held.items()}
-            row["paired"] = {name: paired(held[name], scores[baseline][name]) for name, keys in shared.items() if keys}
+    for spec in run.methods:
+        row: dict[str, Any] = {"arguments": dict(spec.arguments), "failures": [], "subjects": 0}
+        methods[spec.name] = row
+        if spec.name in unavailable:
+            row["unavailable"] = unavailable[spec.name]
+        if spec.name in scores:
+            row |= _method_scores(scores[spec.name], categories)
+            if spec.name != baseline and baseline in scores:
+                row["paired"] = _paired_scores(scores[spec.name], scores[baseline])
     costs: dict[str, list[Mapping[str, Any]]] = {}
-    for entrant, subject, record in run.records():
+    for spec, subject, record in run.records():
         if record["error"] is not None:
-            methods[entrant.name]["failures"].append({"subject": list(subject), "error": record["error"]})
+            methods[spec.name]["failures"].append({"subject": list(subject), "error": record["error"]})
         else:
-            methods[entrant.name]["subjects"] += 1
-            costs.setdefault(entrant.name, []).append(record)
+            methods[spec.name]["subjects"] += 1
+            costs.setdefault(spec.name, []).append(record)
     for name, records in costs.items():
         methods[name]["cost"] = mean_costs(records)
     settings = {
@@ -119,15 +112,31 @@ def make_report(run: BenchmarkRun, unavailable: Mapping[str, str], baseline: str
     return {"settings": settings, "baseline": baseline, "methods": methods}
 
 
-def _categories(run: BenchmarkRun) -> dict[str, set[tuple[SubjectKey, str]]]:
-    found: dict[str, set[tuple[SubjectKey, str]]] = {}
+def _method_scores(scores: Mapping[str, Values], categories: Mapping[str, set[EditKey]]) -> dict[str, Any]:
+    return {
+        "edits": len(scores["psnr"]),
+        "means": {name: summary(values) for name, values in scores.items()},
+        "categories": {
+            category: {name: float(np.mean(part)) for name in scores if (part := _part(scores[name], keys))}
+            for category, keys in categories.items()
+        },
+    }
+
+
+def _paired_scores(scores: Mapping[str, Values], baseline: Mapping[str, Values]) -> dict[str, dict[str, float]]:
+    shared = {name: values.keys() & baseline.get(name, {}).keys() for name, values in scores.items()}
+    return {name: paired(scores[name], baseline[name]) for name, keys in shared.items() if keys}
+
+
+def _categories(run: DrawnRun) -> dict[str, set[EditKey]]:
+    categories: dict[str, set[EditKey]] = {}
     for _, subject, record in run.records():
         for edit in record.get("edits", ()):
-            found.setdefault(edit["category"], set()).add((subject, edit["name"]))
-    return dict(sorted(found.items()))
+            categories.setdefault(edit["category"], set()).add((subject, edit["name"]))
+    return dict(sorted(categories.items()))
 
 
-def _of_category(values: Values, keys: set[tuple[SubjectKey, str]]) -> list[float]:
+def _part(values: Values, keys: set[EditKey]) -> list[float]:
     return [value for key, value in values.items() if key in keys]
 
 
@@ -157,61 +166,45 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _with_interval(metric: Metric, values: Mapping[str, Mapping[str, float]]) -> str:
-    if metric.name not in values:
-        return "-"
-    mean, low, high = (metric.show(values[metric.name][key]) for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
-
-
 def _means(measured: Mapping[str, Any]) -> str:
     head = ["method", "edits", *(f"{m.title} {'↑' if m.higher_is_better else '↓'}" for m in METRICS)]
-    return _table(
-        head,
-        [
-            [name, str(row["edits"]), *(_with_interval(metric, row["means"]) for metric in METRICS)]
-            for name, row in measured.items()
-        ],
-    )
+    rows = ([name, row["edits"], *_intervals(row["means"])] for name, row in measured.items())
+    return markdown_table(head, rows)
 
 
 def _paired(measured: Mapping[str, Any]) -> str:
-    rows = [
-        [name, *(_with_interval(metric, row["paired"]) for metric in METRICS)]
-        for name, row in measured.items()
-        if "paired" in row
-    ]
-    return _table(["method", *(metric.title for metric in METRICS)], rows) if rows else "There is nothing to compare."
+    rows = [[name, *_intervals(row["paired"])] for name, row in measured.items() if "paired" in row]
+    return markdown_table(["method", *(m.title for m in METRICS)], rows) if rows else "There is nothing to compare."
+
+
+def _intervals(values: Mapping[str, Mapping[str, float]]) -> list[str | None]:
+    return [with_interval(values.get(metric.name), metric.spec) for metric in METRICS]
 
 
 def _first_table(measured: Mapping[str, Any]) -> str:
-    shown = [metric for metric in METRICS if metric.name in ("feature_distance", "psnr")]
-    rows = [
-        [name, *(m.show(row["means"][m.name]["mean"]) for m in shown), "not measured"] for name, row in measured.items()
-    ]
-    return _table(["method", *(metric.title for metric in shown), "FID"], rows)
+    metrics = [metric for metric in METRICS if metric.name in ("feature_distance", "psnr")]
+    rows = (
+        [name, *(number(row["means"][m.name]["mean"], m.spec) for m in metrics), "not measured"]
+        for name, row in measured.items()
+    )
+    return markdown_table(["method", *(metric.title for metric in metrics), "FID"], rows)
 
 
 def _by_category(measured: Mapping[str, Any]) -> str:
-    shown = [metric for metric in METRICS if metric.name in _BY_CATEGORY]
+    metrics = [metric for metric in METRICS if metric.name in _BY_CATEGORY]
     categories = dict.fromkeys(category for row in measured.values() for category in row["categories"])
 
-    def cell(held: Mapping[str, float]) -> str:
-        return ", ".join(m.show(held[m.name]) if m.name in held else "-" for m in shown)
+    def cell(means: Mapping[str, float]) -> str:
+        return ", ".join(number(means.get(m.name), m.spec) or MISSING for m in metrics)
 
-    rows = [[name, *(cell(row["categories"].get(c, {})) for c in categories)] for name, row in measured.items()]
-    return _table(["method", *categories], rows)
+    rows = ([name, *(cell(row["categories"].get(c, {})) for c in categories)] for name, row in measured.items())
+    return markdown_table(["method", *categories], rows)
 
 
 def _costs(measured: Mapping[str, Any]) -> str:
     names = ("cost_prepare", "cost_edit", "seconds_prepare", "seconds_edit")
-    rows = [[name, *(f"{row['cost'][key]:.1f}" for key in names)] for name, row in measured.items()]
-    return _table(["method", "U-Net, once", "U-Net, an edit", "seconds, once", "seconds, an edit"], rows)
+    rows = ([name, *(number(row["cost"][key], ".1f") for key in names)] for name, row in measured.items())
+    return markdown_table(["method", "U-Net, once", "U-Net, an edit", "seconds, once", "seconds, an edit"], rows)
 
 
 def _troubles(methods: Mapping[str, Any]) -> list[str]:
@@ -228,7 +221,7 @@ def _troubles(methods: Mapping[str, Any]) -> list[str]:
 # ---------------------------------------------------------------------------- pictures
 
 
-def write_report(run: BenchmarkRun, unavailable: Mapping[str, str], baseline: str) -> Path:
+def write_report(run: DrawnRun, unavailable: Mapping[str, str], baseline: str) -> Path:
     """Write ``report.md``, ``report.json`` and the plots into ``run.out``; returns the first one's path.
 
     Raises:
@@ -252,10 +245,10 @@ def _plot_trade_off(report: Mapping[str, Any], path: Path) -> None:
         rows = {name: row for name, row in report["methods"].items() if "means" in row}
         # the references would stretch the axes
         shown = [name for name, row in rows.items() if row["cost"]["cost_edit"] > 0]
-        for number, name in enumerate(shown):
+        for index, name in enumerate(shown):
             x, y = rows[name]["means"]["outside"], rows[name]["means"]["aligned"]
             bars = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (x, y)]
-            marker = "os^D"[number // 10 % 4]  # there are ten colours
+            marker = "os^D"[index // 10 % 4]  # there are ten colours
             axis.errorbar(x["mean"], y["mean"], bars[1], bars[0], marker, markersize=4, linewidth=0.7, label=name)
         figure.legend(loc="outside right upper", fontsize=7)
         axis.set(xlabel="preservation: PSNR outside the edit, dB", ylabel="alignment: attributes read as asked for")
@@ -277,24 +270,22 @@ def _plot_differences(report: Mapping[str, Any], path: Path) -> None:
             axis.set(title=f"{metric.title} ({better} is better)", yticks=range(len(rows)), yticklabels=list(rows))
 
 
-def edited_pictures(run: BenchmarkRun, name: str, subject: SubjectKey) -> list[Image.Image] | None:
-    """What the entrant ``name`` made of ``subject``, in the order of its edits; None without a record of it."""
-    entrant = next(e for e in run.entrants if e.name == name)
-    path = run.folder(entrant, subject) / "edits.png"
+def edited_pictures(run: DrawnRun, spec: MethodSpec, subject: SubjectKey) -> list[Image.Image] | None:
+    """What the method made of ``subject``, in the order of its edits; None without a record of it."""
+    path = run.folder(spec, subject) / "edits.png"
     if not path.is_file():
         return None
     strip = Image.open(path)
     return [strip.crop((left, 0, left + IMAGE_SIZE, IMAGE_SIZE)) for left in range(0, strip.width, IMAGE_SIZE)]
 
 
-def example_sheet(run: BenchmarkRun, examples: Sequence[tuple[SubjectKey, int]], path: Path) -> None:
-    """A line for each subject and number of its edit: source, truth, and what each entrant made."""
-    names = [e.name for e in run.entrants]
+def example_sheet(run: DrawnRun, examples: Sequence[tuple[SubjectKey, int]], path: Path) -> None:
+    """A line for each subject and number of its edit: source, truth, and what each method made."""
     lines: list[list[Image.Image | None]] = []
     labels = []
     for subject, index in examples:
         edit = edits_of(run, subject)[index]
-        made = [edited_pictures(run, name, subject) for name in names]
-        lines.append([render(edit.subject), edit.truth(), *(p[index] if p else None for p in made)])
+        pictures = [edited_pictures(run, spec, subject) for spec in run.methods]
+        lines.append([render(edit.subject), edit.truth(), *(p[index] if p else None for p in pictures)])
         labels.append(edit.name)
-    save_sheet(path, lines, ["source", "truth", *names], labels)
+    save_sheet(path, lines, ["source", "truth", *(spec.name for spec in run.methods)], labels)

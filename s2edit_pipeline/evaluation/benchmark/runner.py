@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 
 from ...atomic_folder import atomic_folder
 from ..costs.counts import UNetCounts, count_unet
-from ..methods.pipeline_methods import FitsOfOnePicture, PipelineMethod
-from ..methods.protocol import Edit, EditMethod, weights_digest
-from ..methods.registry import Entrant
+from ..methods.fit_cache import FitCache
+from ..methods.pipeline_method import PipelineMethod
+from ..methods.protocol import Edit, Method, weights_digest
+from ..methods.registry import MethodSpec
 
 Record = dict[str, Any]
 Subject = TypeVar("Subject")
@@ -35,29 +36,31 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a method is given: a picture, what it shows, the noun of whom is kept, a seed, and what is asked for."""
+class EditTask:
+    """What a method is given: ``picture``, the prompt that says what it shows, in it the noun ``subject`` of whom is to
+    stay the same, a seed, and a prompt for each edit."""
 
     picture: Image.Image
     source_prompt: str
-    noun: str
+    subject: str
     seed: int
-    asked: Sequence[str]
+    prompts: Sequence[str]
 
 
 @dataclass(frozen=True)
-class MethodsRun(ABC, Generic[Subject]):
-    """What is run, and where its records are kept.
+class BenchmarkRun(ABC, Generic[Subject]):
+    """What is run, and where its records lie.
 
     Attributes:
-        subjects: each edited by each of ``entrants``.
+        methods: the benchmark's rows.
+        subjects: each edited by each of ``methods``.
         seed: of fits and noises.
         model: a diffusers folder or a name on the Hub; None takes the embedded model.
-        share_fits: entrants whose fits are the same share them; then records don't say what preparing cost.
+        share_fits: methods whose fits are the same share them; then records don't say what preparing cost.
     """
 
     out: Path
-    entrants: tuple[Entrant, ...]
+    methods: tuple[MethodSpec, ...]
     subjects: tuple[Subject, ...]
     num_inference_steps: int = 25
     seed: int = 0
@@ -67,35 +70,34 @@ class MethodsRun(ABC, Generic[Subject]):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", Path(self.out).absolute())
-        if len({file_name(entrant.name) for entrant in self.entrants}) != len(self.entrants):
-            raise ValueError(f"Two entrants have one name: {', '.join(e.name for e in self.entrants)}.")
+        if len({file_name(spec.name) for spec in self.methods}) != len(self.methods):
+            raise ValueError(f"Two methods have one name: {', '.join(spec.name for spec in self.methods)}.")
 
     @abstractmethod
     def label(self, subject: Subject) -> str:
         """How messages and folders name it, no other one so."""
 
     @abstractmethod
-    def task(self, subject: Subject, method: EditMethod) -> Task:
+    def task(self, subject: Subject, method: Method) -> EditTask:
         """What ``method`` is given."""
 
     @abstractmethod
-    def score(self, subject: Subject, task: Task, edit: Edit, images: Sequence[Image.Image]) -> Record:
+    def score(self, subject: Subject, task: EditTask, edit: Edit, images: Sequence[Image.Image]) -> Record:
         """What the record says of ``images``, among it a list ``edits``, an object for each."""
 
     @abstractmethod
     def same_edits(self, record: Record, subject: Subject) -> bool:
-        """Whether a record that holds edits holds those that would be made now."""
+        """Whether a record that has edits has those that would be made now."""
 
-    def folder(self, entrant: Entrant, subject: Subject) -> Path:
+    def folder(self, spec: MethodSpec, subject: Subject) -> Path:
         """Of the record: ``record.json``, and the edited pictures side by side, ``edits.png``."""
-        return self.out / "records" / file_name(entrant.name) / self.label(subject)
+        return self.out / "records" / file_name(spec.name) / self.label(subject)
 
-    def settings(self, entrant: Entrant, method: EditMethod, weights: str) -> Record:
-        """What a record of ``entrant``, made as ``method``, is made with: records that differ in it can't be
-        compared."""
+    def settings(self, spec: MethodSpec, method: Method, weights: str) -> Record:
+        """What a record of ``spec``, made as ``method``, is made with: records that differ in it can't be compared."""
         return {
-            "method": entrant.method,
-            "arguments": json.loads(json.dumps(entrant.arguments)),  # tuples as JSON has them
+            "method": spec.method,
+            "arguments": json.loads(json.dumps(spec.arguments)),  # tuples as JSON has them
             "resolved": json.loads(json.dumps(method.resolved())),
             "num_inference_steps": self.num_inference_steps,
             "seed": self.seed,
@@ -103,12 +105,12 @@ class MethodsRun(ABC, Generic[Subject]):
             "weights": weights,
         }
 
-    def records(self) -> Iterator[tuple[Entrant, Subject, Record]]:
+    def records(self) -> Iterator[tuple[MethodSpec, Subject, Record]]:
         """Those that there are, failures among them."""
-        for entrant in self.entrants:
+        for spec in self.methods:
             for subject in self.subjects:
-                if (record := read_record(self.folder(entrant, subject))) is not None:
-                    yield entrant, subject, record
+                if (record := read_record(self.folder(spec, subject))) is not None:
+                    yield spec, subject, record
 
 
 def file_name(name: str) -> str:
@@ -122,14 +124,14 @@ def read_record(folder: Path) -> Record | None:
 
 def mean_costs(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Means over pictures: U-Net evaluations (a backward pass counts 2) and seconds, once a picture and an edit."""
-    found = {}
+    means = {}
     for what in ("cost", "seconds"):
-        found[f"{what}_prepare"] = float(np.mean([r["prepare"][what] for r in records]))
-        found[f"{what}_edit"] = float(np.mean([r["edit"][what] / len(r["edits"]) for r in records]))
-    return found
+        means[f"{what}_prepare"] = float(np.mean([r["prepare"][what] for r in records]))
+        means[f"{what}_edit"] = float(np.mean([r["edit"][what] / len(r["edits"]) for r in records]))
+    return means
 
 
-def load_model(run: MethodsRun[Any]) -> Any:
+def load_model(run: BenchmarkRun[Any]) -> Any:
     from ...avatars import load_avatars
     from ...pipeline import S2EditPipeline
 
@@ -138,58 +140,59 @@ def load_model(run: MethodsRun[Any]) -> Any:
     return pipe
 
 
-def run_benchmark(run: MethodsRun[Any], jobs: int = 1) -> dict[str, str]:
+def run_benchmark(run: BenchmarkRun[Any], jobs: int = 1) -> dict[str, str]:
     """Make the records that are missing; those that failed are tried once more.
 
     Args:
         jobs: processes, each with one thread, that take a subject each; 1 works in this one.
 
     Returns:
-        The entrants that couldn't be made, each with the reason.
+        The methods that couldn't be made, each with the reason.
 
     Raises:
         ValueError: records made with other settings, or of other edits, are there.
     """
     workplace = _Workplace(run)
-    to_do = [(subject, _missing(run, workplace.settings, subject)) for subject in run.subjects]
-    with tqdm(total=sum(len(left) for _, left in to_do), desc="bench", unit="record") as bar:
+    missing = [(subject, _missing(run, workplace.settings, subject)) for subject in run.subjects]
+    with tqdm(total=sum(len(specs) for _, specs in missing), desc="bench", unit="record") as bar:
         if jobs == 1:
-            for subject, left in to_do:
-                for entrant in left:
-                    bar.set_postfix_str(f"{entrant.name}, {run.label(subject)}", refresh=True)
-                    workplace.work(entrant, subject)
+            for subject, specs in missing:
+                for spec in specs:
+                    bar.set_postfix_str(f"{spec.name}, {run.label(subject)}", refresh=True)
+                    workplace.work(spec, subject)
                     bar.update()
         else:
             with ProcessPoolExecutor(
                 jobs, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(run,)
             ) as pool:
-                for done in as_completed([pool.submit(_work, subject, left) for subject, left in to_do if left]):
-                    bar.update(done.result())
+                futures = [pool.submit(_work, subject, specs) for subject, specs in missing if specs]
+                for future in as_completed(futures):
+                    bar.update(future.result())
     return workplace.unavailable
 
 
-def _missing(run: MethodsRun[Any], settings: Mapping[str, Record], subject: Any) -> list[Entrant]:
-    """Those that can be made, which ``settings`` has, without a record of ``subject``, or with a failed one."""
-    left = []
-    for entrant in run.entrants:
-        if entrant.name not in settings:
+def _missing(run: BenchmarkRun[Any], settings: Mapping[str, Record], subject: Any) -> list[MethodSpec]:
+    """The methods that can be made, which ``settings`` has, without a record of ``subject``, or with a failed one."""
+    missing = []
+    for spec in run.methods:
+        if spec.name not in settings:
             continue
-        record = read_record(run.folder(entrant, subject))
+        record = read_record(run.folder(spec, subject))
         if record is not None:
-            _check_same(run, entrant, record, settings[entrant.name])
+            _check_same(run, spec, record, settings[spec.name])
         if record is None or record["error"] is not None:
-            left.append(entrant)
+            missing.append(spec)
         elif not run.same_edits(record, subject):
-            raise ValueError(f"{run.out} holds records of {entrant.name!r} with other edits; give another --out.")
-    return left
+            raise ValueError(f"{run.out} holds records of {spec.name!r} with other edits; give another --out.")
+    return missing
 
 
-def _check_same(run: MethodsRun[Any], entrant: Entrant, record: Record, wanted: Record) -> None:
-    held = record["settings"]
-    if differing := [name for name in wanted if held.get(name) != wanted[name]]:
-        shown = "; ".join(f"{name} {held.get(name)!r}, not {wanted[name]!r}" for name in differing)
+def _check_same(run: BenchmarkRun[Any], spec: MethodSpec, record: Record, wanted: Record) -> None:
+    recorded = record["settings"]
+    if differing := [name for name in wanted if recorded.get(name) != wanted[name]]:
+        shown = "; ".join(f"{name} {recorded.get(name)!r}, not {wanted[name]!r}" for name in differing)
         raise ValueError(
-            f"{run.out} holds records of {entrant.name!r} made with {shown}. Give the settings of those records, or "
+            f"{run.out} holds records of {spec.name!r} made with {shown}. Give the settings of those records, or "
             "another --out."
         )
 
@@ -197,75 +200,75 @@ def _check_same(run: MethodsRun[Any], entrant: Entrant, record: Record, wanted: 
 class _Workplace:
     """The model and the methods made of it; both are made anew after a failure, which may have left anything."""
 
-    def __init__(self, run: MethodsRun[Any]) -> None:
+    def __init__(self, run: BenchmarkRun[Any]) -> None:
         self.run = run
         self.unavailable: dict[str, str] = {}
         self.set_up()
         self.weights = weights_digest(self.pipe.components)
         self.settings = {
-            entrant.name: run.settings(entrant, self.methods[entrant.name], self.weights)
-            for entrant in run.entrants
-            if entrant.name in self.methods
+            spec.name: run.settings(spec, self.methods[spec.name], self.weights)
+            for spec in run.methods
+            if spec.name in self.methods
         }
 
     def set_up(self) -> None:
         self.pipe = load_model(self.run)
-        self.methods: dict[str, EditMethod] = {}
-        fits = FitsOfOnePicture()
-        for entrant in self.run.entrants:
+        self.methods: dict[str, Method] = {}
+        fits = FitCache()
+        for spec in self.run.methods:
             try:
-                made = entrant.make(self.pipe, self.run.num_inference_steps)
-                if self.run.share_fits and isinstance(made, PipelineMethod):
-                    made = replace(made, fits=fits)
-                self.methods[entrant.name] = made
+                method = spec.make(self.pipe, self.run.num_inference_steps)
+                if self.run.share_fits and isinstance(method, PipelineMethod):
+                    method = replace(method, fits=fits)
+                self.methods[spec.name] = method
             except Exception as error:
-                self.unavailable[entrant.name] = _said(error)
+                self.unavailable[spec.name] = _in_words(error)
 
-    def work(self, entrant: Entrant, subject: Any) -> None:
+    def work(self, spec: MethodSpec, subject: Any) -> None:
         """Make and write one record."""
         strip = None
-        settings = self.settings[entrant.name]
-        record: Record = {"name": entrant.name, "subject": self.run.label(subject), "settings": settings}
+        settings = self.settings[spec.name]
+        record: Record = {"name": spec.name, "subject": self.run.label(subject), "settings": settings}
         try:
-            found, images = self._edit(self.methods[entrant.name], subject)
+            results, images = self._edit(self.methods[spec.name], subject)
             if weights_digest(self.pipe.components) != self.weights:
-                raise RuntimeError(f"{entrant.name} left the model with other weights than it had.")
+                raise RuntimeError(f"{spec.name} left the model with other weights than it had.")
             strip = Image.fromarray(np.concatenate([np.asarray(image) for image in images], 1))
-            record |= {"error": None, **found}
+            record |= {"error": None, **results}
         except Exception as error:
-            record["error"] = _said(error)
+            record["error"] = _in_words(error)
             self.set_up()
-        with atomic_folder(self.run.folder(entrant, subject)) as folder:
+        with atomic_folder(self.run.folder(spec, subject)) as folder:
             (folder / "record.json").write_text(json.dumps(record, indent=1), "utf-8")
             if strip is not None:
                 strip.save(folder / "edits.png")
 
-    def _edit(self, method: EditMethod, subject: Any) -> tuple[Record, list[Image.Image]]:
+    def _edit(self, method: Method, subject: Any) -> tuple[Record, list[Image.Image]]:
         task = self.run.task(subject, method)
         # a system may have a model of its own
-        unet = next((held.unet for held in vars(method).values() if hasattr(held, "unet")), self.pipe.unet)
+        unet = next((value.unet for value in vars(method).values() if hasattr(value, "unet")), self.pipe.unet)
         torch.manual_seed(task.seed)  # for what takes no generator
-        prepare = partial(method.prepare, task.picture, task.source_prompt, task.noun, task.seed)
-        edit, prepared = _measured(unet, prepare)
-        images, edited = _measured(unet, partial(edit, task.asked))
-        if len(images) != len(task.asked):
-            raise RuntimeError(f"{method.name} returned {len(images)} pictures for {len(task.asked)} prompts.")
+        prepare = partial(method.prepare, task.picture, task.source_prompt, task.subject, task.seed)
+        edit, preparation_cost = _measured(unet, prepare)
+        images, edit_cost = _measured(unet, partial(edit, task.prompts))
+        if len(images) != len(task.prompts):
+            raise RuntimeError(f"{method.name} returned {len(images)} pictures for {len(task.prompts)} prompts.")
         return {
-            "prepare": None if self.run.share_fits else prepared,
-            "edit": edited,
+            "prepare": None if self.run.share_fits else preparation_cost,
+            "edit": edit_cost,
             **self.run.score(subject, task, edit, images),
         }, images
 
 
 def _measured(unet: torch.nn.Module, function: Callable[[], Result]) -> tuple[Result, Record]:
-    started = time.perf_counter()
+    start = time.perf_counter()
     counts: UNetCounts
     with count_unet(unet) as counts:
         result = function()
-    return result, {**asdict(counts), "cost": counts.cost, "seconds": round(time.perf_counter() - started, 3)}
+    return result, {**asdict(counts), "cost": counts.cost, "seconds": round(time.perf_counter() - start, 3)}
 
 
-def _said(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -276,13 +279,13 @@ _workplaces: list[_Workplace] = []
 """This process's own, once it is a worker."""
 
 
-def _start_worker(run: MethodsRun[Any]) -> None:
+def _start_worker(run: BenchmarkRun[Any]) -> None:
     torch.set_num_threads(1)
     _workplaces.append(_Workplace(run))
 
 
-def _work(subject: Any, left: list[Entrant]) -> int:
+def _work(subject: Any, specs: list[MethodSpec]) -> int:
     (workplace,) = _workplaces
-    for entrant in left:
-        workplace.work(entrant, subject)
-    return len(left)
+    for spec in specs:
+        workplace.work(spec, subject)
+    return len(specs)

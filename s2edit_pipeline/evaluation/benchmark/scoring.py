@@ -1,4 +1,4 @@
-"""What an edited picture scores against the true counterfactual."""
+"""Scores of an edited picture against the drawn truth."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def identity_regions(subject: Subject, target: Subject) -> dict[str, np.ndarray]
     Where a trait lies is where the picture changes with it.
     """
     others = _other_creature(subject) if isinstance(subject, Creature) else _other_person(subject)
-    kept = ~changed_pixels(subject, target)
+    unchanged = ~changed_pixels(subject, target)
     regions = {
-        name: changed_pixels(subject, replace(subject, **{name: value})) & kept  # type: ignore[type-var]
+        name: changed_pixels(subject, replace(subject, **{name: value})) & unchanged  # type: ignore[type-var]
         for name, value in others.items()
         if value != getattr(subject, name)
     }
@@ -133,9 +133,9 @@ def score_edit(edit: CounterfactualEdit, edited: Image.Image, classifier: Attrib
         return min(psnr(picture, other, region), PSNR_CEILING)
 
     whole = near(truth)
-    (read,) = classifier.predict(picture[None])
-    hits = {name: found == getattr(edit.target, name) for name, found in read.items() if edit.target.shows(name)}
-    asked = [hit for name, hit in hits.items() if _is_asked(edit, name)]
+    (predicted,) = classifier.predict(picture[None])
+    hits = {name: value == getattr(edit.target, name) for name, value in predicted.items() if edit.target.shows(name)}
+    requested = [hit for name, hit in hits.items() if _is_requested(edit, name)]
     return Score(
         psnr=whole,
         ssim=ssim(picture, truth),
@@ -143,13 +143,13 @@ def score_edit(edit: CounterfactualEdit, edited: Image.Image, classifier: Attrib
         inside=near(truth, changed),
         outside=near(truth, ~changed) if not changed.all() else PSNR_CEILING,
         identity=identity_distance(edit, picture, truth),
-        aligned=float(np.mean(asked)),
+        aligned=float(np.mean(requested)),
         agreement=float(np.mean(list(hits.values()))),
-        done=all(asked),
+        done=all(requested),
         unchanged=near(source, changed) > near(truth, changed),
     )
 
 
-def _is_asked(edit: CounterfactualEdit, name: str) -> bool:
-    """What is new in the picture is asked for as well: the hat's colour with the hat."""
+def _is_requested(edit: CounterfactualEdit, name: str) -> bool:
+    """Whether the edit asks for this attribute; what is new in the picture counts too: a hat's colour with the hat."""
     return not edit.subject.shows(name) or getattr(edit.subject, name) != getattr(edit.target, name)

@@ -1,4 +1,4 @@
-"""Each method's best arguments, found on people that the benchmark doesn't grade."""
+"""Each method's best arguments, chosen on people that the benchmark doesn't grade."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..methods.registry import METHODS, Entrant, variants
-from .drawn_subjects import BenchmarkRun, SubjectKey
+from ..methods.registry import METHODS, MethodSpec, variants
+from .drawn_subjects import DrawnRun, SubjectKey
 from .runner import Record, run_benchmark
 
 TUNING_FIRST = 5000
@@ -37,59 +37,63 @@ def tune(
 ) -> dict[str, dict[str, float]]:
     """Try each method's grid, and the method as it is, on ``subjects``; write the best into the file ``settings``.
 
-    Methods that the file has and that aren't named keep what they have there.
+    Methods in the file that aren't named stay as they are there.
 
     Args:
-        out: where the records are kept; a run that was stopped goes on there.
-        models: method -> a model folder of its own, which is no argument to keep.
-        more: of ``BenchmarkRun``.
+        out: where the records lie; a run that was stopped goes on there.
+        models: method -> a model folder of its own, which is not written as an argument.
+        more: of ``DrawnRun``.
 
     Returns:
-        Method -> entrant's name -> what it scored.
+        Method -> candidate's name -> what it scored.
 
     Raises:
         ValueError: a name that is no method's, or a method that has no grid.
     """
     if idle := [name for name in names if name not in METHODS or not METHODS[name].grid]:
         raise ValueError(f"There is nothing to tune of {', '.join(idle)}; tuned are {', '.join(tuned_methods())}.")
-    plain = {n: Entrant(n, n, {"model": models[n]} if models and n in models else {}) for n in names}
-    tried = {name: (plain[name], *variants(plain[name], METHODS[name].grid)) for name in names}
-    run = BenchmarkRun(out, tuple(e for some in tried.values() for e in some), tuple(subjects), **more)
+    plain = {n: MethodSpec(n, n, {"model": models[n]} if models and n in models else {}) for n in names}
+    candidates = {name: (plain[name], *variants(plain[name], METHODS[name].grid)) for name in names}
+    run = DrawnRun(out, tuple(spec for specs in candidates.values() for spec in specs), tuple(subjects), **more)
     run_benchmark(run, jobs)
     records: dict[str, list[Record]] = {}
-    for entrant, _, record in run.records():
-        records.setdefault(entrant.name, []).append(record)
+    for spec, _, record in run.records():
+        records.setdefault(spec.name, []).append(record)
     scores = {
-        name: {e.name: criterion(records[e.name]) for e in some if e.name in records} for name, some in tried.items()
+        name: {spec.name: criterion(records[spec.name]) for spec in specs if spec.name in records}
+        for name, specs in candidates.items()
     }
-    best = {name: max(some, key=lambda e: scores[name].get(e.name, float("-inf"))) for name, some in tried.items()}
-    kept = {
-        name: {argument: value for argument, value in entrant.arguments.items() if argument != "model"}
-        for name, entrant in best.items()
+    winners = {
+        name: max(specs, key=lambda spec: scores[name].get(spec.name, float("-inf")))
+        for name, specs in candidates.items()
+    }
+    best = {
+        name: {argument: value for argument, value in spec.arguments.items() if argument != "model"}
+        for name, spec in winners.items()
         if scores[name]
     }
-    _write(settings, kept, scores, run)
+    _write(settings, best, scores, run)
     return scores
 
 
 def tuned_methods() -> list[str]:
-    return [name for name, contender in METHODS.items() if contender.grid]
+    return [name for name, factory in METHODS.items() if factory.grid]
 
 
 def _write(
     settings: Path,
     best: Mapping[str, Mapping[str, Any]],
     scores: Mapping[str, Mapping[str, float]],
-    run: BenchmarkRun,
+    run: DrawnRun,
 ) -> None:
-    held = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    before = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
     content = {
         "criterion": CRITERION,
-        "subjects": {**held.get("subjects", {}), **{method: [list(s) for s in run.subjects] for method in best}},
+        "subjects": {**before.get("subjects", {}), **{method: [list(s) for s in run.subjects] for method in best}},
         "num_inference_steps": run.num_inference_steps,
-        "methods": {**held.get("methods", {}), **best},
+        "methods": {**before.get("methods", {}), **best},
         "scores": {
-            **held.get("scores", {}),
+            **before.get("scores", {}),
             **{m: {n: round(v, 3) for n, v in s.items() if v > float("-inf")} for m, s in scores.items()},
         },
     }

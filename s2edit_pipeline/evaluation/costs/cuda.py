@@ -15,16 +15,17 @@ from ...avatars.captions import describe
 from ...avatars.world import render, sample_person
 from ...prompt_alignment import insert_token
 from ..metrics.counterfactual import demo_edits
+from ..tables import markdown_table
 from .edits import PERSON
 from .memory import tracked_allocations
-from .random_models import FAMILIES, TINY_FAMILIES, Family, random_pipeline
+from .random_models import FAMILIES, TINY_FAMILIES, random_pipeline
 from .timing import Timing, machine, take_turns, timed
 
 SIDES, TINY_SIDES = (512, 768, 1024), (64, 128, 192)
 
 
 @dataclass(frozen=True)
-class GpuRow:
+class CudaRow:
     """One model at one picture's side. What is None wasn't measured, or found no room on the device.
 
     Attributes:
@@ -33,7 +34,7 @@ class GpuRow:
         fit_peak, edit_peak: bytes, weights left out; of an edit with its inversion.
         first_seconds, further_seconds: of an edit with its inversion, and of another one with the same.
         flops: of one U-Net evaluation.
-        unet_share: what the U-Net alone, asked for two rows, reaches of the device's rate of matrix products.
+        unet_share: what the U-Net alone reaches, for two rows, of the device's rate of matrix products.
         edit_share: what the U-Net's operations in a further edit come to, over all of its seconds, of that rate.
     """
 
@@ -51,14 +52,14 @@ class GpuRow:
 
 
 @dataclass(frozen=True)
-class GpuCosts:
+class CudaCosts:
     """``matmul_rate``: operations a second of a large product of matrices of ``dtype``, which the models have too."""
 
     machine: Mapping[str, str | int]
     num_inference_steps: int
     dtype: str
     matmul_rate: float
-    rows: tuple[GpuRow, ...]
+    rows: tuple[CudaRow, ...]
 
     def table(self) -> str:
         """As Markdown: what wasn't measured says so."""
@@ -73,20 +74,19 @@ class GpuCosts:
             "unet_share": ("U-Net's share of the rate", "{:.0%}".format),
             "edit_share": ("whole edit's", "{:.0%}".format),
         }
-        lines = [
-            f"{self.machine['device']}, {self.num_inference_steps} steps, {self.dtype}; "
-            f"{self.matmul_rate / 1e12:.3g} TFLOP/s in matrix products.",
-            "",
-            "| model | side | " + " | ".join(title for title, _ in columns.values()) + " |",
-            "|---|---|" + "---|" * len(columns),
-        ]
+        rows: list[list[str | int]] = []
         for row in self.rows:
             values = asdict(row)
-            cells = [
+            cells = (
                 "not measured" if values[name] is None else show(values[name]) for name, (_, show) in columns.items()
-            ]
-            lines.append(f"| {row.family} | {row.side} | " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+            )
+            rows.append([row.family, row.side, *cells])
+        summary = (
+            f"{self.machine['device']}, {self.num_inference_steps} steps, {self.dtype}; "
+            f"{self.matmul_rate / 1e12:.3g} TFLOP/s in matrix products."
+        )
+        titles = (title for title, _ in columns.values())
+        return f"{summary}\n\n{markdown_table(['model', 'side', *titles], rows)}"
 
 
 def _gibibytes(size: int) -> str:
@@ -97,7 +97,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2f}"
 
 
-def measure_gpu_costs(
+def measure_cuda_costs(
     names: Sequence[str],
     *,
     tiny: bool = False,
@@ -105,7 +105,7 @@ def measure_gpu_costs(
     num_inference_steps: int = 50,
     num_fit_steps: int | None = None,
     repeats: int = 5,
-) -> GpuCosts:
+) -> CudaCosts:
     """A row for each of ``FAMILIES`` and each of ``SIDES``, measured for those in ``names`` and ``sides``.
 
     Args:
@@ -130,65 +130,46 @@ def measure_gpu_costs(
         (torch.device("cpu"), torch.float32, 256) if tiny else (torch.device("cuda"), torch.bfloat16, 8192)
     )
     rate = matmul_rate(device, dtype, size, repeats)
-    rows = {(name, side): GpuRow(name, side) for name in families for side in sorted({*all_sides, *sides})}
+    rows = {(name, side): CudaRow(name, side) for name in families for side in sorted({*all_sides, *sides})}
     for name in names:
-        measured = _measure_family(
-            name, families[name], device, dtype, sides, num_inference_steps, num_fit_steps, repeats, rate
-        )
-        rows |= {(row.family, row.side): row for row in measured}
+        pipe = random_pipeline(families[name], device, dtype)
+        measurement = _Measurement(pipe, num_inference_steps, num_fit_steps, repeats, rate)
+        rows |= {(name, side): measurement.row(name, side) for side in sorted(sides)}
     name_of_dtype = str(dtype).removeprefix("torch.")
-    return GpuCosts(machine(device), num_inference_steps, name_of_dtype, rate, tuple(rows.values()))
+    return CudaCosts(machine(device), num_inference_steps, name_of_dtype, rate, tuple(rows.values()))
 
 
-def _measure_family(
-    name: str,
-    family: Family,
-    device: torch.device,
-    dtype: torch.dtype,
-    sides: Sequence[int],
-    num_inference_steps: int,
-    num_fit_steps: int | None,
-    repeats: int,
-    rate: float,
-) -> list[GpuRow]:
-    pipe = random_pipeline(family, device, dtype)
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    weights = sum(p.nbytes for module in modules for p in module.parameters())
-    person = sample_person(PERSON, "held_out")
-    picture, prompt = render(person), describe(person).text
-    first, further = (insert_token(edit.target_prompt, person.noun, "[I]") for edit in demo_edits(person)[:2])
+class _Measurement:
+    """Fits and edits of one held-out person with one model, whose device reaches ``rate`` operations a second."""
 
-    def fit(side: int, num_steps: int | None) -> Any:
-        return pipe.fit_identity(
-            picture, prompt, person.noun, num_steps=num_steps, height=side, width=side,
-            generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+    def __init__(
+        self, pipe: Any, num_inference_steps: int, num_fit_steps: int | None, repeats: int, rate: float
+    ) -> None:
+        self.pipe, self.num_inference_steps, self.num_fit_steps = pipe, num_inference_steps, num_fit_steps
+        self.repeats, self.rate = repeats, rate
+        person = sample_person(PERSON, "held_out")
+        self.picture, self.prompt, self.noun = render(person), describe(person).text, person.noun
+        self.targets = [insert_token(edit.target_prompt, person.noun, "[I]") for edit in demo_edits(person)[:2]]
+        self._identity: Any = None
 
-    def measure(side: int) -> GpuRow:
-        at: dict[str, Any] = {"height": side, "width": side}
-
-        def edit(target: str, **changes: Any) -> Any:
-            return pipe(
-                target, image=picture, source_prompt=prompt, num_inference_steps=num_inference_steps, **at, **changes
-            )
-
-        def edits() -> dict[str, Timing]:
-            inversion = pipe.invert(picture, prompt, num_inference_steps=num_inference_steps, **at)
-            edit(further, inversion=inversion)
-            runs = {"first": lambda: edit(first), "further": lambda: edit(further, inversion=inversion)}
-            return take_turns(runs, pipe.unet, repeats)
-
+    def row(self, name: str, side: int) -> CudaRow:
+        """All of it at one picture's side."""
+        pipe, device = self.pipe, self.pipe.unet.device
+        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        weights = sum(p.nbytes for module in modules for p in module.parameters())
         flops = unet_flops(pipe, side)
+        if self._identity is None:
+            self._identity = self._fit(side, 1)  # any will do for the edits: what they cost isn't in its weights
         # the runs that tell the peaks are the ones that do what only the first of a size has to; by a fit's second
         # step the optimizer has its state
-        fit_peak = _if_it_fits(lambda: _peak(lambda: fit(side, 2), device))
-        fits = _if_it_fits(lambda: take_turns({"fit": lambda: fit(side, num_fit_steps)}, pipe.unet, repeats))
-        pair = _if_it_fits(lambda: _pair_seconds(pipe, side, repeats))
-        pipe.load_identity(identity)
-        edit_peak = _if_it_fits(lambda: _peak(lambda: edit(first), device))
-        timings = _if_it_fits(edits)
+        fit_peak = if_it_fits(lambda: _peak(lambda: self._fit(side, 2), device))
+        fits = if_it_fits(lambda: self._turns({"fit": lambda: self._fit(side, self.num_fit_steps)}))
+        pair = if_it_fits(lambda: _pair_seconds(pipe, side, self.repeats))
+        pipe.load_identity(self._identity)
+        edit_peak = if_it_fits(lambda: _peak(lambda: self._edit(side, self.targets[0]), device))
+        edits = if_it_fits(lambda: self._edit_timings(side))
         pipe.unload_identity()
-        row = GpuRow(
+        row = CudaRow(
             name,
             side,
             weights=weights,
@@ -196,20 +177,44 @@ def _measure_family(
             fit_peak=fit_peak,
             edit_peak=edit_peak,
             flops=flops,
-            unet_share=None if pair is None else 2 * flops / pair / rate,
+            unet_share=None if pair is None else 2 * flops / pair / self.rate,
         )
-        if timings is None:
+        if edits is None:
             return row
-        seconds, asked = timings["further"].median, timings["further"].counts.evaluations
+        seconds, evaluations = edits["further"].median, edits["further"].counts.evaluations
         return replace(
             row,
-            first_seconds=timings["first"].median,
+            first_seconds=edits["first"].median,
             further_seconds=seconds,
-            edit_share=asked * flops / seconds / rate,
+            edit_share=evaluations * flops / seconds / self.rate,
         )
 
-    identity = fit(min(sides), 1)  # any will do for the edits: what they cost isn't in its weights
-    return [measure(side) for side in sides]
+    def _fit(self, side: int, num_steps: int | None) -> Any:
+        return self.pipe.fit_identity(
+            self.picture, self.prompt, self.noun, num_steps=num_steps, height=side, width=side,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+
+    def _edit(self, side: int, target: str, **changes: Any) -> Any:
+        return self.pipe(
+            target, image=self.picture, source_prompt=self.prompt, num_inference_steps=self.num_inference_steps,
+            height=side, width=side, **changes,
+        )  # fmt: skip
+
+    def _edit_timings(self, side: int) -> dict[str, Timing]:
+        inversion = self.pipe.invert(
+            self.picture, self.prompt, num_inference_steps=self.num_inference_steps, height=side, width=side
+        )
+        first, further = self.targets
+        self._edit(side, further, inversion=inversion)
+        runs = {
+            "first": lambda: self._edit(side, first),
+            "further": lambda: self._edit(side, further, inversion=inversion),
+        }
+        return self._turns(runs)
+
+    def _turns(self, runs: Mapping[str, Callable[[], Any]]) -> dict[str, Timing]:
+        return take_turns(runs, self.pipe.unet, self.repeats)
 
 
 def _peak(run: Callable[[], Any], device: torch.device) -> int:
@@ -218,7 +223,7 @@ def _peak(run: Callable[[], Any], device: torch.device) -> int:
         return peak()
 
 
-def _if_it_fits(run: Callable[[], Any]) -> Any:
+def if_it_fits(run: Callable[[], Any]) -> Any:
     """What ``run`` returns, or None where the device's memory is too small for it."""
     try:
         return run()
@@ -251,7 +256,7 @@ def unet_flops(pipe: Any, side: int) -> int:
 
 
 def _pair_seconds(pipe: Any, side: int, repeats: int) -> float:
-    """Of the U-Net asked for two rows, as guidance asks it."""
+    """Of the U-Net's evaluation of two rows, as guidance needs them."""
     inputs = _unet_inputs(pipe, side, 2, pipe.unet.device, pipe.unet.dtype)
 
     @torch.no_grad()

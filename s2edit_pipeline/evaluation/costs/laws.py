@@ -11,12 +11,6 @@ import numpy as np
 from ...edit_sampling import EditSettings
 
 
-def inversion_evaluations(num_inference_steps: int) -> int:
-    """Of ``pipe.invert``, "direct": one a step, and one at the noise it ends in, where an edit begins. The walk up asks
-    at the levels 1, 1, 2, …, N - 1, so a single step has been there already."""
-    return num_inference_steps + (num_inference_steps > 1)
-
-
 def edit_evaluations(
     num_inference_steps: int, num_edits: int = 1, guidance_stop: float = EditSettings.guidance_stop
 ) -> int:
@@ -28,13 +22,13 @@ def edit_evaluations(
 def call_evaluations(num_inference_steps: int, num_edits: int = 1) -> int:
     """Of a call that inverts, "direct", and edits: it keeps nothing for later, so the source is asked again, once for
     all edits, at the steps that take its attention over, the noisiest of which the walk up leaves out."""
-    asked_again = round(EditSettings.self_replace_steps * num_inference_steps)
-    return num_inference_steps + asked_again + edit_evaluations(num_inference_steps, num_edits)
+    source_again = round(EditSettings.self_replace_steps * num_inference_steps)
+    return num_inference_steps + source_again + edit_evaluations(num_inference_steps, num_edits)
 
 
 def null_text_evaluations(num_inference_steps: int, num_inner_steps: int = 10) -> tuple[int, int]:
     """Evaluations and backward passes of null-text inversion (Mokady et al. 2023, algorithm 1) where no optimisation
-    stops early: a step up; on the way down the conditional branch, the inner steps, and the step that they found."""
+    stops early: a step up; on the way down the conditional branch, the inner steps, and the step that they lead to."""
     return num_inference_steps * (1 + 1 + num_inner_steps + 1), num_inference_steps * num_inner_steps
 
 

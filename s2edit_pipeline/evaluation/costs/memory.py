@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...source_attention import KeepAttention
+from ..tables import markdown_table, number
 
 SOURCE = "a photo of a surprised man with short curly black hair and a moustache and a green sweater"
 TARGETS = (
@@ -30,28 +31,28 @@ class _Allocations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.held = self.peak = 0
+        self.live = self.peak = 0
         self._known: set[int] = set()
 
     def _release(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.held -= size
+        self.live -= size
 
     def __torch_dispatch__(  # type: ignore[no-untyped-def]
         self, func, types, args=(), kwargs=None
     ):
         # what goes in was there before: weights, or a tensor that was counted when it was made
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
-                if key not in self._known and key not in given:
+                if key not in self._known and key not in inputs:
                     self._known.add(key)
-                    self.held += size
+                    self.live += size
                     weakref.finalize(storage, self._release, key, size)
-        self.peak = max(self.peak, self.held)
+        self.peak = max(self.peak, self.live)
         return result
 
 
@@ -70,20 +71,20 @@ def tracked_allocations(device: torch.device) -> Iterator[Callable[[], int]]:
 
 @dataclass(frozen=True)
 class MemoryRow:
-    """``edit`` and ``stock`` are peaks in bytes, weights left out; ``kept``, of the edit, what the inversion holds of
-    the source's attention."""
+    """``edit`` and ``stock`` are peaks in bytes, weights left out; ``attention``, of the edit, what the inversion keeps
+    of the source's attention."""
 
     name: str
     edit: int
     stock: int
-    kept: int
+    attention: int
 
     @property
     def ratio(self) -> float:
         return self.edit / self.stock
 
 
-def measure_memory(
+def measure_edit_memory(
     pipe: Any,
     size: int | None = None,
     num_inference_steps: int = 10,
@@ -121,19 +122,10 @@ def measure_memory(
                     output_type=output_type, **shape,
                 )  # fmt: skip
                 edit = peak()
-            kept = pipe.invert(picture, SOURCE, method, keep_attention=keep, **shape).attention
-            held = 0 if keep is None else sum(layers.num_bytes for layers in kept.layers.values())
-            rows.append(MemoryRow(f"{name}, {n} target{'s' * (n > 1)}", edit, sampled, held))
+            attention = pipe.invert(picture, SOURCE, method, keep_attention=keep, **shape).attention
+            size_of_it = 0 if keep is None else sum(layers.num_bytes for layers in attention.layers.values())
+            rows.append(MemoryRow(f"{name}, {n} target{'s' * (n > 1)}", edit, sampled, size_of_it))
     return rows
-
-
-def table(rows: Sequence[MemoryRow]) -> str:
-    """A Markdown table."""
-    lines = ["| edit | edit, MB | of it kept, MB | stock sampling, MB | ratio |", "|---|---|---|---|---|"]
-    for row in rows:
-        sizes = " | ".join(f"{size / 1e6:.1f}" for size in (row.edit, row.kept, row.stock))
-        lines.append(f"| {row.name} | {sizes} | {row.ratio:.2f} |")
-    return "\n".join(lines)
 
 
 FITS: Mapping[str, Mapping[str, Any]] = {
@@ -173,9 +165,33 @@ def measure_fit_memory(pipe: Any, fits: Mapping[str, Mapping[str, Any]] = FITS) 
     return rows
 
 
-def fit_table(rows: Sequence[FitMemoryRow]) -> str:
-    """A Markdown table, each against the first."""
-    lines = ["| fit | peak, MB | share |", "|---|---|---|"]
-    for row in rows:
-        lines.append(f"| {row.name} | {row.peak / 1e6:.1f} | {row.peak / rows[0].peak:.2f} |")
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class MemoryReport:
+    """Peaks of edits, and of fits."""
+
+    edits: tuple[MemoryRow, ...]
+    fits: tuple[FitMemoryRow, ...]
+
+    def table(self) -> str:
+        """As Markdown; each fit against the first."""
+        edits = (
+            [row.name, *(_megabytes(size) for size in (row.edit, row.attention, row.stock)), number(row.ratio)]
+            for row in self.edits
+        )
+        fits = ([row.name, _megabytes(row.peak), number(row.peak / self.fits[0].peak)] for row in self.fits)
+        return "\n\n".join(
+            [
+                markdown_table(["edit", "edit, MB", "of it kept, MB", "stock sampling, MB", "ratio"], edits),
+                markdown_table(["fit", "peak, MB", "share"], fits),
+            ]
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f}"
+
+
+def measure_memory(pipe: Any, num_inference_steps: int = 10) -> MemoryReport:
+    """Peaks of edits in ``num_inference_steps``, and of fits."""
+    edits = measure_edit_memory(pipe, num_inference_steps=num_inference_steps)
+    return MemoryReport(tuple(edits), tuple(measure_fit_memory(pipe)))

@@ -12,6 +12,7 @@ from ...avatars.captions import describe
 from ...avatars.world import render, sample_person
 from ..metrics.counterfactual import varied_edits
 from ..sheets import save_figure
+from ..tables import markdown_table, number
 from .edits import PERSON
 from .laws import LineFit, PowerFit, call_evaluations, fit_line, fit_power
 from .timing import machine, take_turns
@@ -48,18 +49,20 @@ class Scaling:
 
     def table(self) -> str:
         """As Markdown: what was measured, then seconds = a + b × evaluations."""
-        lines = ["| steps | side | edits | U-Net evaluations | seconds |", "|---|---|---|---|---|"]
-        lines += [f"| {p.steps} | {p.side} | {p.edits} | {p.evaluations} | {p.seconds:.3f} |" for p in self.points]
-        lines += ["", "| what varies | a, s | b, ms | largest residual |", "|---|---|---|---|"]
-        fits = [(f"steps, {side} px", fit) for side, fit in self.by_side.items()]
-        for name, fit in [*fits, ("edits in a call", self.by_edits)]:
-            lines.append(f"| {name} | {fit.intercept:.3f} | {1000 * fit.slope:.2f} | {fit.residual:.1%} |")
+        points = ([p.steps, p.side, p.edits, p.evaluations, number(p.seconds, ".3f")] for p in self.points)
+        fits = {f"steps, {side} px": fit for side, fit in self.by_side.items()} | {"edits in a call": self.by_edits}
+        laws = (
+            [name, number(fit.intercept, ".3f"), number(1000 * fit.slope), number(fit.residual, ".1%")]
+            for name, fit in fits.items()
+        )
+        parts = [
+            markdown_table(["steps", "side", "edits", "U-Net evaluations", "seconds"], points),
+            markdown_table(["what varies", "a, s", "b, ms", "largest residual"], laws),
+        ]
         if self.slopes is not None:
-            lines += [
-                "",
-                f"b grows like side^{self.slopes.exponent:.2f} (largest residual {self.slopes.residual:.1%}).",
-            ]
-        return "\n".join(lines)
+            growth, residual = self.slopes.exponent, self.slopes.residual
+            parts.append(f"b grows like side^{growth:.2f} (largest residual {residual:.1%}).")
+        return "\n\n".join(parts)
 
 
 def _of_one_edit(points: Sequence[ScalingPoint], side: int) -> list[ScalingPoint]:

@@ -1,4 +1,4 @@
-"""What every system in the benchmark looks like to it."""
+"""What every system looks like to the benchmark."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ A system with a learned token may say, by ``edit.without_token(target_prompts)``
 """
 
 
-class EditMethod(Protocol):
+class Method(Protocol):
     """A system that edits a picture by words.
 
     Prompts never hold a learned token: a system that has one puts it before the subject by itself. One that was trained
@@ -41,17 +41,17 @@ class EditMethod(Protocol):
         Args:
             picture: RGB.
             source_prompt: what it shows.
-            subject: the noun in it that names who or what is to be kept.
+            subject: the noun in it that names who or what is to stay the same.
             seed: of everything random; the same seed gives the same pictures.
         """
 
 
 def plain_fields(method: Any) -> dict[str, Any]:
     """The fields of the dataclass ``method`` that are numbers and words, without its name and inference steps."""
-    held = {field.name: getattr(method, field.name) for field in fields(method)}
+    values = {field.name: getattr(method, field.name) for field in fields(method)}
     return {
         name: value
-        for name, value in held.items()
+        for name, value in values.items()
         if isinstance(value, (bool, int, float, str)) and name not in ("name", "num_inference_steps")
     }
 
@@ -67,11 +67,12 @@ def weights_digest(components: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def holds(prompt: str, phrase: str) -> bool:
+def contains_phrase(prompt: str, phrase: str) -> bool:
     """Whether the words of ``phrase`` are in ``prompt``, in a row."""
     return f" {' '.join(split_words(phrase))} " in f" {' '.join(split_words(prompt))} "
 
 
 def at_size_of(picture: Image.Image, edited: Sequence[Image.Image]) -> list[Image.Image]:
+    """The ``edited`` pictures, resized where they are not as large as ``picture``."""
     size = picture.size
     return [one if one.size == size else one.resize(size, Image.Resampling.LANCZOS) for one in edited]

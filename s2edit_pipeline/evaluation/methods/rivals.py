@@ -1,7 +1,7 @@
-"""Others' ways to edit a picture by words: SDEdit, InstructPix2Pix and SINE, each an ``EditMethod``.
+"""Others' ways to edit a picture by words: SDEdit, InstructPix2Pix and SINE, each a ``protocol.Method``.
 
 All but SINE are diffusers' own pipelines. Every target prompt starts from the same noise, that of the seed, however
-many are asked for at once. What each was given to work with, and what is missing: docs/benchmark-rivals.md.
+many there are in a call. What each was given to work with, and what is missing: docs/benchmark-rivals.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from ...ddim_steps import check_finite, ddim_move, noise_schedule
+from ...identity_adapter import IdentityAdapter
 from ...identity_fitting import FitSettings
 from ...latent_inversion import guided
 from ...picture_inputs import working_size
@@ -160,13 +161,13 @@ def model_based_guidance(
 @contextmanager
 def _weights(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """``module`` with these parameters; its own tensors are put back, not written to."""
-    held = [(parameter, parameter.data) for parameter in module.parameters()]
+    before = [(parameter, parameter.data) for parameter in module.parameters()]
     try:
         for name, parameter in module.named_parameters():
             parameter.data = tensors[name]
         yield
     finally:
-        for parameter, data in held:
+        for parameter, data in before:
             parameter.data = data
 
 
@@ -209,42 +210,75 @@ class SINE:
         return {**plain_fields(self), "fit": asdict(FitSettings(**self._fit))}
 
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Edit:
-        pipe, schedule = self.pipe, noise_schedule(self.pipe.scheduler, self.num_inference_steps)
+        pipe, model = self.pipe, _Model(self.pipe, picture, self.num_inference_steps)
         identity = pipe.fit_identity(
-            picture,
-            source_prompt,
-            subject,
-            **self._fit,
-            generator=torch.Generator().manual_seed(seed),
+            picture, source_prompt, subject, **self._fit, generator=torch.Generator().manual_seed(seed)
         )
-        with pipe._with_identity(identity) as token:
-            own_prompt = pipe._tokenize(insert_token(source_prompt, subject, token))
-            own_embeds = pipe._encode_prompts([own_prompt]).embeds
-            fine_tuned = {name: weight.detach().clone() for name, weight in pipe.unet.named_parameters()}
-        height, width = (side // pipe.vae_scale_factor for side in pipe._working_size(picture, None, None))
-        denoise = pipe._denoiser(schedule)
+        fine_tuned, tuned_prompt_embeds = model.with_identity(identity, source_prompt, subject)
 
         @torch.no_grad()
         def edit(target_prompts: Sequence[str]) -> list[Image.Image]:
             n = len(target_prompts)
-            targets = pipe._encode_prompts([pipe._tokenize(prompt) for prompt in target_prompts])
-            null = pipe._encode_negative(None, targets)
-            embeds = torch.cat([null.embeds.expand(n, -1, -1), targets.embeds])
-            shape = (1, pipe.unet.config.in_channels, height, width)
-            x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(embeds).expand(n, -1, -1, -1)
-            for step, k in enumerate(range(schedule.num_steps, 0, -1)):
-                unconditional, conditional = denoise(torch.cat([x, x]), k, embeds).chunk(2)
-                if step < self.mixed_share * schedule.num_steps:
+            embeds = model.encode_guided(target_prompts)
+            noise = torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(seed))
+            x = noise.to(embeds).expand(n, -1, -1, -1)
+            for step, k in enumerate(range(model.num_steps, 0, -1)):
+                unconditional, conditional = model.evaluate(torch.cat([x, x]), k, embeds).chunk(2)
+                if step < self.mixed_share * model.num_steps:
                     with _weights(pipe.unet, fine_tuned):
-                        own = denoise(x, k, own_embeds.expand(n, -1, -1))
+                        tuned = model.evaluate(x, k, tuned_prompt_embeds.expand(n, -1, -1))
                     output = model_based_guidance(
-                        unconditional, conditional, own, self.fine_tuned_weight, self.guidance_scale
+                        unconditional, conditional, tuned, self.fine_tuned_weight, self.guidance_scale
                     )
                 else:
                     output = guided(unconditional, conditional, self.guidance_scale)
-                x = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], schedule.prediction_type)
+                x = model.move_down(x, output, k)
                 check_finite(x, "SINE's drawing", step)
-            images, _ = pipe._finish(x, "pil")
-            return at_size_of(picture, images)
+            return at_size_of(picture, model.decode(x))
 
         return edit
+
+
+class _Model:
+    """What SINE asks of a pipeline's model, for pictures of the working size of ``picture`` in ``num_steps`` steps.
+
+    Levels count from 0, the picture, to ``num_steps``, the noise.
+    """
+
+    def __init__(self, pipe: Any, picture: Image.Image, num_steps: int) -> None:
+        self._pipe = pipe
+        self._schedule = noise_schedule(pipe.scheduler, num_steps)
+        self._denoise = pipe._denoiser(self._schedule)
+        self.num_steps = self._schedule.num_steps
+        height, width = (side // pipe.vae_scale_factor for side in pipe._working_size(picture, None, None))
+        self.latent_shape = (1, pipe.unet.config.in_channels, height, width)
+
+    def with_identity(
+        self, identity: IdentityAdapter, source_prompt: str, subject: str
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The U-Net's parameters with ``identity``, and the source prompt with its token encoded (1, T, D)."""
+        pipe = self._pipe
+        with pipe._with_identity(identity) as token:
+            prompt = pipe._tokenize(insert_token(source_prompt, subject, token))
+            embeds: torch.Tensor = pipe._encode_prompts([prompt]).embeds
+            return {name: weight.detach().clone() for name, weight in pipe.unet.named_parameters()}, embeds
+
+    def encode_guided(self, prompts: Sequence[str]) -> torch.Tensor:
+        """(2 N, T, D): of N prompts, the empty prompt N times, then the prompts."""
+        targets = self._pipe._encode_prompts([self._pipe._tokenize(prompt) for prompt in prompts])
+        null = self._pipe._encode_negative(None, targets)
+        return torch.cat([null.embeds.expand(len(prompts), -1, -1), targets.embeds])
+
+    def evaluate(self, x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+        """The U-Net's output for ``x`` (N, C, h, w) at ``level`` under ``embeds`` (N, T, D)."""
+        output: torch.Tensor = self._denoise(x, level, embeds)
+        return output
+
+    def move_down(self, x: torch.Tensor, output: torch.Tensor, level: int) -> torch.Tensor:
+        """DDIM's step from ``level`` to the one below."""
+        alphas_bar, kind = self._schedule.alphas_bar, self._schedule.prediction_type
+        return ddim_move(x, output, alphas_bar[level], alphas_bar[level - 1], kind)
+
+    def decode(self, x: torch.Tensor) -> list[Image.Image]:
+        images, _ = self._pipe._finish(x, "pil")
+        return list(images)

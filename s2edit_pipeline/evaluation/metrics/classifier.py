@@ -96,13 +96,13 @@ class AttributeClassifier(nn.Module):
         device, was_training = next(self.parameters()).device, self.training
         self.eval()
         try:
-            found: list[dict[str, str]] = []
+            predicted: list[dict[str, str]] = []
             for start in range(0, len(images), batch_size):
                 logits = self(to_tensor(images[start : start + batch_size]).to(device))
                 indices = {name: values.argmax(-1).tolist() for name, values in logits.items()}
                 for row in zip(*indices.values(), strict=True):
-                    found.append({name: self.attributes[name][i] for name, i in zip(indices, row, strict=True)})
-            return found
+                    predicted.append({name: self.attributes[name][i] for name, i in zip(indices, row, strict=True)})
+            return predicted
         finally:
             self.train(was_training)
 
@@ -133,7 +133,7 @@ def attribute_loss(logits: Mapping[str, torch.Tensor], labels: Mapping[str, torc
     return torch.stack(losses).mean()
 
 
-def _augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """(N, 3, H, W) in [0, 1], changed as little as a new person or a generated picture is unlike the drawings."""
     n = len(x)
 
@@ -201,7 +201,7 @@ def train_attribute_classifier(
     for step in bar:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)  # so that going on is going through
         index = torch.randint(num_pictures, (batch_size,), generator=generator)
-        x = _augment(to_tensor(pictures.images[index.numpy()]).to(device), generator)
+        x = augment(to_tensor(pictures.images[index.numpy()]).to(device), generator)
         x = x.contiguous(memory_format=torch.channels_last)  # half the time on a CPU
         loss = attribute_loss(model(x), {name: values[index].to(device) for name, values in labels.items()})
         for group in optimizer.param_groups:
@@ -277,10 +277,10 @@ def accuracy_by_attribute(
     """
     _same_number(images, subjects, "subjects")
     hits: dict[str, list[bool]] = {name: [] for name in classifier.attributes}
-    for found, subject in zip(classifier.predict(images), subjects, strict=True):
+    for predicted, subject in zip(classifier.predict(images), subjects, strict=True):
         for name in hits:
             if subject.shows(name):
-                hits[name].append(found[name] == getattr(subject, name))
+                hits[name].append(predicted[name] == getattr(subject, name))
     return {name: float(np.mean(values)) for name, values in hits.items() if values}
 
 
@@ -304,9 +304,9 @@ def agreement_with_captions(
     if not any(caption.said for caption in captions):
         raise ValueError("The captions say nothing, so there is nothing to agree with.")
     hits: dict[str, list[bool]] = {name: [] for name in classifier.attributes}
-    for found, caption in zip(classifier.predict(images), captions, strict=True):
+    for predicted, caption in zip(classifier.predict(images), captions, strict=True):
         for name, value in caption.said.items():
-            hits[name].append(found[name] == value)
+            hits[name].append(predicted[name] == value)
     overall = float(np.mean([hit for values in hits.values() for hit in values]))
     return overall, {name: float(np.mean(values)) for name, values in hits.items() if values}
 

@@ -33,10 +33,10 @@ class CounterfactualEdit:
         """The picture that a perfect edit gives."""
         return render(self.target)
 
-    def is_read_in(self, found: Mapping[str, str]) -> bool:
-        """Whether ``found``, attribute -> what a classifier reads, has all that the edit changes as it should be."""
-        changed = [name for name in found if getattr(self.target, name) != getattr(self.subject, name)]
-        return all(found[name] == getattr(self.target, name) for name in changed)
+    def is_read_in(self, predicted: Mapping[str, str]) -> bool:
+        """Whether a classifier's ``predicted`` values, by attribute, are the target's wherever the edit changes one."""
+        changed = [name for name in predicted if getattr(self.target, name) != getattr(self.subject, name)]
+        return all(predicted[name] == getattr(self.target, name) for name in changed)
 
 
 def counterfactual(subject: Subject, name: str, **changes: str) -> CounterfactualEdit:

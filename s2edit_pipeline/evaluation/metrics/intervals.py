@@ -29,3 +29,9 @@ def bootstrap_interval(
     drawn = np.random.default_rng(seed).integers(0, len(counts), (draws, len(counts)))
     low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def paired_difference(values: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
+    """Mean of ``values - reference`` (N,), over the same N subjects, and the two ends of its 95 % interval."""
+    difference = values - reference
+    return (float(difference.mean()), *bootstrap_interval(difference))

@@ -1,9 +1,9 @@
-"""The metrics that papers report on real pictures: FID, LPIPS, PSNR and SSIM as torchmetrics computes them, and CLIP
-score by transformers' CLIP alone (torchmetrics' own can't yet read what transformers 5 returns).
+"""Distances that networks have learned, as papers report them on real pictures: FID and LPIPS as torchmetrics computes
+them, and CLIP score by transformers' CLIP alone (torchmetrics' own can't yet read what transformers 5 returns).
 
-There is no truth to compare with: pictures before and after the edit are. FID looks at all of them together, the others
-at one pair, or at one picture and its prompt, and are means. Each works, or raises an error that says what is missing;
-none is left out in silence.
+They need no true picture: they compare the pictures before and after an edit. FID compares two sets of pictures; LPIPS
+(a pair) and CLIP score (a picture and its prompt) are means. Each gives a number or raises an error that says what is
+missing; none is left out in silence.
 """
 
 from __future__ import annotations
@@ -117,33 +117,6 @@ def lpips(before: Sequence[Image.Image], after: Sequence[Image.Image], *, networ
     with torch.no_grad():
         for a, b in pairs:
             metric.update(a / 255, b / 255)
-    return float(metric.compute())
-
-
-def psnr(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
-    """Peak signal-to-noise ratio in dB, mean over the pairs; infinite if a pair is equal.
-
-    Raises:
-        ValueError: other numbers or sizes of pictures.
-        ImportError: torchmetrics is missing.
-    """
-    pairs = _pairs(before, after)
-    cls = _metric("image", "PeakSignalNoiseRatio")
-    return float(np.mean([float(cls(data_range=255.0)(b.double(), a.double())) for a, b in pairs]))
-
-
-def ssim(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
-    """Structural similarity (Wang et al. 2004) with the paper's Gaussian window of 11 x 11, over all pixels, the border
-    mirrored; mean over the pairs.
-
-    Raises:
-        ValueError: other numbers or sizes of pictures.
-        ImportError: torchmetrics is missing.
-    """
-    pairs = _pairs(before, after)
-    metric = _metric("image", "StructuralSimilarityIndexMeasure")(data_range=255.0)
-    for a, b in pairs:
-        metric.update(b.double(), a.double())
     return float(metric.compute())
 
 

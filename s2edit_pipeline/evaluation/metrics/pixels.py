@@ -1,8 +1,6 @@
-"""How near two pictures are."""
+"""How near two pictures are, pixel by pixel: PSNR and SSIM."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -56,17 +54,6 @@ def psnr(a: Picture, b: Picture, region: np.ndarray | None = None) -> float:
         error = error[region]
     mean = float(error.mean())
     return float("inf") if mean == 0 else float(10 * np.log10(255**2 / mean))
-
-
-def mean_psnr(a: Sequence[Picture] | np.ndarray, b: Sequence[Picture] | np.ndarray) -> float:
-    """Mean over N pairs of :func:`psnr` in dB, of pictures or of arrays (N, H, W, 3); infinite if a pair is equal.
-
-    Raises:
-        ValueError: no pairs, another number of pictures in ``a`` than in ``b``, or what :func:`psnr` refuses.
-    """
-    if len(a) != len(b) or len(a) == 0:
-        raise ValueError(f"a and b must hold as many pictures, at least one; they hold {len(a)} and {len(b)}.")
-    return float(np.mean([psnr(first, second) for first, second in zip(a, b, strict=True)]))
 
 
 def ssim(a: Picture, b: Picture) -> float:

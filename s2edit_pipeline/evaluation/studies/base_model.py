@@ -6,20 +6,21 @@ import itertools
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ...avatars.autoencoder_training import mean_psnr, reconstruct
+from ...avatars.autoencoder_training import reconstruct
 from ...avatars.captions import Caption, describe
 from ...avatars.creatures import UNSEEN_PAIRS
 from ...avatars.dataset import load_pictures
 from ...avatars.world import KINDS, Subject, part_masks, render, sample
 from ..metrics.classifier import accuracy_by_attribute, agreement_with_captions, load_attribute_classifier
-from ..metrics.pixels import ssim
+from ..metrics.pixels import psnr, ssim
+from ..tables import markdown_table, number
 
 CAPTIONS_FIRST = 50_000
 """The first of the training split's subjects whose captions are drawn; none of them was trained on."""
@@ -56,31 +57,33 @@ class BaseModelReport:
     num_unseen: int
     agreement_pairs: float
     num_pairs: int
-    generated: np.ndarray
+    generated: np.ndarray = field(metadata={"json": False})
     captions: list[Caption]
-    generated_pairs: np.ndarray
+    generated_pairs: np.ndarray = field(metadata={"json": False})
 
     def table(self) -> str:
         """As Markdown."""
-        lines = [
+        summary = [
             f"Autoencoder: {self.autoencoder_psnr:.2f} dB PSNR, {self.autoencoder_ssim:.4f} SSIM, "
             f"{self.autoencoder_delta_e:.2f} CIE ΔE2000.",
             f"Agreement of {len(self.captions)} pictures with their captions: {self.agreement:.1%}; of the "
             f"{self.num_unseen} whose caption fits no training subject: {self.agreement_unseen:.1%}; of "
-            f"{self.num_pairs} more with a pair of words that no training caption held: {self.agreement_pairs:.1%}.",
+            f"{self.num_pairs} more with a pair of words that no training caption had: {self.agreement_pairs:.1%}.",
             f"One picture, 50 steps, guided: {self.seconds:.1f} s.",
-            "",
-            "| kind | attribute | classifier on held-out pictures | agreement of generated pictures |",
-            "|---|---|---|---|",
         ]
-        for kind, report in self.kinds.items():
-            for name, accuracy in report.classifier_accuracy.items():
-                found = report.agreement.get(name)
-                lines.append(f"| {kind} | {name} | {accuracy:.1%} | {'-' if found is None else f'{found:.1%}'} |")
-        lines += ["", "| kind | part | IoU of its word's mask |", "|---|---|---|"]
-        for kind, report in self.kinds.items():
-            lines += [f"| {kind} | {part} | {value:.2f} |" for part, value in report.grounding.items()]
-        return "\n".join(lines)
+        attributes = (
+            [kind, name, number(accuracy, ".1%"), number(report.agreement.get(name), ".1%")]
+            for kind, report in self.kinds.items()
+            for name, accuracy in report.classifier_accuracy.items()
+        )
+        parts = (
+            [kind, part, number(overlap)]
+            for kind, report in self.kinds.items()
+            for part, overlap in report.grounding.items()
+        )
+        head = ["kind", "attribute", "classifier on held-out pictures", "agreement of generated pictures"]
+        tables = [markdown_table(head, attributes), markdown_table(["kind", "part", "IoU of its word's mask"], parts)]
+        return "\n\n".join(["\n".join(summary), *tables])
 
 
 def draw_captions(
@@ -113,9 +116,9 @@ def grounding_overlaps(pipe: Any, subjects: Sequence[Subject]) -> dict[str, floa
         for part, noun in nouns.items():
             if part not in truth or noun not in caption.words:
                 continue
-            found = np.asarray(pipe.preview_mask(picture, caption.text, noun)) > 127
-            shown = noun if part == "facial_hair" else part  # a beard is no moustache
-            overlaps.setdefault(shown, []).append(float((found & truth[part]).sum() / (found | truth[part]).sum()))
+            mask = np.asarray(pipe.preview_mask(picture, caption.text, noun)) > 127
+            name = noun if part == "facial_hair" else part  # a beard is no moustache
+            overlaps.setdefault(name, []).append(float((mask & truth[part]).sum() / (mask | truth[part]).sum()))
     return {part: float(np.mean(values)) for part, values in sorted(overlaps.items())}
 
 
@@ -141,12 +144,12 @@ def mean_delta_e(a: np.ndarray, b: np.ndarray) -> float:
 
 def _seconds(pipe: Any, runs: int = 3) -> float:
     """The median of ``runs`` pictures in 50 guided steps."""
-    taken = []
+    seconds = []
     for _ in range(runs):
-        started = time.perf_counter()
+        start = time.perf_counter()
         pipe("a photo of a smiling lady", num_inference_steps=50, guidance_scale=4.5)
-        taken.append(time.perf_counter() - started)
-    return float(np.median(taken))
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
 
 
 def measure_base_model(
@@ -179,16 +182,16 @@ def measure_base_model(
         images.append(held_out.images)
         decoded.append(reconstruct(pipe.vae, held_out.images))
         count = num_captions // len(KINDS)
-        said = [describe(sample(kind, CAPTIONS_FIRST + i), rng) for i in range(count)]
-        drawn = draw_captions(pipe, [c.text for c in said], **settings)
-        _, by_attribute = agreement_with_captions(classifier, drawn, said)
+        captions_of_kind = [describe(sample(kind, CAPTIONS_FIRST + i), rng) for i in range(count)]
+        drawn = draw_captions(pipe, [c.text for c in captions_of_kind], **settings)
+        _, by_attribute = agreement_with_captions(classifier, drawn, captions_of_kind)
         trained = [sample(kind, i) for i in range(NUM_TRAINED[kind])]
-        for caption, found in zip(said, classifier.predict(drawn), strict=True):
-            right = [found[name] == value for name, value in caption.said.items()]
+        for caption, predicted in zip(captions_of_kind, classifier.predict(drawn), strict=True):
+            right = [predicted[name] == value for name, value in caption.said.items()]
             hits += right
             if not any(fits(caption, subject) for subject in trained):
                 unseen_hits.append(right)
-        captions += said
+        captions += captions_of_kind
         generated.append(drawn)
         kinds[kind] = KindReport(
             classifier_accuracy=accuracy_by_attribute(classifier, held_out.subjects, held_out.images),
@@ -198,11 +201,11 @@ def measure_base_model(
     pairs = list(itertools.islice(captions_with_unseen_pairs(rng), num_pairs))
     drawn_pairs = draw_captions(pipe, [c.text for c in pairs], **settings)
     agreement_pairs, _ = agreement_with_captions(load_attribute_classifier("creature"), drawn_pairs, pairs)
-    held, back = np.concatenate(images), np.concatenate(decoded)
+    pictures, returned = np.concatenate(images), np.concatenate(decoded)
     return BaseModelReport(
-        autoencoder_psnr=mean_psnr(held, back),
-        autoencoder_ssim=float(np.mean([ssim(x, y) for x, y in zip(held, back, strict=True)])),
-        autoencoder_delta_e=mean_delta_e(held, back),
+        autoencoder_psnr=float(np.mean([psnr(a, b) for a, b in zip(pictures, returned, strict=True)])),
+        autoencoder_ssim=float(np.mean([ssim(a, b) for a, b in zip(pictures, returned, strict=True)])),
+        autoencoder_delta_e=mean_delta_e(pictures, returned),
         kinds=kinds,
         seconds=_seconds(pipe),
         agreement=float(np.mean(hits)),

@@ -9,7 +9,6 @@ from itertools import count, cycle, islice
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
 from tqdm.auto import tqdm
 
@@ -17,9 +16,12 @@ from ...avatars.captions import describe
 from ...avatars.world import PERSON_ATTRIBUTES, Person, changed_pixels, render, sample_person
 from ...identity_fitting import ReferenceAttribute
 from ...prompt_alignment import insert_token
+from ..methods.fit_cache import FitCache, FitTask
+from ..methods.pipeline_arguments import PipelineArguments
 from ..metrics.classifier import AttributeClassifier, load_attribute_classifier
 from ..metrics.counterfactual import grade_against
 from ..metrics.intervals import bootstrap_interval
+from ..tables import markdown_table, number
 
 _MOVED = {
     "clothes": ("clothes", "clothes_color", "clothes_shade", "garment", "print"),
@@ -86,16 +88,16 @@ class CompositionPair:
         words = describe(person).text.split()
         if self.part == "mark":
             return " ".join(words)
-        said = str(getattr(person, self.part)) if self.part == "glasses" else self.noun
-        end = words.index(said)
+        word = str(getattr(person, self.part)) if self.part == "glasses" else self.noun
+        end = words.index(word)
         words[end] = self.noun
         start = end
         while words[start - 1] not in ("a", "an", "with", "and"):
             start -= 1
-        kept = [*words[:start], *words[end:]]
+        remaining = [*words[:start], *words[end:]]
         if words[start - 1] in ("a", "an"):
-            kept[start - 1] = "an" if self.noun[0] in "aeiou" else "a"
-        return " ".join(kept)
+            remaining[start - 1] = "an" if self.noun[0] in "aeiou" else "a"
+        return " ".join(remaining)
 
 
 _FITS_SOURCE: Mapping[str, Callable[[Person], bool]] = {
@@ -153,19 +155,11 @@ def composition_pairs(
     return list(islice(pairs(), number))
 
 
-@dataclass(frozen=True)
-class CompositionSetting:
-    """``fit``: arguments of ``fit_identity``; ``edit``: arguments of the call."""
-
-    fit: Mapping[str, Any] = field(default_factory=dict)
-    edit: Mapping[str, Any] = field(default_factory=dict)
-
-
-SETTINGS: Mapping[str, CompositionSetting] = {
-    "both controls": CompositionSetting(),
-    "no semantic control": CompositionSetting(fit={"semantic_weight": 0.0}),
-    "no spatial control": CompositionSetting(fit={"spatial_control": False}),
-    "identity fine-tuning alone": CompositionSetting(fit={"semantic_weight": 0.0, "spatial_control": False}),
+SETTINGS: Mapping[str, PipelineArguments] = {
+    "both controls": PipelineArguments(),
+    "no semantic control": PipelineArguments(fit={"semantic_weight": 0.0}),
+    "no spatial control": PipelineArguments(fit={"spatial_control": False}),
+    "identity fine-tuning alone": PipelineArguments(fit={"semantic_weight": 0.0, "spatial_control": False}),
 }
 """As the method says, with either control off, and with both."""
 
@@ -191,7 +185,7 @@ class CompositionRow:
     outside: np.ndarray
     unedited_inside: np.ndarray
     agreement: np.ndarray
-    pictures: list[tuple[Image.Image, Image.Image, Image.Image, Image.Image]]
+    pictures: list[tuple[Image.Image, Image.Image, Image.Image, Image.Image]] = field(metadata={"json": False})
 
     def of(self, part: str) -> CompositionRow:
         """The pairs of ``part`` alone."""
@@ -203,15 +197,50 @@ class CompositionRow:
         return replace(self, **arrays, pictures=[p for p, c in zip(self.pictures, chosen, strict=True) if c])
 
 
+@dataclass(frozen=True)
+class CompositionReport:
+    """A row for each setting, over the same pairs."""
+
+    rows: tuple[CompositionRow, ...]
+
+    def table(self) -> str:
+        """As Markdown: of all pairs and of each part's, means with 95 % intervals and the paired difference to the
+        first row."""
+        head = ["part (pairs)", "fitted with", "whole", "inside", "outside"]
+        head += ["inside, less the first row's", "read as the truth"]
+        cells: list[list[str | None]] = []
+        parts = [part for part in PARTS if (self.rows[0].parts == part).any()]
+        for part in (None, *parts):
+            rows = [row if part is None else row.of(part) for row in self.rows]
+            first = rows[0]
+            title = f"{'all' if part is None else part.replace('_', ' ')} ({len(first.parts)})"
+            for row in rows:
+                difference = None if row is first else _cell(row.inside - first.inside)
+                scores = (_cell(values) for values in (row.whole, row.inside, row.outside))
+                cells.append([title, row.name, *scores, difference, _cell(row.agreement)])
+            unedited = number(float(first.unedited_inside.mean()))
+            cells.append([title, "(the source as it was)", "", unedited, "", "", ""])
+        return markdown_table(head, cells)
+
+
+def _cell(values: np.ndarray) -> str:
+    """Mean and interval of those that are numbers; nothing where none is."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return ""
+    low, high = bootstrap_interval(values)
+    return f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
+
+
 def measure_compositions(
     pipe: Any,
     pairs: Sequence[CompositionPair],
-    settings: Mapping[str, CompositionSetting] = SETTINGS,
+    settings: Mapping[str, PipelineArguments] = SETTINGS,
     *,
     num_steps: int | None = None,
     num_inference_steps: int = 25,
     seed: int = 0,
-) -> list[CompositionRow]:
+) -> CompositionReport:
     """Fit and compose every pair, once for each of ``settings``; those that fit alike share the fit.
 
     Args:
@@ -219,31 +248,23 @@ def measure_compositions(
         num_inference_steps: of each edit.
         seed: of each fit's noise.
     """
-    classifier = load_attribute_classifier()
+    classifier, fits = load_attribute_classifier(), FitCache()
     scores: dict[str, list[tuple[float, ...]]] = {name: [] for name in settings}
     pictures: dict[str, list[tuple[Image.Image, Image.Image, Image.Image, Image.Image]]] = {n: [] for n in settings}
     for pair in tqdm(pairs, desc="compositions"):
         source, reference, truth = (render(p) for p in (pair.source, pair.reference, pair.truth))
-        fitted: dict[str, Any] = {}
+        attribute = ReferenceAttribute(reference, pair.reference_prompt, pair.noun, mask=pair.reference_mask)
+        task = FitTask(source, pair.source_prompt, pair.source.noun, seed, attribute)
         for name, setting in settings.items():
-            fit = repr(sorted(setting.fit.items()))
-            if fit not in fitted:
-                fitted[fit] = pipe.fit_identity(
-                    source,
-                    pair.source_prompt,
-                    pair.source.noun,
-                    reference=ReferenceAttribute(reference, pair.reference_prompt, pair.noun, mask=pair.reference_mask),
-                    num_steps=num_steps,
-                    generator=torch.Generator().manual_seed(seed),
-                    **setting.fit,
-                )
+            arguments = setting if num_steps is None else setting.with_changes(fit={"num_steps": num_steps})
             composed = pipe(
                 insert_token(pair.target_prompt, pair.source.noun, "[I]"),
                 source,
                 pair.source_prompt,
-                fitted[fit],
+                fits.identity(pipe, arguments, task),
+                arguments.inversion,
                 num_inference_steps=num_inference_steps,
-                **setting.edit,
+                **arguments.edit,
             ).images[0]
             graded = astuple(grade_against(pair.source, pair.truth, composed))
             scores[name].append((*graded, part_agreement(classifier, pair, composed)))
@@ -253,7 +274,7 @@ def measure_compositions(
     for name in settings:
         whole, inside, outside, unedited, agreement = np.array(scores[name]).T
         rows.append(CompositionRow(name, parts, whole, inside, outside, unedited, agreement, pictures[name]))
-    return rows
+    return CompositionReport(tuple(rows))
 
 
 def part_agreement(classifier: AttributeClassifier, pair: CompositionPair, composed: Image.Image) -> float:
@@ -261,42 +282,15 @@ def part_agreement(classifier: AttributeClassifier, pair: CompositionPair, compo
     has none."""
     truth = pair.truth
     named = [name for name in _MOVED[pair.part] if name in PERSON_ATTRIBUTES and truth.shows(name)]
-    (found,) = classifier.predict(np.array(composed.convert("RGB"))[None])
-    return float(np.mean([found[name] == getattr(truth, name) for name in named])) if named else float("nan")
+    (predicted,) = classifier.predict(np.array(composed.convert("RGB"))[None])
+    return float(np.mean([predicted[name] == getattr(truth, name) for name in named])) if named else float("nan")
 
 
-def table(rows: Sequence[CompositionRow]) -> str:
-    """As Markdown: of all pairs and of each part's, means with 95 % intervals and the paired difference to the first
-    row."""
-
-    def cell(values: np.ndarray) -> str:
-        values = values[~np.isnan(values)]
-        if not len(values):
-            return ""
-        low, high = bootstrap_interval(values)
-        return f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
-
-    lines = [
-        "| part (pairs) | fitted with | whole | inside | outside | inside, less the first row's | read as the truth |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    shown = [part for part in PARTS if (rows[0].parts == part).any()]
-    for part in (None, *shown):
-        chosen = [row if part is None else row.of(part) for row in rows]
-        first, title = chosen[0], f"{'all' if part is None else part.replace('_', ' ')} ({len(chosen[0].parts)})"
-        for row in chosen:
-            paired = "-" if row is first else cell(row.inside - first.inside)
-            cells = (cell(row.whole), cell(row.inside), cell(row.outside), paired, cell(row.agreement))
-            lines.append(f"| {title} | {row.name} | {' | '.join(cells)} |")
-        lines.append(f"| {title} | (the source as it was) | | {first.unedited_inside.mean():.2f} | | | |")
-    return "\n".join(lines)
-
-
-def sheet(rows: Sequence[CompositionRow], number: int = 2 * len(PARTS)) -> Image.Image:
-    """A line for each of the first ``number`` pairs: source, reference, truth, and each row's composition."""
-    lines = []
-    for i in range(min(number, len(rows[0].pictures))):
+def sheet(report: CompositionReport, num_pairs: int = 2 * len(PARTS)) -> Image.Image:
+    """A line for each of the first ``num_pairs`` pairs: source, reference, truth, and each row's composition."""
+    lines, rows = [], report.rows
+    for i in range(min(num_pairs, len(rows[0].pictures))):
         source, reference, _, truth = rows[0].pictures[i]
-        made = [row.pictures[i][2] for row in rows]
-        lines.append(np.concatenate([np.asarray(p) for p in (source, reference, truth, *made)], 1))
+        compositions = [row.pictures[i][2] for row in rows]
+        lines.append(np.concatenate([np.asarray(p) for p in (source, reference, truth, *compositions)], 1))
     return Image.fromarray(np.concatenate(lines))

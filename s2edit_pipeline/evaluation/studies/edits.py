@@ -1,48 +1,52 @@
-"""The demo's edits of several people under several settings, each graded against its drawing."""
+"""The demo's edits of several people under several settings, each graded against its drawing; and at few steps."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ...avatars.autoencoder_training import reconstruct
 from ...avatars.captions import describe
 from ...avatars.world import Subject, changed_pixels, render, sample_person
 from ...prompt_alignment import insert_token
-from ..methods.pipeline_methods import Setting
-from ..metrics.classifier import load_attribute_classifier
+from ..methods.fit_cache import FitCache, FitTask
+from ..methods.pipeline_arguments import PipelineArguments
+from ..metrics.classifier import AttributeClassifier, load_attribute_classifier
 from ..metrics.counterfactual import CounterfactualEdit, demo_edits, grade
 from ..metrics.pixels import psnr
+from ..tables import markdown_table, number
 
 PEOPLE = (3, 12, 5, 18, 9, 21)
 """Held-out people, on whom the defaults were chosen too."""
 
-
-SETTINGS: Mapping[str, Setting] = {
-    "the defaults": Setting(),
-    "no identity": Setting(fit=None),
-    "guided to the end": Setting(edit={"guidance_stop": 1.0}),
-    "no identity, guided to the end": Setting(fit=None, edit={"guidance_stop": 1.0}),
-    "λ = 0": Setting(fit={"semantic_weight": 0.0}),
-    "no spatial control": Setting(fit={"spatial_control": False}),
-    "positions behind `[I]` masked too": Setting(fit={"mask_after": True}),
-    "full": Setting(fit={"method": "full"}),
-    "the paper's fit": Setting(fit={"preset": "paper"}),
-    "token alone": Setting(fit={"method": "token"}),
-    "null-text": Setting(inversion="null_text"),
-    "negative prompt": Setting(inversion="negative_prompt"),
-    "edit-friendly": Setting(inversion="edit_friendly"),
-    "edit-friendly, strength 0.64": Setting(inversion="edit_friendly", edit={"strength": 0.64}),
-    "DDIM": Setting(inversion="ddim"),
-    "drift left": Setting(edit={"change_threshold": 0.0}),
-    "not confined": Setting(edit={"blend_words": False}),
+SETTINGS: Mapping[str, PipelineArguments] = {
+    "the defaults": PipelineArguments(),
+    "no identity": PipelineArguments(fit=None),
+    "guided to the end": PipelineArguments(edit={"guidance_stop": 1.0}),
+    "no identity, guided to the end": PipelineArguments(fit=None, edit={"guidance_stop": 1.0}),
+    "λ = 0": PipelineArguments(fit={"semantic_weight": 0.0}),
+    "no spatial control": PipelineArguments(fit={"spatial_control": False}),
+    "positions behind `[I]` masked too": PipelineArguments(fit={"mask_after": True}),
+    "full": PipelineArguments(fit={"method": "full"}),
+    "the paper's fit": PipelineArguments(fit={"preset": "paper"}),
+    "token alone": PipelineArguments(fit={"method": "token"}),
+    "null-text": PipelineArguments(inversion="null_text"),
+    "negative prompt": PipelineArguments(inversion="negative_prompt"),
+    "edit-friendly": PipelineArguments(inversion="edit_friendly"),
+    "edit-friendly, strength 0.64": PipelineArguments(inversion="edit_friendly", edit={"strength": 0.64}),
+    "DDIM": PipelineArguments(inversion="ddim"),
+    "drift left": PipelineArguments(edit={"change_threshold": 0.0}),
+    "not confined": PipelineArguments(edit={"blend_words": False}),
 }
+CONFINEMENT = ("the defaults", "drift left", "not confined")
+"""Of ``SETTINGS``, those that differ in what an edit may change."""
 
 
 @dataclass(frozen=True)
@@ -63,82 +67,162 @@ class EditRow:
     seconds: float
 
 
+@dataclass(frozen=True)
+class EditReport:
+    """A row for each setting."""
+
+    rows: tuple[EditRow, ...]
+
+    def table(self) -> str:
+        """As Markdown; the last two rows are references."""
+        head = ["setting", "whole", "inside", "outside", "done", "|cos| before, after", "seconds"]
+        rows: list[list[str | None]] = []
+        for row in self.rows:
+            scores = (number(score) for score in (row.whole, row.inside, row.outside, row.done))
+            cosines = None if row.cosines is None else f"{row.cosines[0]:.3f}, {row.cosines[1]:.3f}"
+            rows.append([row.name, *scores, cosines, number(row.seconds, ".1f")])
+        first = self.rows[0]
+        rows.append(["(the picture as it was)", "", number(first.unedited_inside), "", "0.00", "", ""])
+        rows.append(["(the autoencoder alone)", "", "", number(first.autoencoder_outside), "", "", ""])
+        return markdown_table(head, rows)
+
+
+def edit_scores(
+    edits: Sequence[CounterfactualEdit], images: Sequence[Image.Image], classifier: AttributeClassifier
+) -> np.ndarray:
+    """(number of edits, 5): PSNR to the truth in dB, whole, inside, outside and, of the unedited picture, inside; and
+    1 where the classifier reads all that the edit changes, else 0."""
+    predictions = classifier.predict(np.stack([np.asarray(image) for image in images]))
+    rows = []
+    for edit, image, predicted in zip(edits, images, predictions, strict=True):
+        g = grade(edit, image)
+        rows.append((g.whole, g.inside, g.outside, g.unedited_inside, float(edit.is_read_in(predicted))))
+    return np.array(rows)
+
+
 def measure_edits(
     pipe: Any,
     names: Sequence[str] = tuple(SETTINGS),
     *,
-    settings: Mapping[str, Setting] = SETTINGS,
+    settings: Mapping[str, PipelineArguments] = SETTINGS,
     people: Sequence[int] = PEOPLE,
     edits_of: Callable[[Subject], list[CounterfactualEdit]] = demo_edits,
     num_inference_steps: int = 25,
     seed: int = 0,
     num_steps: int | None = None,
-) -> list[EditRow]:
+) -> EditReport:
     """One row for each of the ``settings`` named; identities that several rows share are fitted once.
 
     Args:
         num_inference_steps: of the settings that don't name their own.
         num_steps: of the fits; None takes each method's own.
+
+    Raises:
+        ValueError: a name that is in no setting.
     """
-    classifier = load_attribute_classifier()
-    fitted: dict[tuple[str, int], Any] = {}
-    rows = []
-    for name in names:
-        setting = settings[name]
-        scores, own, done, cosines, seconds = [], [], [], [], []
-        for number in tqdm(people, desc=name, leave=False):
-            person = sample_person(number, "held_out")
-            picture, prompt = render(person), describe(person).text
-            identity = None
-            if setting.fit is not None:
-                key = (repr(sorted(setting.fit.items())), number)
-                if key not in fitted:
-                    fitting = setting.with_changes(fit={} if num_steps is None else {"num_steps": num_steps})
-                    fitted[key] = fitting.fit_identity(pipe, picture, prompt, person.noun, seed)
-                identity = fitted[key]
-                cosines.append([abs(identity.measures[f"cosine_{end}"]) for end in ("first", "last")])
-            edits = edits_of(person)
-            returned = reconstruct(pipe.vae, np.asarray(picture)[None])[0]
+    if unknown := [name for name in names if name not in settings]:
+        raise ValueError(f"There is no setting {', '.join(unknown)}; choose from {', '.join(settings)}.")
+    classifier, fits = load_attribute_classifier(), FitCache()
+    measured: dict[str, list[_PersonEdits]] = {name: [] for name in names}
+    for person_number in tqdm(people, desc="people", leave=False):
+        person = sample_person(person_number, "held_out")
+        picture, edits = render(person), edits_of(person)
+        task = FitTask(picture, describe(person).text, person.noun, seed)
+        returned = reconstruct(pipe.vae, np.array(picture)[None])[0]
+        autoencoder = [psnr(returned, picture, ~changed_pixels(person, edit.target)) for edit in edits]
+        for name in names:
+            arguments = settings[name]
+            if arguments.fit is not None and num_steps is not None:
+                arguments = arguments.with_changes(fit={"num_steps": num_steps})
+            identity = fits.identity(pipe, arguments, task)
             targets = [edit.target_prompt for edit in edits]
             if identity is not None:
                 targets = [insert_token(target, person.noun, identity.token) for target in targets]
-            started = time.perf_counter()
+            start = time.perf_counter()
             result = pipe(
                 targets,
                 image=picture,
-                source_prompt=prompt,
+                source_prompt=task.source_prompt,
                 identity=identity,
-                inversion=setting.inversion,
+                inversion=arguments.inversion,
                 generator=torch.Generator().manual_seed(seed),
-                **{"num_inference_steps": num_inference_steps, **setting.edit},
+                **{"num_inference_steps": num_inference_steps, **arguments.edit},
             )
-            seconds.append(time.perf_counter() - started)
-            read = classifier.predict(np.stack([np.asarray(image) for image in result.images]))
-            for edit, image, found in zip(edits, result.images, read, strict=True):
-                scores.append(astuple(grade(edit, image)))
-                own.append(psnr(returned, picture, ~changed_pixels(person, edit.target)))
-                done.append(edit.is_read_in(found))
-        whole, inside, outside, unedited = np.mean(scores, 0)
-        ends = (float(np.mean([c[0] for c in cosines])), float(np.mean([c[1] for c in cosines]))) if cosines else None
-        rows.append(
-            EditRow(
-                name, float(whole), float(inside), float(outside), float(unedited), float(np.mean(own)),
-                float(np.mean(done)), ends, float(np.median(seconds)),
-            )
-        )  # fmt: skip
-    return rows
+            seconds = time.perf_counter() - start
+            cosines = None if identity is None else [abs(identity.measures[f"cosine_{e}"]) for e in ("first", "last")]
+            scores = np.column_stack([edit_scores(edits, result.images, classifier), autoencoder])
+            measured[name].append(_PersonEdits(scores, cosines, seconds))
+    return EditReport(tuple(_mean_row(name, of_people) for name, of_people in measured.items()))
 
 
-def table(rows: Sequence[EditRow]) -> str:
-    """As Markdown."""
-    lines = [
-        "| setting | whole | inside | outside | done | \\|cos\\| before, after | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        cosines = "-" if r.cosines is None else f"{r.cosines[0]:.3f}, {r.cosines[1]:.3f}"
-        scores = f"{r.whole:.2f} | {r.inside:.2f} | {r.outside:.2f} | {r.done:.2f}"
-        lines.append(f"| {r.name} | {scores} | {cosines} | {r.seconds:.1f} |")
-    lines.append(f"| (the picture as it was) | | {rows[0].unedited_inside:.2f} | | 0.00 | | |")
-    lines.append(f"| (the autoencoder alone) | | | {rows[0].autoencoder_outside:.2f} | | | |")
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class _PersonEdits:
+    """One person's edits under one setting; ``scores``: :func:`edit_scores` and the autoencoder's outside, by edit."""
+
+    scores: np.ndarray
+    cosines: list[float] | None
+    seconds: float
+
+
+def _mean_row(name: str, of_people: Sequence[_PersonEdits]) -> EditRow:
+    scores = np.concatenate([person.scores for person in of_people])
+    whole, inside, outside, unedited_inside, done, autoencoder = map(float, scores.mean(0))
+    ends = [person.cosines for person in of_people if person.cosines is not None]
+    cosines = None
+    if ends:
+        first, last = map(float, np.mean(ends, 0))
+        cosines = (first, last)
+    seconds = float(np.median([person.seconds for person in of_people]))
+    return EditRow(name, whole, inside, outside, unedited_inside, autoencoder, done, cosines, seconds)
+
+
+# ---------------------------------------------------------------------------- few steps
+
+
+@dataclass(frozen=True)
+class StepsReport:
+    """A row for each number of steps; ``losses``, name -> how far the fewer of two numbers of steps is below the
+    other, in dB of whole, inside and outside, or None where one of the two wasn't measured."""
+
+    people: tuple[int, ...]
+    rows: tuple[EditRow, ...]
+    losses: Mapping[str, tuple[float, float, float] | None]
+
+    def table(self) -> str:
+        """As Markdown."""
+        losses = (
+            [name, *(number(value) for value in values or (None, None, None))] for name, values in self.losses.items()
+        )
+        return f"{EditReport(self.rows).table()}\n\n{markdown_table(['dB', 'whole', 'inside', 'outside'], losses)}"
+
+
+def measure_steps(
+    pipe: Any,
+    steps: Sequence[int] = (10, 20, 50),
+    *,
+    few: int = 20,
+    many: int = 50,
+    people: Sequence[int] = range(4),
+    num_steps: int | None = None,
+    seed: int = 0,
+) -> StepsReport:
+    """The demo's edits of held-out ``people`` with their default identities, which all numbers of ``steps`` share; from
+    direct inversion, and below ``many`` steps from fixed-point inversion too.
+
+    Args:
+        few, many: the two numbers of steps that are compared.
+        num_steps: of the fits; None takes the method's own.
+    """
+    settings = {f"{n} steps": PipelineArguments(edit={"num_inference_steps": n}) for n in steps}
+    settings |= {
+        f"{n} steps, fixed point": PipelineArguments(inversion="fixed_point", edit={"num_inference_steps": n})
+        for n in steps
+        if n < many
+    }
+    rows = measure_edits(pipe, list(settings), settings=settings, people=people, num_steps=num_steps, seed=seed).rows
+    by_steps = dict(zip(steps, rows, strict=False))
+    loss = None
+    if few in by_steps and many in by_steps:
+        a, b = by_steps[few], by_steps[many]
+        loss = (b.whole - a.whole, b.inside - a.inside, b.outside - a.outside)
+    return StepsReport(tuple(people), rows, {f"{few} steps below {many}": loss})

@@ -15,6 +15,7 @@ from PIL import Image
 from ...avatars.captions import describe
 from ...avatars.world import render, sample_person
 from ..metrics.pixels import psnr
+from ..tables import markdown_table, number
 
 
 @contextmanager
@@ -24,27 +25,27 @@ def seen_as(pipe: Any, prediction_type: str) -> Iterator[Any]:
     The same model in the other parametrisation: ``eps = sqrt(abar) v + sqrt(1 - abar) x`` and
     ``v = (eps - sqrt(1 - abar) x) / sqrt(abar)`` are exact, so every difference is the arithmetic's.
     """
-    held = pipe.scheduler
-    own = held.config.prediction_type
-    if own == prediction_type:
+    scheduler = pipe.scheduler
+    model_type = scheduler.config.prediction_type
+    if model_type == prediction_type:
         yield pipe
         return
-    alphas = held.alphas_cumprod.double()
+    alphas = scheduler.alphas_cumprod.double()
 
     def convert(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x, t = args[0], int(torch.as_tensor(args[1]).flatten()[0])
         a, s = float(alphas[t].sqrt()), float((1 - alphas[t]).sqrt())
         sample = output[0]
-        changed = a * sample + s * x if own == "v_prediction" else (sample - s * x) / a
+        changed = a * sample + s * x if model_type == "v_prediction" else (sample - s * x) / a
         return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)
 
     handle = pipe.unet.register_forward_hook(convert, with_kwargs=True)
-    pipe.scheduler = type(held).from_config(held.config, prediction_type=prediction_type)
+    pipe.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
     try:
         yield pipe
     finally:
         handle.remove()
-        pipe.scheduler = held
+        pipe.scheduler = scheduler
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,22 @@ class InversionRow:
     seconds: float
 
 
+@dataclass(frozen=True)
+class InversionReport:
+    """A row for each parametrisation and method."""
+
+    rows: tuple[InversionRow, ...]
+
+    def table(self) -> str:
+        """As Markdown."""
+        rows = (
+            [r.prediction_type, r.method, number(r.psnr), number(r.autoencoder_psnr - r.psnr), number(r.seconds, ".1f")]
+            for r in self.rows
+        )
+        head = ["prediction", "inversion", "PSNR, dB", "below the autoencoder's own, dB", "seconds"]
+        return markdown_table(head, rows)
+
+
 def measure_inversions(
     pipe: Any,
     *,
@@ -66,45 +83,30 @@ def measure_inversions(
     prediction_types: Sequence[str] = ("v_prediction", "epsilon"),
     num_inference_steps: int = 50,
     guidance_scale: float = 4.5,
-) -> list[InversionRow]:
+) -> InversionReport:
     """Invert held-out people under their own captions and come back under the same words, with guidance."""
     rows = []
     for prediction_type in prediction_types:
         for method in methods:
-            found, own, seconds = [], [], []
+            reconstructions, references, seconds = [], [], []
             for seed in people:
                 person = sample_person(seed, "held_out")
                 picture, prompt = render(person), describe(person).text
                 with seen_as(pipe, prediction_type), torch.no_grad():
-                    started = time.perf_counter()
+                    start = time.perf_counter()
                     inversion = pipe.invert(picture, prompt, method, num_inference_steps, guidance_scale=guidance_scale)
                     result = pipe(prompt, image=picture, inversion=inversion, guidance_scale=guidance_scale)
-                    seconds.append(time.perf_counter() - started)
-                    pixels = pipe.vae.decode(inversion.trajectory[:1] / pipe.vae.config.scaling_factor).sample
-                bare = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
-                truth = np.asarray(picture)
-                found.append(_psnr(truth, result.images[0]))
-                own.append(_psnr(truth, bare))
-            rows.append(
-                InversionRow(
-                    prediction_type, method, float(np.mean(found)), float(np.mean(own)), float(np.median(seconds))
-                )
-            )
-    return rows
+                    seconds.append(time.perf_counter() - start)
+                    reference = _decoded(pipe, inversion.trajectory[:1])
+                reconstructions.append(psnr(result.images[0], picture))
+                references.append(psnr(reference, picture))
+            mean, reference_mean = float(np.mean(reconstructions)), float(np.mean(references))
+            rows.append(InversionRow(prediction_type, method, mean, reference_mean, float(np.median(seconds))))
+    return InversionReport(tuple(rows))
 
 
-def _psnr(truth: np.ndarray, picture: Image.Image) -> float:
-    return psnr(np.asarray(picture), truth)
-
-
-def table(rows: Sequence[InversionRow]) -> str:
-    """As Markdown."""
-    lines = [
-        "| prediction | inversion | PSNR, dB | below the autoencoder's own, dB | seconds |",
-        "|---|---|---|---|---|",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r.prediction_type} | {r.method} | {r.psnr:.2f} | {r.autoencoder_psnr - r.psnr:.2f} | {r.seconds:.1f} |"
-        )
-    return "\n".join(lines)
+def _decoded(pipe: Any, latents: torch.Tensor) -> Image.Image:
+    """The picture of ``latents`` (1, C, h, w)."""
+    pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    image: Image.Image = pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+    return image

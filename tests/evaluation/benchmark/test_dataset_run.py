@@ -16,20 +16,19 @@ from skimage.metrics import structural_similarity
 from s2edit_pipeline import S2EditPipeline
 from s2edit_pipeline.avatars.world import render, sample_person
 from s2edit_pipeline.cli import main
-from s2edit_pipeline.evaluation.benchmark import runner as method_records
-from s2edit_pipeline.evaluation.benchmark.dataset_run import (
-    DatasetRun,
+from s2edit_pipeline.evaluation.benchmark import runner
+from s2edit_pipeline.evaluation.benchmark.dataset_report import (
     dataset_report,
-    preservation,
     standard_measures,
     write_dataset_report,
 )
+from s2edit_pipeline.evaluation.benchmark.dataset_run import DatasetRun, preservation
 from s2edit_pipeline.evaluation.benchmark.datasets import load_edit_dataset
 from s2edit_pipeline.evaluation.benchmark.runner import run_benchmark
-from s2edit_pipeline.evaluation.methods import registry as benchmark_methods
-from s2edit_pipeline.evaluation.methods.registry import Contender, Entrant, entrants
+from s2edit_pipeline.evaluation.methods import registry
+from s2edit_pipeline.evaluation.methods.registry import MethodFactory, MethodSpec, method_specs
 from s2edit_pipeline.evaluation.methods.rivals import InstructPix2Pix
-from s2edit_pipeline.evaluation.metrics import learned as standard_metrics
+from s2edit_pipeline.evaluation.metrics import learned
 
 SIZE = (40, 24)
 ROWS = [
@@ -85,17 +84,17 @@ class Shade:
 @pytest.fixture
 def told(make_pipe: Callable[[], S2EditPipeline], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What "shade" and "instructed" were told so far; the model is a tiny one."""
-    monkeypatch.setattr(method_records, "load_model", lambda run: make_pipe())
+    monkeypatch.setattr(runner, "load_model", lambda run: make_pipe())
     heard: list[Any] = []
     for name in ("shade", "instructed"):
         make = lambda name, pipe, steps: Shade(name, heard, name == "instructed")  # noqa: E731
-        monkeypatch.setitem(benchmark_methods.METHODS, name, Contender(make))
+        monkeypatch.setitem(registry.METHODS, name, MethodFactory(make))
     return heard
 
 
 def _run(folder: Path, *names: str, **more: Any) -> DatasetRun:
     entries = tuple(load_edit_dataset(folder))
-    return DatasetRun(folder.parent / "out", entrants(names), entries, **{"num_inference_steps": 2, **more})
+    return DatasetRun(folder.parent / "out", method_specs(names), entries, **{"num_inference_steps": 2, **more})
 
 
 def _naive(a: Image.Image, b: Image.Image, mask: np.ndarray) -> tuple[float, float]:
@@ -198,8 +197,8 @@ def test_a_target_without_the_subject_goes_without_the_token(
     _noise(1, (80, 48)).save(folder / "tom.png")
     (cat,) = load_edit_dataset(folder)[1:]
     cat = replace(cat, target_prompts=("a photo of a dog", "a photo of a sad cat"))
-    entrant = Entrant("S2Edit", "S2Edit", {"fit": {"num_steps": 1}})
-    run = DatasetRun(folder.parent / "out", (entrant, *entrants(["direct + P2P", "autoencoder alone"])), (cat,), 2)
+    spec = MethodSpec("S2Edit", "S2Edit", {"fit": {"num_steps": 1}})
+    run = DatasetRun(folder.parent / "out", (spec, *method_specs(["direct + P2P", "autoencoder alone"])), (cat,), 2)
     run_benchmark(run)
     report = dataset_report(run, {})["methods"]
     assert [row["failures"] for row in report.values()] == [[], [], []]
@@ -230,12 +229,12 @@ def test_standard_metrics_are_numbers_or_say_why_not(
         raise OSError("no | weights\nhere")
 
     for name, function in (("clip_score", score), ("lpips", missing), ("fid", missing)):
-        monkeypatch.setattr(standard_metrics, name, function)
+        monkeypatch.setattr(learned, name, function)
     path = write_dataset_report(run, {}, standard_measures("clip/"))
     values = json.loads(path.with_suffix(".json").read_text())["methods"]["instructed"]["standard_metrics"]
     reason = "not measured: no | weights\nhere"
     assert values == {"CLIP score ↑": 12.345, "LPIPS ↓": reason, "FID ↓": reason}
-    assert "| instructed | 12.35 | not measured: no / weights here | not measured: no / weights here |" in (
+    assert "| instructed | 12.35 | not measured: no \\| weights here | not measured: no \\| weights here |" in (
         path.read_text()
     )
     pictures, prompts, model = seen["clip"]
@@ -306,6 +305,8 @@ def test_arguments_that_do_not_go_together_are_told(
         ([*dataset, "--limit", "0"], "--limit must be at least 1, not 0"),
         (["--limit", "1"], "--limit is for --dataset PATH"),
         (["--standard-metrics"], "--standard-metrics is for --dataset PATH"),
+        ([*dataset, "--clip-model", "here"], "--clip-model is for --standard-metrics"),
+        ([*dataset, "--baseline", "SDEdit"], "--baseline is not for --dataset"),
         (["--dataset", str(tmp_path / "none")], "none isn't there"),
     ):
         assert main(["bench", "--out", str(tmp_path / "out"), *more]) == 2

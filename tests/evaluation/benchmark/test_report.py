@@ -9,28 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from s2edit_pipeline.evaluation.benchmark.drawn_subjects import BenchmarkRun
+from s2edit_pipeline.evaluation.benchmark.drawn_subjects import DrawnRun
 from s2edit_pipeline.evaluation.benchmark.report import METRICS, make_report, markdown, write_report
-from s2edit_pipeline.evaluation.methods.registry import Entrant
+from s2edit_pipeline.evaluation.methods.registry import MethodSpec
 
 SUBJECTS = tuple(("person", 1000 + i) for i in range(6))
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> BenchmarkRun:
+def run(tmp_path: Path) -> DrawnRun:
     """Records of invented scores: "ours" on all subjects but a failure, "theirs" with another edit missing."""
-    run = BenchmarkRun(tmp_path, tuple(Entrant(name, "unedited") for name in ("ours", "theirs", "absent")), SUBJECTS)
+    run = DrawnRun(tmp_path, tuple(MethodSpec(name, "unedited") for name in ("ours", "theirs", "absent")), SUBJECTS)
     rng = np.random.default_rng(0)
-    for shift, entrant in enumerate(run.entrants[:2]):
+    for shift, spec in enumerate(run.methods[:2]):
         for i, subject in enumerate(SUBJECTS):
-            record: dict[str, Any] = {"name": entrant.name, "error": None}
-            if (entrant.name, i) == ("ours", 5):
+            record: dict[str, Any] = {"name": spec.name, "error": None}
+            if (spec.name, i) == ("ours", 5):
                 record["error"] = "RuntimeError: out of luck"
             else:
                 edits = [_row(rng, i, n, 2.0 * shift) for n in range(1 + i % 3)]
                 stages = {stage: {"cost": 10 * (i + 1), "seconds": i / 10} for stage in ("prepare", "edit")}
                 record |= {"edits": edits, **stages}
-            folder = run.folder(entrant, subject)
+            folder = run.folder(spec, subject)
             folder.mkdir(parents=True)
             (folder / "record.json").write_text(json.dumps(record))
     return run
@@ -42,13 +42,13 @@ def _row(rng: np.random.Generator, subject: int, number: int, shift: float) -> d
     return {"name": f"edit {number}", "category": ("hat", "glasses", "mood")[number], **scores}
 
 
-def _records(run: BenchmarkRun, name: str) -> dict[int, dict[str, Any]]:
-    entrant = next(e for e in run.entrants if e.name == name)
-    found = {n: json.loads((run.folder(entrant, (k, n)) / "record.json").read_text()) for k, n in SUBJECTS}
+def _records(run: DrawnRun, name: str) -> dict[int, dict[str, Any]]:
+    spec = next(e for e in run.methods if e.name == name)
+    found = {n: json.loads((run.folder(spec, (k, n)) / "record.json").read_text()) for k, n in SUBJECTS}
     return {n: record for n, record in found.items() if record["error"] is None}
 
 
-def test_means_are_over_edits(run: BenchmarkRun) -> None:
+def test_means_are_over_edits(run: DrawnRun) -> None:
     report = make_report(run, {}, "ours")["methods"]
     for name, number in (("ours", 9), ("theirs", 12)):
         rows = [row for record in _records(run, name).values() for row in record["edits"]]
@@ -65,7 +65,7 @@ def test_means_are_over_edits(run: BenchmarkRun) -> None:
     assert report["ours"]["cost"]["cost_edit"] == pytest.approx(np.mean([c / (1 + i % 3) for i, c in enumerate(costs)]))
 
 
-def test_differences_are_paired_and_their_intervals_draw_subjects(run: BenchmarkRun) -> None:
+def test_differences_are_paired_and_their_intervals_draw_subjects(run: DrawnRun) -> None:
     report = make_report(run, {}, "ours")["methods"]
     ours, theirs = _records(run, "ours"), _records(run, "theirs")
     differences = {
@@ -85,7 +85,7 @@ def test_differences_are_paired_and_their_intervals_draw_subjects(run: Benchmark
     assert high - low < 0.7 * (unpaired["high"] - unpaired["low"])
 
 
-def test_nothing_is_left_out_in_silence(run: BenchmarkRun) -> None:
+def test_nothing_is_left_out_in_silence(run: DrawnRun) -> None:
     text = markdown(make_report(run, {"absent": "FileNotFoundError: no weights"}, "ours"))
     assert "- absent could not be made. FileNotFoundError: no weights" in text
     assert "- ours failed on person 1005: RuntimeError: out of luck" in text
@@ -93,7 +93,7 @@ def test_nothing_is_left_out_in_silence(run: BenchmarkRun) -> None:
     assert f"| theirs | 12 | {make_report(run, {}, 'ours')['methods']['theirs']['means']['psnr']['mean']:.2f} [" in text
 
 
-def test_the_files(run: BenchmarkRun) -> None:
+def test_the_files(run: DrawnRun) -> None:
     path = write_report(run, {}, "theirs")
     assert path.read_text("utf-8") == markdown(json.loads((run.out / "report.json").read_text()))
     for name in ("trade-off.png", "differences.png", "sheet.png"):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from s2edit_pipeline.cli import main
-from s2edit_pipeline.evaluation.costs.cuda import GpuRow, _if_it_fits, measure_gpu_costs, unet_flops
+from s2edit_pipeline.evaluation.costs.cuda import CudaRow, if_it_fits, measure_cuda_costs, unet_flops
 from s2edit_pipeline.evaluation.costs.random_models import FAMILIES, TINY_FAMILIES, random_pipeline
 
 
@@ -77,7 +77,7 @@ def test_the_whole_script_at_tiny_size(tmp_path: Path, capsys: pytest.CaptureFix
     options = ["--random", "sd21", "sdxl", "--tiny", "--sides", "64", "--repeats", "1", "--steps", "1"]
     assert main(["measure", "costs", *options, "--json", str(out)]) == 0
     shown = capsys.readouterr().out
-    rows = [GpuRow(**row) for row in json.loads(out.read_text("utf-8"))["rows"]]
+    rows = [CudaRow(**row) for row in json.loads(out.read_text("utf-8"))["rows"]]
     assert [(row.family, row.side) for row in rows] == [(f, s) for f in TINY_FAMILIES for s in (64, 128, 192)]
     for row in rows:
         values = [value for name, value in vars(row).items() if name not in ("family", "side")]
@@ -91,9 +91,9 @@ def test_no_device_and_no_room(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert main(["measure", "costs", "--random", "sd15"]) == 2
     assert "CUDA device, and PyTorch sees none" in capsys.readouterr().err
     with pytest.raises(ValueError, match="'sd3' is unknown; choose from sd15, sd21, sdxl"):
-        measure_gpu_costs(["sd3"], tiny=True)
+        measure_cuda_costs(["sd3"], tiny=True)
 
     def too_much() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert _if_it_fits(too_much) is None and _if_it_fits(lambda: 3) == 3
+    assert if_it_fits(too_much) is None and if_it_fits(lambda: 3) == 3

@@ -9,16 +9,15 @@ import pytest
 from PIL import Image
 
 from s2edit_pipeline.evaluation.costs.counts import count_unet
-from s2edit_pipeline.evaluation.costs.edits import PUBLISHED
 from s2edit_pipeline.evaluation.costs.laws import (
     call_evaluations,
     edit_evaluations,
     fit_line,
     fit_power,
     free_edit_evaluations,
-    inversion_evaluations,
     null_text_evaluations,
 )
+from s2edit_pipeline.evaluation.methods.pipeline_arguments import PROMPT_TO_PROMPT
 
 SOURCE = "a photo of a smiling lady with glasses"
 TARGETS = ["a photo of a sad lady with glasses", "a photo of a smiling lady", "a photo of a smiling man with glasses"]
@@ -28,7 +27,8 @@ TARGETS = ["a photo of a sad lady with glasses", "a photo of a smiling lady", "a
 def test_inversions_and_edits_ask_as_often_as_the_law_says(pipe: Any, picture: Image.Image, steps: int) -> None:
     with count_unet(pipe.unet) as counts:
         inversion = pipe.invert(picture, SOURCE, num_inference_steps=steps)
-    assert counts.evaluations == inversion_evaluations(steps)
+    # one a step, and one at the noise that it ends in; the walk up asks at the levels 1, 1, 2, …, N - 1
+    assert counts.evaluations == steps + (steps > 1)
     for stop, number in ((0.0, 1), (0.3, 3), (0.5, 1), (0.5, 2), (1.0, 1)):
         with count_unet(pipe.unet) as counts:
             pipe(TARGETS[:number], source_prompt=SOURCE, inversion=inversion, guidance_stop=stop)
@@ -48,7 +48,7 @@ def test_null_text_where_nothing_stops_early(pipe: Any, picture: Image.Image, nu
     with count_unet(pipe.unet) as counts:
         pipe(
             TARGETS[:number], source_prompt=SOURCE, guidance_scale=500.0,
-            **{**PUBLISHED, "inversion": inversion},
+            inversion=inversion, **PROMPT_TO_PROMPT,
         )  # fmt: skip
     assert (counts.evaluations, counts.backward_evaluations) == (free_edit_evaluations(2, number), 0)
 
@@ -80,3 +80,10 @@ def test_too_little_is_refused() -> None:
         fit_line([5.0, 5.0], [1.0, 1.1])
     with pytest.raises(ValueError, match=r"above 0, and there is -0\.1"):
         fit_power([1.0, 2.0], [0.3, -0.1])
+
+
+def test_null_text_asks_ten_times_what_an_edit_does() -> None:
+    """The factor by which an edit has to be cheaper, where no optimisation stops early."""
+    for steps in (25, 50):
+        forward, backward = null_text_evaluations(steps)
+        assert forward + free_edit_evaluations(steps) + 2 * backward >= 10 * call_evaluations(steps)

@@ -7,10 +7,9 @@ import torch
 from s2edit_pipeline import load_avatars
 from s2edit_pipeline.evaluation.costs.memory import (
     FITS,
-    fit_table,
+    MemoryReport,
+    measure_edit_memory,
     measure_fit_memory,
-    measure_memory,
-    table,
     tracked_allocations,
 )  # fmt: skip
 
@@ -37,14 +36,16 @@ def test_the_peak_is_what_lives_at_once() -> None:
 def test_an_edit_takes_hardly_more_than_stock_sampling() -> None:
     pipe = load_avatars()
     pipe.set_progress_bar_config(disable=True)
-    rows = measure_memory(pipe, num_inference_steps=2)
+    rows = measure_edit_memory(pipe, num_inference_steps=2)
     assert len(rows) == 6
     for n, (lean, kept, free) in zip((1, 3), (rows[:3], rows[3:]), strict=True):
         # activations grow with the batch: megabytes, and no less than the skip connections' share of it
         assert lean.stock == kept.stock == free.stock > 4e6 * n
-        assert lean.kept == free.kept == 0 < kept.kept and lean.ratio <= 1.2 and free.ratio <= 1.2, rows
-        assert lean.edit <= kept.edit <= lean.edit + 1.1 * kept.kept
-    assert table(rows).count("\n") == 7
+        assert lean.attention == free.attention == 0 < kept.attention and lean.ratio <= 1.2 and free.ratio <= 1.2, rows
+        assert lean.edit <= kept.edit <= lean.edit + 1.1 * kept.attention
+    shown = MemoryReport(tuple(rows), ()).table().splitlines()
+    sizes = (rows[1].edit, rows[1].attention, rows[1].stock)
+    assert shown[3].startswith(f"| {rows[1].name} | " + " | ".join(f"{size / 1e6:.1f}" for size in sizes))
 
 
 def test_a_lora_fit_takes_two_fifths_of_a_full_one() -> None:
@@ -57,4 +58,4 @@ def test_a_lora_fit_takes_two_fifths_of_a_full_one() -> None:
     trained = sum(p.numel() for m in (pipe.unet, pipe.text_encoder) for p in m.parameters()) - tables.numel()
     assert full > 4 * 4 * trained  # the copy, its gradients, AdamW's two moments
     assert checkpointed < 0.8 * lora and lora <= 0.4 * full, (checkpointed, lora, full)
-    assert fit_table(rows).splitlines()[3].endswith(f"| {lora / 1e6:.1f} | {lora / full:.2f} |")
+    assert MemoryReport((), tuple(rows)).table().splitlines()[-2].endswith(f"| {lora / 1e6:.1f} | {lora / full:.2f} |")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from s2edit_pipeline import load_avatars
-from s2edit_pipeline.evaluation.costs import scaling as cost_scaling
+from s2edit_pipeline.evaluation.costs import scaling as scaling_study
 from s2edit_pipeline.evaluation.costs.counts import count_unet
 from s2edit_pipeline.evaluation.costs.timing import Timing
 
@@ -26,10 +26,10 @@ def test_the_law_is_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             timings[name] = Timing((seconds,) * repeats, counts, None)
         return timings
 
-    monkeypatch.setattr(cost_scaling, "take_turns", turns)
+    monkeypatch.setattr(scaling_study, "take_turns", turns)
     pipe = load_avatars()
     pipe.set_progress_bar_config(disable=True)
-    scaling = cost_scaling.measure_scaling(pipe, steps=(1, 2, 3, 4), sides=(64, 96), edits=(1, 2), repeats=1)
+    scaling = scaling_study.measure_scaling(pipe, steps=(1, 2, 3, 4), sides=(64, 96), edits=(1, 2), repeats=1)
     measured = [(p.steps, p.side, p.edits, p.evaluations) for p in scaling.points]
     assert measured == [
         (1, 64, 1, 3), (2, 64, 1, 6), (3, 64, 1, 9), (4, 64, 1, 12), (1, 96, 1, 3), (2, 96, 1, 6), (3, 96, 1, 9),
@@ -39,7 +39,7 @@ def test_the_law_is_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for fit, side in ((scaling.by_side[64], 64), (scaling.by_side[96], 96), (scaling.by_edits, 64)):
         assert (fit.intercept, fit.slope) == pytest.approx((0.1, 2e-6 * side**1.5)) and fit.residual < 1e-9
     assert "b grows like side^1.50" in scaling.table()
-    cost_scaling.plot(scaling, tmp_path / "scaling.png")
+    scaling_study.plot(scaling, tmp_path / "scaling.png")
     drawn = np.asarray(Image.open(tmp_path / "scaling.png").convert("L"))
     panels = np.array_split(drawn, 3, axis=1)
     assert all((panel < 200).mean() > 0.01 for panel in panels)

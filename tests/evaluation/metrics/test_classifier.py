@@ -29,7 +29,7 @@ from s2edit_pipeline.avatars.world import (
 )
 from s2edit_pipeline.evaluation.metrics.classifier import (
     AttributeClassifier,
-    _augment,
+    augment,
     accuracy_by_attribute,
     agreement_with_captions,
     attribute_labels,
@@ -278,7 +278,7 @@ def test_augmentation_keeps_colors_their_words() -> None:
     flat = torch.tensor([0.75, 0.35, 0.2])
     x = flat.view(1, 3, 1, 1).repeat(200, 1, 128, 128)
     held = x.clone()
-    changed = _augment(x, generator)
+    changed = augment(x, generator)
     assert torch.equal(x, held) and changed.min() >= 0 and changed.max() <= 1
     hue, saturation, value = colorsys.rgb_to_hsv(*flat.tolist())
     found = np.array([colorsys.rgb_to_hsv(*c) for c in changed[:, :, :90].mean((2, 3)).tolist()])
@@ -307,7 +307,7 @@ def test_augmentation_turns_hue_as_hsv_does() -> None:
     for at, turns in ((0.0, -0.012), (0.5, 0.0), (1.0, 0.012)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", _Draws(at).rand)
-            out = _augment(x, torch.Generator().manual_seed(0))
+            out = augment(x, torch.Generator().manual_seed(0))
         found = colorsys.rgb_to_hsv(*out[0, :, :90].mean((1, 2)).tolist())[0]
         assert found - hue == pytest.approx(turns, abs=0.004)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from s2edit_pipeline.evaluation.metrics.intervals import bootstrap_interval
+from s2edit_pipeline.evaluation.metrics.intervals import bootstrap_interval, paired_difference
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
@@ -38,3 +39,16 @@ def test_nothing_has_no_interval() -> None:
         bootstrap_interval(np.array([]))
     with pytest.raises(ValueError, match="3 and 2"):
         bootstrap_interval(np.arange(3.0), ["a", "b"])
+
+
+def test_the_interval_of_a_difference_is_that_of_pairs() -> None:
+    rng = np.random.default_rng(3)
+    people = rng.normal(25, 3, 40)
+    values = people + rng.normal(0, 0.5, 40)
+    reference = people + rng.normal(0.3, 0.4, 40)
+    mean, low, high = paired_difference(values, reference)
+    difference = values - reference
+    wanted = stats.t.interval(0.95, 39, difference.mean(), stats.sem(difference))
+    assert mean == pytest.approx(difference.mean()) and mean < 0
+    assert (low, high) == pytest.approx(wanted, abs=0.1 * (wanted[1] - wanted[0]))
+    assert high - low < 0.5  # people differ by 3 dB, which falls out

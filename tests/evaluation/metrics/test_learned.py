@@ -16,13 +16,11 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
-from skimage.metrics import structural_similarity
 from torch import nn
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
-from s2edit_pipeline.evaluation.metrics import learned as standard_metrics
-from s2edit_pipeline.evaluation.metrics import pixels as picture_metrics
-from s2edit_pipeline.evaluation.metrics.learned import clip_score, fid, lpips, psnr, ssim
+from s2edit_pipeline.evaluation.metrics import learned
+from s2edit_pipeline.evaluation.metrics.learned import clip_score, fid, lpips
 
 
 def _pictures(seed: int, count: int = 3, size: tuple[int, int] = (40, 32)) -> list[Image.Image]:
@@ -35,8 +33,6 @@ BEFORE, AFTER = _pictures(0), _pictures(1)
 MEASURES: dict[str, Any] = {
     "fid": lambda: fid(BEFORE, AFTER),
     "lpips": lambda: lpips(BEFORE, AFTER),
-    "psnr": lambda: psnr(BEFORE, AFTER),
-    "ssim": lambda: ssim(BEFORE, AFTER),
     "clip_score": lambda: clip_score(BEFORE, ["a lady"] * 3),
 }
 
@@ -44,7 +40,7 @@ MEASURES: dict[str, Any] = {
 # ---------------------------------------------------------------------------- what is missing
 
 
-@pytest.mark.parametrize("name", ["fid", "lpips", "psnr", "ssim"])
+@pytest.mark.parametrize("name", ["fid", "lpips"])
 def test_without_torchmetrics_the_extra_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in [m for m in sys.modules if m.partition(".")[0] == "torchmetrics"]:
         monkeypatch.delitem(sys.modules, module)
@@ -62,7 +58,7 @@ def test_a_torchvision_of_another_build_is_named(monkeypatch: pytest.MonkeyPatch
     for module in ("torchmetrics", "torchmetrics.image"):
         monkeypatch.setitem(sys.modules, module, _Broken(module))
     with pytest.raises(ImportError, match=r"nms does not exist.*mend or remove torchvision.*index-url"):
-        psnr(BEFORE, AFTER)
+        lpips(BEFORE, AFTER)
 
 
 @pytest.mark.parametrize(
@@ -90,20 +86,19 @@ def test_missing_networks_and_weights_are_errors_that_say_what_to_do(
     def missing(*_: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(standard_metrics, "_metric", lambda *_: Metric)
-    monkeypatch.setattr(standard_metrics.CLIPModel, "from_pretrained", missing)
+    monkeypatch.setattr(learned, "_metric", lambda *_: Metric)
+    monkeypatch.setattr(learned.CLIPModel, "from_pretrained", missing)
     with pytest.raises(kind, match=message):
         MEASURES[name]()
 
 
 def test_pictures_that_are_no_pairs_are_refused() -> None:
-    for measure in (lpips, psnr, ssim):
-        with pytest.raises(ValueError, match="they hold 3 and 2"):
-            measure(BEFORE, AFTER[:2])
-        with pytest.raises(ValueError, match="Pair 1 differs in size: 40 x 32 and 32 x 32"):
-            measure(BEFORE, [AFTER[0], AFTER[1].resize((32, 32)), AFTER[2]])
-        with pytest.raises(ValueError, match="empty"):
-            measure([], [])
+    with pytest.raises(ValueError, match="they hold 3 and 2"):
+        lpips(BEFORE, AFTER[:2])
+    with pytest.raises(ValueError, match="Pair 1 differs in size: 40 x 32 and 32 x 32"):
+        lpips(BEFORE, [AFTER[0], AFTER[1].resize((32, 32)), AFTER[2]])
+    with pytest.raises(ValueError, match="empty"):
+        lpips([], [])
     with pytest.raises(ValueError, match="3 pictures and 1 prompts"):
         clip_score(BEFORE, ["a lady"])
     with pytest.raises(ValueError, match="at least 2 pictures each; there are 3 and 1"):
@@ -111,25 +106,6 @@ def test_pictures_that_are_no_pairs_are_refused() -> None:
 
 
 # ---------------------------------------------------------------------------- the numbers
-
-
-def test_psnr_is_ours() -> None:
-    pytest.importorskip("torchmetrics")
-    assert psnr(BEFORE, AFTER) == pytest.approx(picture_metrics.mean_psnr(BEFORE, AFTER), abs=1e-4)
-    assert psnr(BEFORE, BEFORE) == float("inf")
-
-
-def test_ssim_is_scikit_images_with_the_papers_window() -> None:
-    pytest.importorskip("torchmetrics")
-    wanted = [
-        structural_similarity(
-            *(np.pad(picture, ((5, 5), (5, 5), (0, 0)), mode="reflect") for picture in pair), channel_axis=-1,
-            data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-        )
-        for pair in zip(BEFORE, AFTER, strict=True)
-    ]  # fmt: skip
-    assert ssim(BEFORE, AFTER) == pytest.approx(np.mean(wanted), abs=1e-5)
-    assert ssim(BEFORE, BEFORE) == pytest.approx(1)
 
 
 class _Corners(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from s2edit_pipeline.evaluation.metrics.pixels import mean_psnr, psnr, ssim
+from s2edit_pipeline.evaluation.metrics.pixels import psnr, ssim
 
 
 @pytest.fixture
@@ -79,15 +79,6 @@ def test_the_arguments_stay_as_they_are(pair: tuple[np.ndarray, np.ndarray]) -> 
     assert np.array_equal(a, held[0]) and np.array_equal(b, held[1])
 
 
-def test_mean_psnr_is_the_mean_over_pictures(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    a, b = pair
-    near = np.where(a < 128, a + 1, a - 1).astype(np.uint8)
-    # a mean over the errors of all pixels would be another number
-    expected = (_naive_psnr(a, b, np.ones(a.shape[:2], bool), 255) + 20 * math.log10(255)) / 2
-    assert mean_psnr(np.stack([a, a]), np.stack([b, near])) == pytest.approx(expected, abs=1e-9)
-    assert mean_psnr([Image.fromarray(a), a], [b, near / 255]) == pytest.approx(expected, abs=1e-9)
-
-
 def test_ssim_is_scikit_images(pair: tuple[np.ndarray, np.ndarray]) -> None:
     a, b = pair
     expected = structural_similarity(a, b, channel_axis=2, data_range=255)
@@ -130,14 +121,6 @@ def test_regions_that_mean_nothing_are_refused(pair: tuple[np.ndarray, np.ndarra
         psnr(a, b, np.ones((17, 24), bool))
     with pytest.raises(ValueError, match=r"region must be \(24, 17\) bool, not \(24, 17\) float64"):
         psnr(a, b, np.ones((24, 17)))
-
-
-def test_a_mean_needs_as_many_pictures_on_both_sides(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    a, b = pair
-    with pytest.raises(ValueError, match="they hold 2 and 1"):
-        mean_psnr([a, a], [b])
-    with pytest.raises(ValueError, match="they hold 0 and 0"):
-        mean_psnr([], [])
 
 
 def test_ssim_needs_a_whole_window(pair: tuple[np.ndarray, np.ndarray]) -> None:

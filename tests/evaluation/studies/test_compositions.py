@@ -17,7 +17,6 @@ from s2edit_pipeline.evaluation.studies.compositions import (
     measure_compositions,
     part_agreement,
     sheet,
-    table,
 )
 
 PAIRS = composition_pairs(30)
@@ -100,14 +99,15 @@ def test_measuring_makes_a_row_for_each_setting() -> None:
         "neither": SETTINGS["identity fine-tuning alone"],
         "neither, not confined": replace(SETTINGS["identity fine-tuning alone"], edit={"blend_words": False}),
     }
-    rows = measure_compositions(pipe, pairs, settings, num_steps=1, num_inference_steps=2)
+    report = measure_compositions(pipe, pairs, settings, num_steps=1, num_inference_steps=2)
+    rows = report.rows
     assert [row.name for row in rows] == list(settings) and len(fits) == 2  # both fit alike
     assert all(len(row.whole) == len(row.pictures) == 2 and np.isfinite(row.inside).all() for row in rows)
     assert rows[0].outside[0] != rows[1].outside[0]
     assert np.isnan(rows[0].agreement).tolist() == [False, True]
-    text = table(rows)
+    text = report.table()
     assert text.count("\n") == 1 + 3 * 3 and "| mark (1) | neither |" in text and "nan" not in text
-    assert sheet(rows).size == (5 * 128, 2 * 128)
+    assert sheet(report).size == (5 * 128, 2 * 128)
 
 
 def test_each_control_is_off_alone_and_both_are() -> None:

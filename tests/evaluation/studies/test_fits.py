@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
 
 from s2edit_pipeline import S2EditPipeline, load_avatars
 from s2edit_pipeline.evaluation.studies.edits import measure_edits
@@ -16,10 +15,9 @@ from s2edit_pipeline.evaluation.studies.fits import (
     PAPER,
     SERIES,
     FitPoint,
+    FitReport,
     measure_fits,
-    paired_difference,
     plot,
-    table,
 )  # fmt: skip
 
 
@@ -27,12 +25,12 @@ def test_fits_are_counted_and_their_edits_graded() -> None:
     pipe = load_avatars()
     pipe.set_progress_bar_config(disable=True)
     series = {"no identity": [None], "lora": [{"num_steps": 2, "batch_size": 3}]}
-    bare, fitted = measure_fits(pipe, [3], series=series, num_inference_steps=4)
+    bare, fitted = measure_fits(pipe, [3], series=series, num_inference_steps=4).points
     assert (bare.num_steps, bare.evaluations, bare.backward_evaluations, bare.seconds) == (0, 0, 0, 0)
     assert (fitted.num_steps, fitted.evaluations, fitted.backward_evaluations) == (2, 4 + 3 * 3, 3 * 3)
     # 4 for the mask; two steps, and the gradient that the adapters start along
     assert fitted.scores.shape == (1, 4) and fitted.seconds > 0
-    (row,) = measure_edits(pipe, ["no identity"], people=[3], num_inference_steps=4)
+    (row,) = measure_edits(pipe, ["no identity"], people=[3], num_inference_steps=4).rows
     assert bare.scores[0] == pytest.approx([row.whole, row.inside, row.outside, row.done], abs=1e-6)
     assert np.abs(fitted.scores - bare.scores).max() > 1e-3 and not pipe.identities
 
@@ -42,25 +40,15 @@ def point(series: str, shift: float, seconds: float = 8.0, steps: int = 9) -> Fi
     return FitPoint(series, steps, scores, seconds, 40, 36)
 
 
-def test_the_interval_is_that_of_paired_differences() -> None:
-    one, other = (p.scores[:, 0] for p in (point("a", 0.0), point(PAPER, 0.3)))
-    other = other + np.random.default_rng(5).normal(0, 0.4, 40)
-    found, low, high = paired_difference(one, other)
-    difference = one - other
-    wanted = stats.t.interval(0.95, 39, difference.mean(), stats.sem(difference))
-    assert found == pytest.approx(difference.mean())
-    assert (low, high) == pytest.approx(wanted, abs=0.1 * (wanted[1] - wanted[0]))
-    assert high - low < 0.5  # people differ by 3 dB, which falls out
-
-
 def test_the_table_and_the_picture_show_every_row(tmp_path: Path) -> None:
     points = [point("no identity", -1, 0.0, 0), point(PAPER, 0, 64.0, 400), *(point("lora", 0, s) for s in (4.0, 8.0))]
-    shown = table(points).splitlines()
+    shown = FitReport(tuple(points)).table().splitlines()
     assert len(shown) == 2 + 4 and shown[-1].startswith("| lora | 9 | 40, 36 | 8.0 | 0.125 |")
     assert shown[3].count("+0.00 (+0.00 to +0.00)") == 2  # the paper's against itself
     pictures = []
     for seconds in (4.0, 30.0):
-        plot([*points, point("full", 1, seconds), point("full", 2, 2 * seconds)], str(tmp_path / "fits.png"))
+        more = (point("full", 1, seconds), point("full", 2, 2 * seconds))
+        plot(FitReport((*points, *more)), str(tmp_path / "fits.png"))
         pictures.append(np.asarray(Image.open(tmp_path / "fits.png").convert("RGB")).astype(int))
     assert pictures[0].shape == pictures[1].shape and np.abs(pictures[0] - pictures[1]).max() > 100
 

@@ -6,7 +6,7 @@ import torch
 
 from s2edit_pipeline import load_avatars
 from s2edit_pipeline.ddim_steps import split_prediction
-from s2edit_pipeline.evaluation.studies.inversions import measure_inversions, seen_as, table
+from s2edit_pipeline.evaluation.studies.inversions import measure_inversions, seen_as
 
 
 def test_seen_as_the_other_prediction_is_the_same_model() -> None:
@@ -31,10 +31,10 @@ def test_seen_as_the_other_prediction_is_the_same_model() -> None:
 
 
 def test_direct_returns_the_autoencoders_picture_and_ddim_does_not() -> None:
-    rows = measure_inversions(
+    report = measure_inversions(
         load_avatars(), people=[0], methods=("direct", "ddim"), prediction_types=("epsilon",), num_inference_steps=8
     )
-    direct, ddim = rows
+    direct, ddim = report.rows
     assert abs(direct.psnr - direct.autoencoder_psnr) < 0.01
     assert ddim.psnr < direct.psnr - 3
-    assert table(rows).count("epsilon") == 2
+    assert report.table().count("epsilon") == 2

@@ -14,13 +14,12 @@ import torch
 from PIL import Image, ImageFilter
 
 from s2edit_pipeline.avatars.world import render, sample
-from s2edit_pipeline.evaluation.benchmark import drawn_subjects as benchmark
-from s2edit_pipeline.evaluation.benchmark import runner as method_records
-from s2edit_pipeline.evaluation.benchmark.drawn_subjects import BenchmarkRun, edits_of
+from s2edit_pipeline.evaluation.benchmark import drawn_subjects, runner
+from s2edit_pipeline.evaluation.benchmark.drawn_subjects import DrawnRun, edits_of
 from s2edit_pipeline.evaluation.benchmark.runner import read_record, run_benchmark
 from s2edit_pipeline.evaluation.benchmark.scoring import score_edit
-from s2edit_pipeline.evaluation.methods import registry as benchmark_methods
-from s2edit_pipeline.evaluation.methods.registry import Contender, Entrant, entrants, variants
+from s2edit_pipeline.evaluation.methods import registry
+from s2edit_pipeline.evaluation.methods.registry import MethodFactory, MethodSpec, method_specs
 
 SUBJECTS = (("person", 1000), ("person", 1001), ("creature", 1000))
 
@@ -49,10 +48,10 @@ class Blur:
 @pytest.fixture
 def made(make_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Preparations made so far; the methods "soft", "blind" and "absent" are known besides, and the model is tiny."""
-    monkeypatch.setattr(method_records, "load_model", lambda run: make_pipe())
+    monkeypatch.setattr(runner, "load_model", lambda run: make_pipe())
     prepared: list[tuple[str, str, int]] = []
 
-    def contender(work: Any = None) -> Contender:
+    def factory(work: Any = None) -> MethodFactory:
         def note(method: Blur, picture: Image.Image, subject: str, seed: int) -> None:
             prepared.append((method.name, subject, seed))
             if work is not None:
@@ -61,7 +60,7 @@ def made(make_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str
         def make(name: str, pipe: Any, num_inference_steps: int, radius: float = 1.0) -> Blur:
             return Blur(name, pipe, radius, note)
 
-        return Contender(make, ({"radius": 0.3}, {"radius": 6.0}), ({"radius": 1.0}, {"radius": 3.0}))
+        return MethodFactory(make, ({"radius": 0.3}, {"radius": 6.0}), ({"radius": 1.0}, {"radius": 3.0}))
 
     def fail(method: Blur, subject: str) -> None:
         if subject in ("cat", "dog", "monster"):
@@ -75,31 +74,31 @@ def made(make_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str
         raise FileNotFoundError("its weights are not here; pass --method-model absent=FOLDER")
 
     more = {
-        "soft": contender(), "blind": contender(fail), "spoiler": contender(spoil), "absent": Contender(refuse),
+        "soft": factory(), "blind": factory(fail), "spoiler": factory(spoil), "absent": MethodFactory(refuse),
     }  # fmt: skip
-    monkeypatch.setattr(benchmark_methods, "METHODS", {**benchmark_methods.METHODS, **more})
+    monkeypatch.setattr(registry, "METHODS", {**registry.METHODS, **more})
     return prepared
 
 
-def _run(out: Path, *names: str, subjects: Sequence[tuple[str, int]] = SUBJECTS, **more: Any) -> BenchmarkRun:
-    return BenchmarkRun(out, entrants(names), tuple(subjects), **{"edits": 2, "num_inference_steps": 2, **more})
+def _run(out: Path, *names: str, subjects: Sequence[tuple[str, int]] = SUBJECTS, **more: Any) -> DrawnRun:
+    return DrawnRun(out, method_specs(names), tuple(subjects), **{"edits": 2, "num_inference_steps": 2, **more})
 
 
 def test_records_hold_the_scores_of_the_pictures(tmp_path: Path, made: list[Any]) -> None:
     run = _run(tmp_path, "unedited", "soft", subjects=SUBJECTS[1:])
     assert run_benchmark(run) == {}
     assert len(list(run.records())) == 4
-    for entrant, subject, record in run.records():
-        assert (record["name"], record["error"]) == (entrant.name, None)
+    for spec, subject, record in run.records():
+        assert (record["name"], record["error"]) == (spec.name, None)
         assert record["subject"] == f"{subject[0]}-{subject[1]}"
         edits = edits_of(run, subject)
-        strip = Image.open(run.folder(entrant, subject) / "edits.png")
+        strip = Image.open(run.folder(spec, subject) / "edits.png")
         assert strip.size == (2 * 128, 128) and len(record["edits"]) == len(edits) == 2
         for i, (edit, row) in enumerate(zip(edits, record["edits"], strict=True)):
             score = score_edit(edit, strip.crop((128 * i, 0, 128 * i + 128, 128)), _classifier(subject[0]))
             assert all(row[name] == value for name, value in vars(score).items())
             assert (row["name"], row["category"], row["prompt"]) == (edit.name, edit.category, edit.target_prompt)
-        if entrant.name == "unedited":
+        if spec.name == "unedited":
             assert np.array_equal(strip.crop((0, 0, 128, 128)), render(sample(*subject, "held_out")))
             assert all(row["unchanged"] and not row["done"] for row in record["edits"])
 
@@ -115,7 +114,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path, made: list[Any]
     run_benchmark(whole)
     assert [seed for *_, seed in made] == [1000, 1001]
     parts = replace(whole, out=tmp_path / "parts")
-    real, calls = benchmark.score_edit, []
+    real, calls = drawn_subjects.score_edit, []
 
     def killed(*args: Any) -> Any:
         calls.append(args)
@@ -123,7 +122,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path, made: list[Any]
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(benchmark, "score_edit", killed)
+    monkeypatch.setattr(drawn_subjects, "score_edit", killed)
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(parts)
     assert len(list(parts.records())) == 1
@@ -136,7 +135,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path, made: list[Any]
     assert _without_seconds(parts) == _without_seconds(whole)
 
 
-def _without_seconds(run: BenchmarkRun) -> str:
+def _without_seconds(run: DrawnRun) -> str:
     records = [record for *_, record in run.records()]
     for record in records:
         for stage in ("prepare", "edit"):
@@ -151,7 +150,7 @@ def _without_seconds(run: BenchmarkRun) -> str:
         ({"edits": 1}, "edits 2, not 1"),
         ({"num_inference_steps": 4}, "num_inference_steps 2, not 4"),
         (
-            {"entrants": (Entrant("soft", "soft", {"radius": 2.0}),)},
+            {"methods": (MethodSpec("soft", "soft", {"radius": 2.0}),)},
             r"arguments \{\}, not \{'radius': 2.0\}; resolved \{'radius': 1.0\}, not \{'radius': 2.0\}",
         ),
     ],
@@ -176,7 +175,7 @@ def test_records_of_other_defaults_are_refused(tmp_path: Path, made: list[Any], 
 def test_records_of_other_edits_are_refused(tmp_path: Path, made: list[Any], monkeypatch) -> None:
     run = _run(tmp_path, "soft", subjects=SUBJECTS[:1])
     run_benchmark(run)
-    monkeypatch.setattr(benchmark, "edits_of", lambda run, subject: edits_of(run, subject)[::-1])
+    monkeypatch.setattr(drawn_subjects, "edits_of", lambda run, subject: edits_of(run, subject)[::-1])
     with pytest.raises(ValueError, match="'soft' with other edits; give another --out"):
         run_benchmark(run)
 
@@ -196,25 +195,14 @@ def test_a_failure_is_recorded_and_tried_once_more(tmp_path: Path, made: list[An
 def test_a_method_that_leaves_other_weights_is_found_out(tmp_path: Path, made: list[Any]) -> None:
     run = _run(tmp_path, "spoiler", "soft", subjects=SUBJECTS[:1])
     run_benchmark(run)
-    spoiler, after = (read_record(run.folder(e, SUBJECTS[0])) for e in run.entrants)
+    spoiler, after = (read_record(run.folder(e, SUBJECTS[0])) for e in run.methods)
     assert spoiler is not None and "left the model with other weights" in spoiler["error"]
     assert after is not None and after["error"] is None  # on a model made anew
 
 
-def test_entrants_take_their_best_arguments_and_models(tmp_path: Path, made: list[Any]) -> None:
-    path = tmp_path / "best.json"
-    path.write_text('{"methods": {"soft": {"radius": 2.5, "more": {"a": 1}}}}')
-    soft, plain = entrants(["soft", "unedited"], path, {"unedited": "there"})
-    assert soft.arguments == {"radius": 2.5, "more": {"a": 1}} and plain.arguments == {"model": "there"}
-    first, second = variants(soft, [{"radius": 1.0}, {"more": {"b": 2}}])
-    assert (first.name, first.arguments) == ("soft (radius=1.0)", {"radius": 1.0, "more": {"a": 1}})
-    assert (second.name, second.arguments) == ("soft (b=2)", {"radius": 2.5, "more": {"a": 1, "b": 2}})
-    with pytest.raises(ValueError, match="no method hard; choose from unedited"):
-        entrants(["hard"])
-    with pytest.raises(ValueError, match="named twice"):
-        entrants(["soft", "soft"])
-    with pytest.raises(ValueError, match="one name"):
-        BenchmarkRun(tmp_path, (Entrant("a b", "soft"), Entrant("a-b", "soft")), SUBJECTS)
+def test_two_methods_cannot_share_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Two methods have one name: a b, a-b"):
+        DrawnRun(tmp_path, (MethodSpec("a b", "unedited"), MethodSpec("a-b", "unedited")), SUBJECTS)
 
 
 @pytest.mark.slow
