@@ -162,7 +162,6 @@ def measure_base_model(
     num_inference_steps: int = 30,
     guidance_scale: float = 4.5,
     seed: int = 0,
-    cache: str | None = None,
 ) -> BaseModelReport:
     """Measure the model in ``pipe`` on held-out subjects (seeds 0 and up) and on captions that it wasn't trained on,
     half of each number for either kind."""
@@ -178,7 +177,7 @@ def measure_base_model(
     unseen_hits: list[list[bool]] = []  # of the captions that fit no training subject
     for kind in KINDS:
         classifier = load_attribute_classifier(kind)
-        held_out = load_pictures(num_held_out // len(KINDS), "held_out", kind=kind, cache=cache)
+        held_out = load_pictures(num_held_out // len(KINDS), "held_out", kind=kind)
         images.append(held_out.images)
         decoded.append(reconstruct(pipe.vae, held_out.images))
         count = num_captions // len(KINDS)

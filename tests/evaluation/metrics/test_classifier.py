@@ -29,15 +29,18 @@ from s2edit_pipeline.avatars.world import (
 )
 from s2edit_pipeline.evaluation.metrics.classifier import (
     AttributeClassifier,
-    augment,
     accuracy_by_attribute,
     agreement_with_captions,
-    attribute_labels,
-    attribute_loss,
     load_attribute_classifier,
     save_attribute_classifier,
-    train_attribute_classifier,
     weights_file,
+)
+from s2edit_pipeline.evaluation.metrics.classifier_training import (
+    ClassifierRecipe,
+    attribute_labels,
+    attribute_loss,
+    augment,
+    train_attribute_classifier,
 )
 
 
@@ -322,7 +325,11 @@ def pictures_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_going_on_gives_the_same_as_going_through(tmp_path: Path, pictures_folder: Path) -> None:
     def train(folder: Path, stop_at: int | None = None, seed: int = 0) -> AttributeClassifier:
         return train_attribute_classifier(
-            folder, 3, "cpu", seed, batch_size=4, num_pictures=16, cache=pictures_folder, stop_at=stop_at
+            folder,
+            recipe=ClassifierRecipe(3, 4, num_pictures=16, seed=seed),
+            device="cpu",
+            cache=pictures_folder,
+            stop_at=stop_at,
         )
 
     whole = train(tmp_path / "whole")
@@ -335,7 +342,9 @@ def test_going_on_gives_the_same_as_going_through(tmp_path: Path, pictures_folde
 
 
 def test_training_learns_its_people(tmp_path: Path, pictures_folder: Path) -> None:
-    model = train_attribute_classifier(tmp_path, 40, "cpu", batch_size=16, num_pictures=16, cache=pictures_folder)
+    model = train_attribute_classifier(
+        tmp_path, recipe=ClassifierRecipe(40, 16, num_pictures=16), device="cpu", cache=pictures_folder
+    )
     pictures = load_pictures(16, cache=pictures_folder)
     accuracy = accuracy_by_attribute(model, pictures.subjects, pictures.images)
     assert np.mean(list(accuracy.values())) > 0.9, accuracy
