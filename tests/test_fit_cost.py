@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from s2edit_pipeline import ReferenceAttribute, identity_fitting
-from s2edit_pipeline.fit_loop import CHECK_EVERY, TOKEN_LEARNING_RATE, Plateau, draw_levels
+from s2edit_pipeline.fit_loop import CHECK_EVERY, Plateau, TOKEN_LEARNING_RATE, draw_levels
 from s2edit_pipeline.fit_settings import LR_SCHEDULERS, TIMESTEP_SAMPLING
 from s2edit_pipeline.fit_weights import checkpointed
 from s2edit_pipeline.pipeline import S2EditPipeline
