@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def draw(
     unknown = sorted(given.keys() - inspect.signature(stock.__call__).parameters.keys())
     if unknown:
         raise TypeError(f"{type(stock).__name__}, which draws this model's pictures, has no argument {unknown[0]!r}.")
-    seam = nullcontext()
+    seam: AbstractContextManager[None] = nullcontext()
     if _says_learned(work, given.get("prompt")):
         given, prompts = _with_own_embeddings(work, given)
         scale = work.family.pixels_per_latent

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from ...identity_folder import atomic_folder
 from ...avatars.world import render
+from ...identity_folder import atomic_folder
 from ..methods.pipeline_arguments import PIPELINE_METHODS
 from ..methods.pipeline_method import PipelineMethod
 from ..methods.registry import (

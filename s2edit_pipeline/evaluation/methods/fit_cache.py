@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...identity_adapter import IdentityAdapter
 from ...fit_settings import ReferenceAttribute
+from ...identity_adapter import IdentityAdapter
 from .pipeline_arguments import PipelineArguments
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...edit_settings import EditSettings
+from ...edit_settings import EDIT_PRESETS, EditSettings
 from ...fit_settings import FitSettings
-from ...edit_settings import with_preset
-from ...fit_settings import FIT_PRESETS
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,8 @@ class PipelineArguments:
         fit = None
         if self.fit is not None:
             arguments = {name: value for name, value in self.fit.items() if name != "preset"}
-            settings = FitSettings(**with_preset(self.fit.get("preset"), "fit", arguments))
-            fit = {**arguments, **asdict(settings)}
-        names = {f.name for f in fields(EditSettings)}
-        edit = asdict(EditSettings(**{name: value for name, value in self.edit.items() if name in names}))
+            fit = {**arguments, **asdict(FitSettings.of(self.fit))}
+        edit = asdict(EditSettings.of(self.edit, {}))
         return {"fit": fit, "inversion": self.inversion, "edit": {**self.edit, **edit}}
 
 
@@ -63,9 +59,9 @@ of the steps and self-attention in 0.5. It has nothing of what this package adds
 change the whole picture."""
 
 _WITHOUT_CONTROLS: Mapping[str, Any] = {"semantic_weight": 0.0, "spatial_control": False}
-_PAPER_EDIT: Mapping[str, Any] = {n: v for n, v in PRESETS["paper"].edit.items() if n != "inversion"}
+_PAPER_EDIT: Mapping[str, Any] = {n: v for n, v in EDIT_PRESETS["paper"].items() if n != "inversion"}
 
-PAPER = PipelineArguments({"preset": "paper"}, PRESETS["paper"].edit["inversion"], _PAPER_EDIT)
+PAPER = PipelineArguments({"preset": "paper"}, EDIT_PRESETS["paper"]["inversion"], _PAPER_EDIT)
 """S2Edit as its paper has it. In what share of the steps it takes attention over isn't in what we know of it: the
 package's own defaults are used."""
 

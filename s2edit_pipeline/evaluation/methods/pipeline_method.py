@@ -115,7 +115,7 @@ class AutoencoderAlone:
 @torch.no_grad()
 def _through_autoencoder(pipe: Any, picture: Image.Image) -> Image.Image:
     """``picture`` encoded and decoded at the size that the model works at."""
-    height, width = pipe._working_size(picture, None, None)
+    height, width = pipe.family.working_size(picture, None, None)
     pixels = pipe.image_processor.preprocess(picture, height, width).to(pipe.device)
     decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
     image: Image.Image = pipe.image_processor.postprocess(decoded, output_type="pil")[0]

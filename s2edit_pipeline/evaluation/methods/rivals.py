@@ -17,11 +17,12 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 from PIL import Image
 from torch import nn
 
-from ...noise_schedule import check_finite, ddim_move, diffusion_schedule
-from ...identity_adapter import IdentityAdapter
 from ...fit_settings import FitSettings
+from ...identity_adapter import IdentityAdapter
 from ...inversion_record import guided
+from ...noise_schedule import check_finite
 from ...picture_inputs import working_size
+from ...prompt_embeds import PromptEmbeds
 from ...prompt_words import insert_token
 from .protocol import Edit, at_size_of, plain_fields, weights_digest
 
@@ -246,39 +247,51 @@ class _Model:
     """
 
     def __init__(self, pipe: Any, picture: Image.Image, num_steps: int) -> None:
-        self._pipe = pipe
-        self._schedule = noise_schedule(pipe.scheduler, num_steps)
-        self._denoise = pipe._denoiser(self._schedule)
-        self.num_steps = self._schedule.num_steps
-        height, width = (side // pipe.vae_scale_factor for side in pipe._working_size(picture, None, None))
-        self.latent_shape = (1, pipe.unet.config.in_channels, height, width)
+        self._pipe, self._family = pipe, pipe.family
+        size = self._family.working_size(picture, None, None)
+        self._schedule = self._family.schedule(num_steps, size)
+        self._dtype, self.num_steps = self._family.dtype, self._schedule.num_steps
+        height, width = (side // self._family.pixels_per_latent for side in size)
+        self.latent_shape = (1, self._family.latent_channels, height, width)
 
     def with_identity(
         self, identity: IdentityAdapter, source_prompt: str, subject: str
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """The U-Net's parameters with ``identity``, and the source prompt with its token encoded (1, T, D)."""
         pipe = self._pipe
-        with pipe._with_identity(identity) as token:
-            prompt = pipe._tokenize(insert_token(source_prompt, subject, token))
-            embeds: torch.Tensor = pipe._encode_prompts([prompt]).embeds
-            return {name: weight.detach().clone() for name, weight in pipe.unet.named_parameters()}, embeds
+        differences = identity.weight_differences("unet")
+        tuned = {
+            name: (weight + differences[name].to(weight)) if name in differences else weight.detach().clone()
+            for name, weight in pipe.unet.named_parameters()
+        }
+        token = pipe.load_identity(identity)
+        try:
+            embeds = self._encode([insert_token(source_prompt, subject, token)]).embeds
+        finally:
+            pipe.unload_identity(token)
+        return tuned, embeds
+
+    def _encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        with torch.no_grad():
+            return self._family.encode([self._family.tokenize(prompt) for prompt in prompts])
 
     def encode_guided(self, prompts: Sequence[str]) -> torch.Tensor:
         """(2 N, T, D): of N prompts, the empty prompt N times, then the prompts."""
-        targets = self._pipe._encode_prompts([self._pipe._tokenize(prompt) for prompt in prompts])
-        null = self._pipe._encode_negative(None, targets)
+        targets = self._encode(prompts)
+        with torch.no_grad():
+            null = self._family.encode_negative(None, targets)
         return torch.cat([null.embeds.expand(len(prompts), -1, -1), targets.embeds])
 
     def evaluate(self, x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
         """The U-Net's output for ``x`` (N, C, h, w) at ``level`` under ``embeds`` (N, T, D)."""
-        output: torch.Tensor = self._denoise(x, level, embeds)
+        timestep = int(self._schedule.timesteps[level - 1])
+        output: torch.Tensor = self._family.denoise(x, timestep, PromptEmbeds(embeds), self._dtype)
         return output
 
     def move_down(self, x: torch.Tensor, output: torch.Tensor, level: int) -> torch.Tensor:
         """DDIM's step from ``level`` to the one below."""
-        alphas_bar, kind = self._schedule.alphas_bar, self._schedule.prediction_type
-        return ddim_move(x, output, alphas_bar[level], alphas_bar[level - 1], kind)
+        return self._schedule.move(x, output, level, level - 1)
 
     def decode(self, x: torch.Tensor) -> list[Image.Image]:
-        images, _ = self._pipe._finish(x, "pil")
-        return list(images)
+        pixels = self._family.decode(x)
+        return list(self._pipe.image_processor.postprocess(pixels, output_type="pil"))
