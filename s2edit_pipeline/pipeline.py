@@ -59,8 +59,10 @@ from .pipeline_output import S2EditPipelineOutput
 from .pipeline_parts import PipelineParts  # noqa: F401
 from .presets import with_preset
 from .prompt_alignment import align_prompts  # noqa: F401
+from .prompt_changes import change_words  # noqa: F401
 from .prompt_columns import side_by_side  # noqa: F401
 from .prompt_encoding import encode_prompts  # noqa: F401
+from .prompt_parts import parts_of  # noqa: F401
 from .prompt_tokenizing import tokenize  # noqa: F401
 from .prompt_words import find_phrase  # noqa: F401
 from .source_attention import KeepAttention
