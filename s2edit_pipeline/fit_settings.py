@@ -60,7 +60,7 @@ def fit_preset(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     presets = FIT_PRESETS
     method = given.get("method")
-    if preset in FIT_PRESETS and method not in (None, FIT_PRESETS[preset]["method"]):
+    if preset is not None and preset in FIT_PRESETS and method not in (None, FIT_PRESETS[preset]["method"]):
         others = {name: value for name, value in FIT_PRESETS[preset].items() if name not in _OF_THE_METHOD}
         presets = {preset: others}
     return with_preset(preset, presets, given)

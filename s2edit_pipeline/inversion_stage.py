@@ -122,7 +122,7 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
         sides.begin(is_source=False, level=level)
         return family.denoise(x, timesteps[level - 1], request.null.embeds.with_embeds(embeds), dtype)
 
-    facts = {
+    facts: dict[str, Any] = {
         "method": request.method,
         "prompt": request.source.prompt.text,
         "guidance_scale": request.guidance_scale if method.binds_guidance else None,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .prompt_columns import Segment, TokenizedPrompt
-from .prompt_words import TextWord, compared_form, vector_names, words_of
+from .prompt_words import TextWord, compared_form, names_something, vector_names, words_of
 
 _NO_LIMIT = 10**6
 """From here on a tokenizer's ``model_max_length`` is no limit: one without a limit says 1e30."""
@@ -185,7 +185,7 @@ def unknown_words(prompt: str, tokenizer: Any, known: Sequence[str] = ()) -> dic
 
     Returns:
         Each such word in order -> up to three words of the vocabulary that are spelled like it, the likest first.
-        Punctuation and single letters of English are never among them.
+        Punctuation, single letters and function words of English are never among them.
     """
     names = [*learned_tokens(tokenizer), *known]
     ending = "</w>"
@@ -196,9 +196,9 @@ def unknown_words(prompt: str, tokenizer: Any, known: Sequence[str] = ()) -> dic
     vocabulary = {word for word in vocabulary if len(word) > 1 and word.isalpha()}
     unknown: dict[str, list[str]] = {}
     for word in words_of(prompt, names):
-        for part in re.findall(r"[^\W_]+", word.text) if word.kind == "word" else [word.text]:
-            if word.kind == "learned" or (part.isascii() and (len(part) < 2 or not part.isalpha())):
-                continue
-            if part not in vocabulary:
-                unknown[part] = difflib.get_close_matches(part, sorted(vocabulary), n=3, cutoff=0.7)
+        plain = re.sub(r"(n't|'\w+)$", "", word.text)
+        for part in re.findall(r"[^\W_]+", plain) if word.kind == "word" else [word.text]:
+            short = part.isascii() and (len(part) < 2 or not part.isalpha())
+            if word.kind != "learned" and not short and names_something(part) and part not in vocabulary:
+                unknown[part] = difflib.get_close_matches(part, sorted(vocabulary), n=3, cutoff=0.75)
     return unknown

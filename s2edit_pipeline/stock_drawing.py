@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def draw(
     if names_token or given.get("height") or given.get("width"):
         # of a single side Stable Diffusion's pipeline takes no notice
         given |= {name: given.get(name) or work.family.native_size for name in ("height", "width")}
-    seam = nullcontext()
+    seam: AbstractContextManager[None] = nullcontext()
     if names_token:
         given, prompts = _with_own_embeddings(work, given)
         scale, latents = work.family.pixels_per_latent, given.get("latents")

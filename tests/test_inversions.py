@@ -12,14 +12,7 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline.inversion_ddim import ddim_trajectory
-from s2edit_pipeline.inversion_record import (
-    INVERSIONS,
-    Inversion,
-    _fixed_point,
-    guided,
-    inversion_method,
-    num_inversion_steps,
-)
+from s2edit_pipeline.inversion_record import INVERSIONS, Inversion, _fixed_point, guided, inversion_method, num_inversion_steps
 from s2edit_pipeline.noise_schedule import NoiseSchedule, ddim_move
 from s2edit_pipeline.pipeline import S2EditPipeline
 

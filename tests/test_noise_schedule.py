@@ -15,14 +15,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from s2edit_pipeline.noise_schedule import (
-    add_noise,
-    ddim_move,
-    ddpm_mean,
-    diffusion_schedule,
-    split_prediction,
-    training_target,
-)
+from s2edit_pipeline.noise_schedule import add_noise, ddim_move, ddpm_mean, diffusion_schedule, split_prediction, training_target
 
 KINDS = ("epsilon", "v_prediction")
 
