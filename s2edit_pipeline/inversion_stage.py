@@ -17,7 +17,7 @@ from .attention_source import AttentionKeeper, KeepAttention
 from .edit_settings import DEFAULT_GUIDANCE
 from .identity_prompts import branches, check_prompt, encode_each, fitting_identities, spatial_control, with_identities
 from .inversion_origin import made_with, picture_digest
-from .inversion_record import Inversion, InversionTask, inversion_method
+from .inversion_record import Inversion, InversionTask, check_keeping, inversion_method
 from .noise_schedule import NoiseSchedule
 from .picture_inputs import load_picture
 from .pipeline_turns import Interrupted
@@ -68,7 +68,7 @@ class InversionCall:
     size: tuple[int | None, int | None]
     clip_skip: int | None
     generator: Any
-    keep: KeepAttention
+    keep: KeepAttention | None
 
 
 def invert_words(work: Work, call: InversionCall) -> Inversion:
@@ -84,6 +84,7 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
                 f"{name} has no effect on the inversion {call.method!r}, which serves any; leave it out here and pass "
                 "it to the edit."
             )
+    check_keeping(call.method, call.keep)
     check_prompt(call.prompt, "prompt")
     picture = load_picture(call.image)
     size = family.working_size(picture, *call.size)
@@ -99,8 +100,9 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     scale = DEFAULT_GUIDANCE if call.guidance_scale is None else call.guidance_scale
     latents = family.encode_picture(picture, *size)
     request = InversionRequest(
-        picture, latents, source, null, call.method, schedule, scale, call.generator, call.clip_skip, call.keep
-    )
+        picture, latents, source, null, call.method, schedule, scale, call.generator, call.clip_skip,
+        call.keep or KeepAttention(),
+    )  # fmt: skip
     return invert_picture(work, request)
 
 
