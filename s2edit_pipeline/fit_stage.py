@@ -17,7 +17,7 @@ from .fit_settings import FitRequest, FitSettings, ReferenceAttribute
 from .identity_adapter import IdentityAdapter, LearnedAttribute
 from .identity_fingerprint import fingerprint
 from .identity_prompts import check_prompt
-from .object_masks import threshold_map
+from .object_masks import mask_to_picture, threshold_map
 from .picture_inputs import load_mask, load_picture
 from .pipeline_turns import Interrupted
 from .pipeline_work import Work
@@ -65,14 +65,31 @@ def object_mask(
     return threshold_map(recorder.word_map(0, prompt.find(subject), height, width).cpu(), threshold)
 
 
+def preview_mask(work: Work, request: FitRequest) -> PIL.Image.Image:
+    """The automatic mask of a fit's picture, as a PIL "L" picture of its size.
+
+    Raises:
+        TypeError, ValueError: as :func:`fit_picture`.
+    """
+    (picture,) = request.pictures
+    one = fit_input(work, picture, "", None, request.size)
+    latents = work.family.encode_picture(one.picture, *one.size)
+    mask = object_mask(work, latents, one.prompt, one.subject, request.settings.mask_threshold)
+    return mask_to_picture(mask, one.picture.size)
+
+
 def fit_input(
     work: Work,
     picture: ReferenceAttribute,
     name: str,
-    tokenizers: Mapping[str, Any],
+    tokenizers: Mapping[str, Any] | None,
     size: tuple[int | None, int | None],
 ) -> FitInput:
-    """One picture to fit, checked; ``name`` goes before the arguments' names in messages.
+    """One picture to fit, checked.
+
+    Args:
+        name: goes before the arguments' names in messages.
+        tokenizers: those that know the token; None where it isn't needed.
 
     Raises:
         TypeError, ValueError: it can't be used.
@@ -83,12 +100,13 @@ def fit_input(
     rgb = load_picture(picture.image, f"{name}image")
     if token in split_words(prompt, [token]):
         raise ValueError(f"{name}prompt={prompt!r} holds the token {token!r} already; describe the picture without it.")
+    with_token = insert_token(prompt, subject, token)
     return FitInput(
         rgb,
         subject,
         token,
         family.tokenize(prompt),
-        family.tokenize(insert_token(prompt, subject, token), tokenizers),
+        family.tokenize(prompt if tokenizers is None else with_token, tokenizers),
         family.working_size(rgb, *size),
         None if picture.mask is None else load_mask(picture.mask, rgb.size, f"{name}mask"),
     )

@@ -1,38 +1,30 @@
-"""A fitted identity: its token, its weights, its mask; saved, loaded, laid over a model and lifted off again."""
+"""A fitted identity: its token, its weights, its mask; saved, loaded and shared."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from huggingface_hub import HfApi
-from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .atomic_folder import atomic_folder
 from .identity_card import identity_card
-from .identity_files import (
-    CARD_FILE,
-    CONFIG_FILE,
-    MASK_FILES,
-    WEIGHT_FILES,
-    IdentityFiles,
-    fetch_identity,
-    read_identity,
-    write_identity,
-)
-from .lora_format import lora_metadata, name_within, pattern_name
-from .low_rank import compress
+from .identity_compression import compress
+from .identity_files import IdentityFiles, fetch_identity, read_identity, write_identity
+from .identity_folder import atomic_folder
+from .identity_lora_names import lora_metadata, pattern_name
+from .identity_schema import CARD_FILE, CONFIG_FILE, MASK_FILES, WEIGHT_FILES
 from .picture_inputs import load_picture
 from .prompt_words import insert_token
 
@@ -49,6 +41,20 @@ def _library_versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):  # this one may be a folder that diffusers loaded
             versions[name] = importlib.metadata.version(name)
     return versions
+
+
+class LoraFactors(NamedTuple):
+    """A layer's LoRA: ``scale * up @ down`` is added to its weight.
+
+    Attributes:
+        down: A, (r, in) or of a convolution (r, in, kh, kw).
+        up: B, (out, r) or (out, r, 1, 1).
+        scale: alpha / r.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class IdentityAdapter:
         subject: the noun that it stands before.
         source_prompt: P, the words the picture was described by, without the token.
         method: "full", "lora" or "token".
-        rows: text encoder's name ("text_encoder", and with SDXL "text_encoder_2") -> (D,) float32, the token's row of
+        rows: text encoder's name ("text_encoder", with SDXL "text_encoder_2" too) -> (D,) float32, the token's row of
             its embedding table.
         weights: for "lora" diffusers' LoRA state dict (``unet.….lora_A.weight``, ``text_encoder.text_model.…``) in
             float16, for "full" the differences to the base model (``unet.…``, ``text_encoder.…``) or,
@@ -87,7 +93,7 @@ class IdentityAdapter:
         lora_metadata: PEFT's rank, alpha and targets of each component, as diffusers writes them.
         mask: (h, w) float32 in [0, 1], ``M_obj`` at the latents' size, or None where spatial control was off.
         base_model: what the base model calls itself.
-        base_fingerprint: a few numbers of each of its components, see :func:`fingerprint`.
+        base_fingerprint: each of its components' fingerprint, see ``identity_fingerprint.fingerprint``.
         settings: what it was fitted with.
         measures: what was measured while fitting: losses and cosine at both ends, seconds.
         reference: the attribute of a reference picture that was fitted with it, or None.
@@ -103,7 +109,7 @@ class IdentityAdapter:
     lora_metadata: Mapping[str, Any] = field(default_factory=dict)
     mask: torch.Tensor | None = None
     base_model: str = ""
-    base_fingerprint: Mapping[str, list[float]] = field(default_factory=dict)
+    base_fingerprint: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     measures: Mapping[str, float] = field(default_factory=dict)
     reference: LearnedAttribute | None = None
@@ -125,9 +131,28 @@ class IdentityAdapter:
 
     @property
     def digest(self) -> str:
-        """Tells this fit from any other, whatever it is called now: a hash of the learned rows."""
-        rows = [row.float().contiguous().cpu().numpy().tobytes() for _, row in sorted(self.rows.items())]
-        return hashlib.sha256(b"".join(rows)).hexdigest()[:16]
+        """Tells this fit from any other, whatever it is called: a hash of its rows, weights, masks and reference. It
+        outlives saving and loading as it is; :meth:`compressed` it is another."""
+        masks = [mask for _, mask in self.learned.values()]
+        return _hash([self.fit_digest, *(None if m is None else (255 * m).round().byte() for m in masks)])
+
+    @property
+    def fit_digest(self) -> str:
+        """As :attr:`digest` without the masks: the same wherever in the picture the identity is put."""
+        named = [item for rows, _ in self.learned.values() for item in sorted(rows.items())]
+        named += sorted(self.weights.items())
+        versions = [(tensor, -1 if tensor.is_inference() else tensor._version) for _, tensor in named]
+        known = _FIT_DIGESTS.get(self)
+        if known is None or not _are_same(known[0], versions):
+            scales = {name: value for name, value in self.lora_metadata.items() if _is_of_scale(name)}
+            text = json.dumps(scales, sort_keys=True)
+            _FIT_DIGESTS[self] = known = (versions, _hash([text, *(part for item in named for part in item)]))
+        return str(known[1])
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the fit was cut short before its last step."""
+        return bool(self.settings.get("interrupted", False))
 
     def renamed(self, token: str | None = None, reference_token: str | None = None) -> IdentityAdapter:
         """The same identity under another token, its reference attribute's likewise; None leaves one as it is.
@@ -144,48 +169,44 @@ class IdentityAdapter:
             raise ValueError(f"The identity and its reference attribute can't both be {renamed.token!r}.")
         return renamed
 
-    def weight_differences(self, component: str) -> dict[str, torch.Tensor]:
-        """Parameter name -> what is added to it in ``component`` ("unet" or a text encoder), float32.
-
-        LoRA (Hu et al. 2021): ``W' = W + (alpha / r) B A``, a convolution's ``W`` as the matrix (out, in * kh * kw).
-        """
-        differences = {}
-        for name, tensor, up in self._changed(component):
-            if up is None:
-                differences[name] = tensor.float()
-            else:
-                product = up.float().flatten(1) @ tensor.float().flatten(1)
-                scale = self._lora_scale(component, name.removesuffix(".weight"))
-                differences[name] = (scale * product).reshape(len(up), *tensor.shape[1:])
-        return differences
-
-    def changed_shapes(self, component: str) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape of what :meth:`weight_differences` gives, without making it."""
+    def lora_factors(self, component: str) -> dict[str, LoraFactors]:
+        """Layer of ``component`` ("unet", "text_encoder_2", …) -> its LoRA, where it has one."""
+        prefix, end = component + ".", ".lora_A.weight"
         return {
-            name: tuple(tensor.shape) if up is None else (len(up), *tensor.shape[1:])
-            for name, tensor, up in self._changed(component)
+            name[len(prefix) : -len(end)]: LoraFactors(
+                down, self.weights[name.replace(".lora_A.", ".lora_B.")], self._lora_scale(component, name)
+            )
+            for name, down in self.weights.items()
+            if name.startswith(prefix) and name.endswith(end)
         }
 
-    def _changed(self, component: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
-        """(parameter name, difference, None), or of a LoRA (parameter name, A, B)."""
+    def plain_differences(self, component: str) -> dict[str, torch.Tensor]:
+        """Parameter name of ``component`` -> what is added to it, of what is no LoRA."""
         prefix = component + "."
-        mine = {name.removeprefix(prefix): t for name, t in self.weights.items() if name.startswith(prefix)}
-        for name, tensor in mine.items():
-            if name.endswith(".lora_A.weight"):
-                layer = name.removesuffix(".lora_A.weight")
-                yield f"{layer}.weight", tensor, mine[f"{layer}.lora_B.weight"]
-            elif not name.endswith(".lora_B.weight"):
-                yield name, tensor, None
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.weights.items()
+            if name.startswith(prefix) and not _is_lora(name)
+        }
 
-    def _lora_scale(self, component: str, layer: str) -> float:
-        said, layer = self.lora_metadata, pattern_name(layer)
-        rank = said.get(f"{component}.rank_pattern", {}).get(layer, said[f"{component}.r"])
-        alpha = said.get(f"{component}.alpha_pattern", {}).get(layer, said[f"{component}.lora_alpha"])
+    def weight_differences(self, component: str) -> dict[str, torch.Tensor]:
+        """Parameter name -> what is added to it in ``component``, float32, the LoRA's multiplied out:
+        ``W' = W + (alpha / r) B A`` (Hu et al. 2021), a convolution's ``W`` as the matrix (out, in * kh * kw)."""
+        differences = {name: tensor.float() for name, tensor in self.plain_differences(component).items()}
+        for layer, (down, up, scale) in self.lora_factors(component).items():
+            product = up.float().flatten(1) @ down.float().flatten(1)
+            differences[f"{layer}.weight"] = (scale * product).reshape(len(up), *down.shape[1:])
+        return differences
+
+    def _lora_scale(self, component: str, name: str) -> float:
+        fields, layer = self.lora_metadata, pattern_name(name.removeprefix(f"{component}.").split(".lora_A.")[0])
+        rank = fields.get(f"{component}.rank_pattern", {}).get(layer, fields[f"{component}.r"])
+        alpha = fields.get(f"{component}.alpha_pattern", {}).get(layer, fields[f"{component}.lora_alpha"])
         return float(alpha / rank)
 
     def compressed(self, kept_energy: float = KEPT_ENERGY, max_bytes: int | None = None) -> IdentityAdapter:
-        """A full fine-tuning as low-rank factors, which diffusers reads as a LoRA; see ``low_rank.compress``. Of
-        another method, or compressed already: itself.
+        """A full fine-tuning as low-rank factors, which diffusers reads as a LoRA; see
+        ``identity_compression.compress``. Of another method, or compressed already: itself.
 
         Args:
             kept_energy: share of the differences' sum of squares to keep, in (0, 1].
@@ -202,10 +223,10 @@ class IdentityAdapter:
             return self
         if max_bytes is None:
             max_bytes = min(MOST_BYTES, sum(4 * t.numel() for t in self.weights.values()) // SMALLEST_SHARE)
-        found = compress(self.weights, kept_energy, max_bytes)
-        weights = dict(found.plain)
+        kept = compress(self.weights, kept_energy, max_bytes)
+        weights = dict(kept.plain)
         ranks: dict[str, dict[str, int]] = {}
-        for path, (down, up) in found.factors.items():
+        for path, (down, up) in kept.factors.items():
             weights |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
             component, _, layer = path.partition(".")
             ranks.setdefault(component, {})[pattern_name(layer)] = len(down)
@@ -213,9 +234,9 @@ class IdentityAdapter:
         for component, each in ranks.items():
             ((usual, _),) = Counter(each.values()).most_common(1)
             other = {layer: rank for layer, rank in each.items() if rank != usual}
-            said = lora_metadata(usual, list(each)) | {"rank_pattern": other, "alpha_pattern": other}
-            metadata |= {f"{component}.{name}": value for name, value in said.items()}
-        measures = {**self.measures, "kept_energy": round(found.kept_energy, 6)}
+            fields = lora_metadata(usual, list(each)) | {"rank_pattern": other, "alpha_pattern": other}
+            metadata |= {f"{component}.{name}": value for name, value in fields.items()}
+        measures = {**self.measures, "kept_energy": round(kept.kept_energy, 6)}
         return replace(self, weights=weights, lora_metadata=metadata, measures=measures)
 
     def save_pretrained(
@@ -245,8 +266,8 @@ class IdentityAdapter:
         target = Path(save_directory).resolve()  # "." can't be renamed, its place can
         if target.exists() and not target.is_dir():
             raise ValueError(f"{target} is a file; give a folder for the identity.")
-        found = [p.name for p in target.iterdir()] if target.is_dir() else []
-        foreign = found if CONFIG_FILE not in found else [name for name in found if not _is_ours(name)]
+        present = [p.name for p in target.iterdir()] if target.is_dir() else []
+        foreign = present if CONFIG_FILE not in present else [name for name in present if not _is_ours(name)]
         if foreign:
             raise ValueError(
                 f"{target} holds other files ({sorted(foreign)[0]}), which saving there would take away; "
@@ -333,12 +354,12 @@ class IdentityAdapter:
             local_files_only=local_files_only,
         )
         files = read_identity(folder)
-        said = dict(files.config)
-        reference = said.pop("reference")
+        fields = dict(files.config)
+        reference = fields.pop("reference")
         if reference is not None:
             reference = LearnedAttribute(**reference, rows=files.rows[1], mask=files.masks[1])
         return cls(
-            **said,
+            **fields,
             rows=files.rows[0],
             weights={**files.lora, **files.differences},
             lora_metadata=files.lora_metadata,
@@ -361,7 +382,7 @@ class IdentityAdapter:
         license: str = "other",
     ) -> str:
         """Upload the identity to the Hub repository ``repo_id``, in place of one that is there; returns the commit's
-        address. What isn't said here is as in :meth:`save_pretrained`."""
+        address. The other arguments are as in :meth:`save_pretrained`."""
         saved = self if exact else self.compressed(kept_energy, max_bytes)
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
@@ -377,6 +398,31 @@ class IdentityAdapter:
         return str(commit.commit_url)
 
 
+_FIT_DIGESTS = WeakIdKeyDictionary()
+"""Identity -> (its tensors and their versions, the hash of their contents)."""
+
+
+def _hash(parts: Iterable[torch.Tensor | str | None]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+            digest.update(part.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        else:
+            digest.update(f"{part} ".encode())
+    return digest.hexdigest()[:16]
+
+
+def _are_same(known: list[tuple[torch.Tensor, int]], present: list[tuple[torch.Tensor, int]]) -> bool:
+    """The very tensors, none of them changed in place since."""
+    same = (a is b and version == now for (a, version), (b, now) in zip(known, present, strict=False))
+    return len(known) == len(present) and all(same)
+
+
+def _is_of_scale(name: str) -> bool:
+    return name.endswith((".r", ".lora_alpha", ".rank_pattern", ".alpha_pattern"))
+
+
 def _is_lora(name: str) -> bool:
     return name.endswith((".lora_A.weight", ".lora_B.weight"))
 
@@ -384,143 +430,3 @@ def _is_lora(name: str) -> bool:
 def _is_ours(file: str) -> bool:
     known = (CONFIG_FILE, CARD_FILE, *WEIGHT_FILES, *MASK_FILES)
     return file in known or re.fullmatch(r"preview_\d+\.png", file) is not None
-
-
-def fingerprint(module: nn.Module, originals: Mapping[str, torch.Tensor] | None = None) -> list[float]:
-    """Eight numbers that tell base models apart whatever dtype they are loaded in: the number of weights, and the
-    first weight of seven tensors spread over the module. Learned words and adapters attached to it don't count.
-
-    Args:
-        originals: parameter name -> its base value, of the parameters that are changed now.
-    """
-    base = {
-        name.replace(".base_layer.", "."): parameter.detach()
-        for name, parameter in module.named_parameters()
-        if ".lora_" not in name and not name.endswith("token_embedding.weight")
-    }
-    base |= originals or {}
-    named = sorted(base.items())
-    chosen = [named[i * (len(named) - 1) // 6][1] for i in range(7)]
-    return [float(sum(p.numel() for _, p in named)), *(float(p.flatten()[0]) for p in chosen)]
-
-
-def check_base(adapter: IdentityAdapter, components: Mapping[str, nn.Module], loaded: LoadedIdentities) -> None:
-    """Raises:
-    ValueError: the identity was fitted to a base model with other components, or with other weights than
-        ``components`` have below ``loaded``; or these are offloaded.
-    """
-    _check_present(components)
-    base = adapter.base_model or "another base model"
-    if not adapter.base_fingerprint:
-        raise ValueError(
-            f"The identity {adapter.token!r} doesn't say which weights it was fitted to: its base_fingerprint is "
-            "empty. Fit it again, pipe.fit_identity(...), which writes it down."
-        )
-    if adapter.base_fingerprint.keys() != components.keys():
-        raise ValueError(
-            f"The identity {adapter.token!r} was fitted to {base!r}, of {' and '.join(adapter.base_fingerprint)}; this "
-            f"pipeline has {' and '.join(components)}. Load that model, or fit the identity again here."
-        )
-    for name, wanted in adapter.base_fingerprint.items():
-        found = fingerprint(components[name], loaded.originals(name))
-        if len(wanted) != len(found) or not np.allclose(wanted, found, rtol=0.02, atol=1e-3):
-            raise ValueError(
-                f"The identity {adapter.token!r} was fitted to {base!r}, whose {name} has other weights than this "
-                "pipeline's. Load that model, or fit the identity again here."
-            )
-
-
-def _check_present(components: Mapping[str, nn.Module]) -> None:
-    for name, module in components.items():
-        if any(parameter.is_meta for parameter in module.parameters()):
-            raise ValueError(
-                f"The weights of the {name} are offloaded and can't be changed. Call pipe.remove_all_hooks() first, "
-                "and enable offloading again afterwards."
-            )
-
-
-def _parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """The parameter ``name``, also where PEFT has since wrapped its layer."""
-    layer, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(layer)
-    return getattr(getattr(owner, "base_layer", owner), leaf)
-
-
-def _changes(adapter: IdentityAdapter, component: str, module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameter name of ``module`` -> what is added to it."""
-    return {name_within(module, name): d for name, d in adapter.weight_differences(component).items()}
-
-
-class LoadedIdentities:
-    """The identities laid over a pipeline's components now; the base weights are kept to be put back bit by bit."""
-
-    def __init__(self) -> None:
-        self.adapters: dict[str, tuple[IdentityAdapter, float]] = {}
-        self._originals: dict[tuple[str, str], torch.Tensor] = {}
-
-    def originals(self, component: str) -> dict[str, torch.Tensor]:
-        """Parameter name -> base value, of what is changed in ``component`` now."""
-        return {name: original for (part, name), original in self._originals.items() if part == component}
-
-    def add(self, adapter: IdentityAdapter, scale: float, components: Mapping[str, nn.Module]) -> None:
-        """Lay ``adapter`` over ``components``.
-
-        Raises:
-            ValueError: it doesn't fit them (components, names or shapes); nothing is changed then.
-        """
-        foreign = {name.split(".")[0] for name in adapter.weights} - components.keys()
-        if foreign:
-            raise ValueError(f"The identity changes {', '.join(sorted(foreign))}, which this model doesn't have.")
-        for component, module in components.items():
-            # shapes first: a small file's factors can multiply out to more than the machine holds
-            for saved_name, shape in adapter.changed_shapes(component).items():
-                name = name_within(module, saved_name)
-                try:
-                    held = _parameter(module, name)
-                except AttributeError:
-                    held = None
-                if not isinstance(held, nn.Parameter):
-                    raise ValueError(f"The identity changes {component}.{name}, which this model doesn't have.")
-                if held.shape != shape:
-                    raise ValueError(
-                        f"The identity's {component}.{name} is {shape}; the model's is {tuple(held.shape)}."
-                    )
-        self._replace({**self.adapters, adapter.token: (adapter, scale)}, components)
-
-    def remove(self, token: str, components: Mapping[str, nn.Module]) -> None:
-        """Lift one identity off; the others stay.
-
-        Raises:
-            ValueError: the weights are offloaded.
-        """
-        _check_present(components)
-        self._replace({name: held for name, held in self.adapters.items() if name != token}, components)
-
-    def _replace(self, adapters: dict[str, tuple[IdentityAdapter, float]], components: Mapping[str, nn.Module]) -> None:
-        """Lay ``adapters`` in place of those that are there; after an exception these are there again."""
-        held, self.adapters = self.adapters, adapters
-        try:
-            self._lift(components)
-            self._lay(components)
-        except BaseException:
-            self._lift(components)
-            self.adapters = held
-            self._lay(components)
-            raise
-
-    @torch.no_grad()
-    def _lift(self, components: Mapping[str, nn.Module]) -> None:
-        for (component, name), original in self._originals.items():
-            parameter = _parameter(components[component], name)
-            parameter.data = original.to(parameter)
-        self._originals.clear()
-
-    @torch.no_grad()
-    def _lay(self, components: Mapping[str, nn.Module]) -> None:
-        for adapter, scale in self.adapters.values():
-            for component, module in components.items():
-                for name, difference in _changes(adapter, component, module).items():
-                    parameter = _parameter(module, name)
-                    self._originals.setdefault((component, name), parameter.data)
-                    changed = parameter.data.float() + scale * difference.to(parameter.device)
-                    parameter.data = changed.to(parameter.dtype)

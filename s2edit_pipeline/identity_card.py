@@ -9,9 +9,11 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from string import Template
 from typing import Any
+
+from huggingface_hub import ModelCardData
 
 TEMPLATE = Template("""\
 ---
@@ -135,17 +137,21 @@ def identity_card(
 def _front_matter(
     source_prompt: str, base_model: str, previews: Mapping[str, str], reads_as_lora: bool, license: str
 ) -> str:
-    lines = ["library_name: diffusers", f"license: {_quoted(license)}", "pipeline_tag: image-to-image"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):  # the Hub takes nothing but a repository's name here
-        lines += [f"base_model: {base_model}", "base_model_relation: adapter"]
-    tags: Sequence[str] = ("s2edit", "image-editing", "personalization", "diffusers", "textual_inversion")
-    lines += ["tags:", *(f"- {tag}" for tag in [*tags, *(["lora"] if reads_as_lora else [])])]
-    lines += [f"instance_prompt: {_quoted(source_prompt)}"]
-    if previews:
-        lines += ["widget:"]
-        for prompt, file in previews.items():
-            lines += [f"- text: {_quoted(prompt)}", "  output:", f"    url: {_quoted(file)}"]
-    return "\n".join(lines)
+    """The YAML that the Hub reads, without its fences."""
+    # the Hub takes nothing but a repository's name here
+    is_on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) is not None
+    tags = ["s2edit", "image-editing", "personalization", "diffusers", "textual_inversion"]
+    data = ModelCardData(
+        library_name="diffusers",
+        license=license,
+        pipeline_tag="image-to-image",
+        base_model=base_model if is_on_the_hub else None,
+        base_model_relation="adapter" if is_on_the_hub else None,
+        tags=[*tags, *(["lora"] if reads_as_lora else [])],
+        instance_prompt=source_prompt,
+        widget=[{"text": prompt, "output": {"url": file}} for prompt, file in previews.items()] or None,
+    )
+    return str(data.to_yaml(line_break="\n"))
 
 
 def _quoted(text: str) -> str:

@@ -7,16 +7,13 @@ folder is read whole, or refused with a ``ValueError`` that names the file and w
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 import json
 import math
 import os
-import re
 import stat
-import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,38 +25,34 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image
 
-from .lora_format import pattern_name
+from .identity_schema import (
+    CARD_FILE,
+    CONFIG_FILE,
+    DIFFERENCES_FILE,
+    FORMAT_VERSION,
+    LORA_FILE,
+    MASK_FILES,
+    MOST_BYTES,
+    READABLE_VERSIONS,
+    ROW_KEYS,
+    TOKEN_FILES,
+    check_config,
+    check_tensor_names,
+    checksum_of,
+    lora_metadata_of,
+    parse_json,
+    row_keys,
+    rows_of_keys,
+    sha256_of,
+    tensors_of,
+)
 
-FORMAT_VERSION = 2
-CONFIG_FILE = "identity.json"
-CARD_FILE = "README.md"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-DIFFERENCES_FILE = "weight_differences.safetensors"
-TOKEN_FILES = ("learned_embeds.safetensors", "reference_embeds.safetensors")
-"""Of the identity's own token and of the reference attribute's: diffusers' loader takes files of one token alone."""
-WEIGHT_FILES = (*TOKEN_FILES, LORA_FILE, DIFFERENCES_FILE)
-MASK_FILES = ("mask.png", "reference_mask.png")
-METHODS = ("full", "lora", "token")
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-ROW_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""Text encoder -> its row's key in the file of a token that has several rows, as SDXL embeddings are published."""
-
-_KIB, _MIB = 2**10, 2**20
-_MOST_BYTES = {
-    CONFIG_FILE: 512 * _KIB,
-    LORA_FILE: 1024 * _MIB,
-    DIFFERENCES_FILE: 16 * 1024 * _MIB,  # SDXL, exact, in float32
-    **dict.fromkeys(TOKEN_FILES, _MIB),
-    **dict.fromkeys(MASK_FILES, 4 * _MIB),
-}
-_MOST_HEADER_BYTES = 8 * _MIB
 _MOST_MASK_SIDE = 4096
 _MOST_FILES = 1000
 _CAN_RUN_CODE = (
     ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".dill", ".msgpack", ".h5", ".keras",
     ".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".jar",
 )  # fmt: skip
-_DTYPES = {"F32": (torch.float32, 4), "F16": (torch.float16, 2), "BF16": (torch.bfloat16, 2)}
 
 
 @dataclass(frozen=True)
@@ -97,28 +90,28 @@ def write_identity(folder: Path, files: IdentityFiles, card: str, previews: Mapp
         tokens.append(files.config["reference"]["token"])
     data: dict[str, bytes] = {}
     for file, token, rows in zip(TOKEN_FILES, tokens, files.rows, strict=False):
-        data[file] = _tensors_to_bytes({_row_keys(rows, token)[name]: row for name, row in rows.items()})
+        data[file] = _tensors_to_bytes({row_keys(rows, token)[name]: row for name, row in rows.items()})
     for file, mask in zip(MASK_FILES, files.masks, strict=False):
         if mask is not None:
             data[file] = _mask_to_bytes(mask)
     if files.lora:
-        said = {"lora_adapter_metadata": json.dumps(dict(files.lora_metadata), sort_keys=True)}
-        data[LORA_FILE] = _tensors_to_bytes(files.lora, said)
+        header = {"lora_adapter_metadata": json.dumps(dict(files.lora_metadata), sort_keys=True)}
+        data[LORA_FILE] = _tensors_to_bytes(files.lora, header)
     if files.differences:
         data[DIFFERENCES_FILE] = _tensors_to_bytes(files.differences)
-    listed = {name: {"bytes": len(held), "sha256": _sha256(held)} for name, held in data.items()}
+    listed = {name: {"bytes": len(content), "sha256": sha256_of(content)} for name, content in data.items()}
     config = {"format_version": FORMAT_VERSION, **files.config, "files": listed}
-    config["checksum"] = _checksum(config)
-    _check_config(config, folder / CONFIG_FILE)
+    config["checksum"] = checksum_of(config)
+    check_config(config, folder / CONFIG_FILE)
     data[CONFIG_FILE] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    for name, held in data.items():
-        if len(held) > _MOST_BYTES[name]:
+    for name, content in data.items():
+        if len(content) > MOST_BYTES[name]:
             raise ValueError(
-                f"{name} would have {len(held):,} bytes, and no identity with more than {_MOST_BYTES[name]:,} there is "
-                "loaded again. Nothing was saved; save it without exact=True, or fit it with a lower lora_rank."
+                f"{name} would have {len(content):,} bytes, and no identity with more than {MOST_BYTES[name]:,} there "
+                "is loaded again. Nothing was saved; save it without exact=True, or fit it with a lower lora_rank."
             )
-    for name, held in data.items():
-        (folder / name).write_bytes(held)
+    for name, content in data.items():
+        (folder / name).write_bytes(content)
     for name, picture in previews.items():
         picture.save(folder / name, format="PNG")
     (folder / CARD_FILE).write_text(card, "utf-8")
@@ -129,26 +122,9 @@ def _tensors_to_bytes(tensors: Mapping[str, torch.Tensor], metadata: dict[str, s
 
 
 def _mask_to_bytes(mask: torch.Tensor) -> bytes:
-    held = io.BytesIO()
-    Image.fromarray((mask.cpu().numpy() * 255).round().astype(np.uint8)).save(held, format="PNG")
-    return held.getvalue()
-
-
-def _row_keys(rows: Iterable[str], token: str) -> dict[str, str]:
-    """Text encoder -> its row's key: the token itself where there is one row, as Stable Diffusion's learned words are
-    published."""
-    names = list(rows)
-    return dict.fromkeys(names, token) if names == ["text_encoder"] else {name: ROW_KEYS[name] for name in names}
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _checksum(config: Mapping[str, Any]) -> str:
-    """Of all other fields, however the file is laid out."""
-    others = {name: value for name, value in config.items() if name != "checksum"}
-    return _sha256(json.dumps(others, sort_keys=True, ensure_ascii=True).encode())
+    file = io.BytesIO()
+    Image.fromarray((mask.cpu().numpy() * 255).round().astype(np.uint8)).save(file, format="PNG")
+    return file.getvalue()
 
 
 # ------------------------------------------------------------------------------ fetching
@@ -187,7 +163,7 @@ def fetch_identity(
             commit, listed, local_files_only = None, {}, True
         _check_names(listed, name)
         for file, size in listed.items():
-            if size is not None and size > _MOST_BYTES.get(file, math.inf):
+            if size is not None and size > MOST_BYTES.get(file, math.inf):
                 raise ValueError(_too_large(name, file, size))
     fetched = snapshot_download(
         name,
@@ -195,7 +171,7 @@ def fetch_identity(
         token=token,
         cache_dir=None if cache_dir is None else str(cache_dir),
         local_files_only=local_files_only,
-        allow_patterns=list(_MOST_BYTES),
+        allow_patterns=list(MOST_BYTES),
     )
     if commit is not None and commit != revision:
         # the Hub's cache notes which commit a branch's name stands for, so that it is found without a network too
@@ -218,7 +194,7 @@ def _check_names(files: Iterable[str], where: object) -> None:
 
 
 def _too_large(where: object, file: str, size: int) -> str:
-    return f"{where}: {file} has {size:,} bytes; an identity's has at most {_MOST_BYTES[file]:,}. It was not read."
+    return f"{where}: {file} has {size:,} bytes; an identity's has at most {MOST_BYTES[file]:,}. It was not read."
 
 
 # ------------------------------------------------------------------------------ reading
@@ -237,7 +213,7 @@ def read_identity(folder: Path) -> IdentityFiles:
         raise ValueError(f"{folder} holds no {CONFIG_FILE}: it is not an identity that save_pretrained wrote.")
     config = _read_config(folder)
     tokens = [config["token"], *([config["reference"]["token"]] if config["reference"] is not None else [])]
-    data = {name: _read_listed(folder, name, said) for name, said in config["files"].items()}
+    data = {name: _read_listed(folder, name, listed) for name, listed in config["files"].items()}
     rows = tuple(_rows(folder / file, data[file], token) for file, token in zip(TOKEN_FILES, tokens, strict=False))
     if any(each.keys() != rows[0].keys() for each in rows):
         raise ValueError(f"{folder}: {TOKEN_FILES[1]} is for another family of models than {TOKEN_FILES[0]}.")
@@ -245,15 +221,15 @@ def read_identity(folder: Path) -> IdentityFiles:
     lora: dict[str, torch.Tensor] = {}
     lora_metadata: dict[str, Any] = {}
     if LORA_FILE in data:
-        lora, said = _tensors(folder / LORA_FILE, data[LORA_FILE])
-        lora_metadata = _lora_metadata(folder / LORA_FILE, said, lora)
+        lora, header = tensors_of(folder / LORA_FILE, data[LORA_FILE])
+        lora_metadata = lora_metadata_of(folder / LORA_FILE, header, lora)
     differences: dict[str, torch.Tensor] = {}
     if DIFFERENCES_FILE in data:
-        differences, _ = _tensors(folder / DIFFERENCES_FILE, data[DIFFERENCES_FILE])
-        _check_tensor_names(folder / DIFFERENCES_FILE, differences, r"[\w.]+")
+        differences, _ = tensors_of(folder / DIFFERENCES_FILE, data[DIFFERENCES_FILE])
+        check_tensor_names(folder / DIFFERENCES_FILE, differences, r"[\w.]+")
     about_files = ("format_version", "files", "checksum")
-    said_of_it = {name: value for name, value in config.items() if name not in about_files}
-    return IdentityFiles(said_of_it, rows, masks, lora, lora_metadata, differences)
+    fields = {name: value for name, value in config.items() if name not in about_files}
+    return IdentityFiles(fields, rows, masks, lora, lora_metadata, differences)
 
 
 def _names_within(folder: Path) -> Iterable[str]:
@@ -269,24 +245,24 @@ def _read_bytes(folder: Path, name: str) -> bytes:
     if real.parent not in (folder, blobs):
         raise ValueError(f"{folder}: {name} is a link to {real}, outside the identity's folder. It was not read.")
     try:
-        found = os.stat(real)
+        status = os.stat(real)
     except OSError as error:
         raise ValueError(f"{folder} lacks {name}: {error}. Fetch or save the identity again.") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{folder}: {name} is no ordinary file. It was not read.")
-    if found.st_size > _MOST_BYTES[name]:
-        raise ValueError(_too_large(folder, name, found.st_size))
+    if status.st_size > MOST_BYTES[name]:
+        raise ValueError(_too_large(folder, name, status.st_size))
     return real.read_bytes()
 
 
-def _read_listed(folder: Path, name: str, said: Mapping[str, Any]) -> bytes:
+def _read_listed(folder: Path, name: str, listed: Mapping[str, Any]) -> bytes:
     data = _read_bytes(folder, name)
-    if len(data) != said["bytes"]:
+    if len(data) != listed["bytes"]:
         raise ValueError(
-            f"{folder}: {name} has {len(data):,} bytes and {CONFIG_FILE} says {said['bytes']:,}: it is cut short or "
+            f"{folder}: {name} has {len(data):,} bytes and {CONFIG_FILE} says {listed['bytes']:,}: it is cut short or "
             "another file. Fetch or save the identity again."
         )
-    if _sha256(data) != said["sha256"]:
+    if sha256_of(data) != listed["sha256"]:
         raise ValueError(
             f"{folder}: {name} is damaged, its SHA-256 is not the one in {CONFIG_FILE}. "
             "Fetch or save the identity again."
@@ -294,103 +270,21 @@ def _read_listed(folder: Path, name: str, said: Mapping[str, Any]) -> bytes:
     return data
 
 
-def _parse_json(text: str | bytes) -> Any:
-    """Raises:
-    ValueError, RecursionError: no JSON, or JSON with a name twice, with NaN or without an end to its depth.
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a name stands there twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
-
-    return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
-
-
-# what may stand in identity.json
-
-
-def _text(most: int, least: int = 1) -> Callable[[Any], bool]:
-    def check(value: Any) -> bool:
-        return isinstance(value, str) and least <= len(value) <= most and not any(map(_is_control, value))
-
-    return check
-
-
-def _is_control(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs") and not character.isspace()
-
-
-def _is_number(value: Any) -> bool:
-    # compared, not converted: JSON's integers may be too large for a float
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 <= value <= 1e300
-
-
-def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, bool) or _is_number(value) or _text(200, 0)(value)
-
-
-def _mapping(check: Callable[[Any], bool], most: int = 100) -> Callable[[Any], bool]:
-    name = _text(100)
-    return lambda v: isinstance(v, dict) and len(v) <= most and all(name(k) and check(held) for k, held in v.items())
-
-
-def _record(**checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, dict) and v.keys() == checks.keys() and all(c(v[n]) for n, c in checks.items())
-
-
-def _is_hash(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
-
-
-def _is_fingerprint(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 100 and all(map(_is_number, value))
-
-
-_TOKEN_FIELDS = {"token": _text(100), "subject": _text(1000), "source_prompt": _text(10_000)}
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "token": (_TOKEN_FIELDS["token"], "a string of 1 to 100 characters"),
-    "subject": (_TOKEN_FIELDS["subject"], "a string of 1 to 1,000 characters"),
-    "source_prompt": (_TOKEN_FIELDS["source_prompt"], "a string of 1 to 10,000 characters"),
-    "method": (lambda v: isinstance(v, str) and v in METHODS, f"one of {', '.join(METHODS)}"),
-    "reference": (
-        lambda v: v is None or _record(**_TOKEN_FIELDS)(v),
-        "null, or a record of token, subject and source_prompt",
-    ),
-    "base_model": (_text(500, 0), "a string of at most 500 characters"),
-    "base_fingerprint": (
-        lambda v: _mapping(_is_fingerprint)(v) and v.keys() <= set(COMPONENTS),
-        "at most 100 numbers for each component",
-    ),
-    "settings": (_mapping(_is_scalar), "at most 100 strings, numbers and truth values"),
-    "measures": (_mapping(_is_number), "at most 100 numbers"),
-    "library_versions": (_mapping(_text(100)), "at most 100 strings"),
-    "files": (_mapping(_record(bytes=_is_size, sha256=_is_hash)), "bytes and sha256 of each file"),
-    "checksum": (_is_hash, "a SHA-256"),
-}
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     data = _read_bytes(folder, CONFIG_FILE)
     try:
-        config = _parse_json(data.decode("utf-8"))
+        config = parse_json(data.decode("utf-8"))
         version = config["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error!r}). Fetch or save the identity again.") from error
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if type(version) is not int or version not in READABLE_VERSIONS:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         call = "pip install --upgrade s2edit-pipeline" if newer else "fit the identity again"
-        raise ValueError(f"{file} has format version {version!r} and this release reads {FORMAT_VERSION}: {call}.")
-    _check_config(config, file)
-    if _checksum(config) != config["checksum"]:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise ValueError(f"{file} has format version {version!r} and this release reads {readable}: {call}.")
+    check_config(config, file)
+    if checksum_of(config) != config["checksum"]:
         raise ValueError(
             f"{file} is damaged or was changed by hand: its checksum is another. Fetch the identity again; to rename "
             "one, load it and call renamed(...)."
@@ -398,93 +292,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _check_config(config: Mapping[str, Any], file: Path) -> None:
-    """The fields one by one, and whether the files listed are those that such an identity has."""
-    missing, unknown = _FIELDS.keys() - config.keys(), config.keys() - _FIELDS.keys() - {"format_version"}
-    if missing or unknown:
-        said = [f"lacks {', '.join(sorted(missing))}"] if missing else []
-        said += [f"has the unknown {', '.join(sorted(repr(str(u)[:50]) for u in unknown))}"] if unknown else []
-        raise ValueError(
-            f"{file} {' and '.join(said)}. If a later release wrote it: pip install --upgrade s2edit-pipeline."
-        )
-    for name, (check, wanted) in _FIELDS.items():
-        if not check(config[name]):
-            raise ValueError(f"{file}: {name} must be {wanted}, not {str(config[name])[:80]!r}.")
-    if config["reference"] is not None and config["reference"]["token"] == config["token"]:
-        raise ValueError(f"{file}: the identity and its reference attribute are both {config['token']!r}.")
-    count = 1 if config["reference"] is None else 2
-    needed = {*TOKEN_FILES[:count], *([LORA_FILE] if config["method"] == "lora" else [])}
-    possible = {*needed, *MASK_FILES[:count], *([LORA_FILE, DIFFERENCES_FILE] if config["method"] == "full" else [])}
-    listed = set(config["files"])
-    outside = sorted(name for name in listed - possible if "/" in name or "\\" in name or name.startswith("."))
-    if outside:
-        raise ValueError(f"{file} lists {outside[0]!r}, a path outside the identity's folder. Nothing was read.")
-    if not needed <= listed <= possible:
-        raise ValueError(
-            f"{file} lists the files {', '.join(sorted(listed))}; an identity of method {config['method']!r} has "
-            f"{', '.join(sorted(needed))} and may have {', '.join(sorted(possible - needed))}."
-        )
-
-
-# what may stand in the tensors' files
-
-
-def _tensors(file: Path, data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a safetensors file and its metadata; the header is checked before anything is made of it."""
-    length = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
-    if not 0 < length <= min(len(data) - 8, _MOST_HEADER_BYTES):
-        raise ValueError(f"{file} declares a header of {length:,} bytes and has {len(data):,} in all: it is damaged.")
-    try:
-        header = _parse_json(data[8 : 8 + length].decode("utf-8"))
-        metadata = header.pop("__metadata__", {})
-        spans = {name: (e["dtype"], e["shape"], e["data_offsets"]) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} has a damaged header ({error!r}). Fetch or save the identity again.") from error
-    expected = 0
-    for name, (dtype, shape, offsets) in sorted(spans.items(), key=lambda item: _start(item[1][2])):
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise ValueError(f"{file}: {name!r} is {dtype!r}; an identity's tensors are {', '.join(_DTYPES)}.")
-        if not isinstance(shape, list) or not all(map(_is_size, shape)) or not 1 <= len(shape) <= 4:
-            raise ValueError(
-                f"{file}: {name!r} has the shape {str(shape)[:80]}; expected 1 to 4 whole numbers above 0."
-            )
-        size = math.prod(shape) * _DTYPES[dtype][1]
-        if offsets != [expected, expected + size]:
-            raise ValueError(
-                f"{file}: {name!r} declares {size:,} bytes and the place {str(offsets)[:80]}; "
-                f"expected [{expected}, {expected + size}]."
-            )
-        expected += size
-    if expected != len(data) - 8 - length:
-        raise ValueError(f"{file} declares {expected:,} bytes of numbers and has {len(data) - 8 - length:,}.")
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{file}: its metadata must be strings.")
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as error:  # its own reader is stricter still
-        raise ValueError(f"{file} is damaged: {error}. Fetch or save the identity again.") from error
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{file}: {name!r} holds values that are no numbers (NaN or infinity).")
-    return tensors, metadata
-
-
-def _start(offsets: Any) -> int:
-    return offsets[0] if isinstance(offsets, list) and offsets and isinstance(offsets[0], int) else -1
-
-
 def _rows(file: Path, data: bytes, token: str) -> dict[str, torch.Tensor]:
-    held, _ = _tensors(file, data)
-    names = tuple(ROW_KEYS) if set(held) == set(ROW_KEYS.values()) else ("text_encoder",)
-    keys = _row_keys(names, token)
-    if set(held) != set(keys.values()):
-        raise ValueError(
-            f"{file} holds {', '.join(sorted(held))}; expected {token}, or {' and '.join(ROW_KEYS.values())}."
-        )
-    for key, row in held.items():
+    """Text encoder -> (D,) float32."""
+    tensors, _ = tensors_of(file, data)
+    keys = rows_of_keys(tensors, token)
+    if keys is None:
+        families = "; ".join(" and ".join(each) for each in ROW_KEYS.values())
+        raise ValueError(f"{file} holds {', '.join(sorted(tensors))}; expected {token}, or one of: {families}.")
+    for key, row in tensors.items():
         if row.numel() != row.shape[-1] or row.dtype != torch.float32:
             raise ValueError(f"{file}: {key!r} is {row.dtype} of {tuple(row.shape)}; expected one float32 row.")
-    return {name: held[key].reshape(-1) for name, key in keys.items()}
+    return {name: tensors[key].reshape(-1) for name, key in keys.items()}
 
 
 def _mask(file: Path, data: bytes) -> torch.Tensor:
@@ -498,60 +316,3 @@ def _mask(file: Path, data: bytes) -> torch.Tensor:
             return torch.from_numpy(np.asarray(picture) / np.float32(255))
     except Exception as error:  # whatever a decoder comes upon
         raise ValueError(f"{file} can't be read as a mask: {error}. Fetch or save the identity again.") from error
-
-
-def _check_tensor_names(file: Path, tensors: Iterable[str], pattern: str) -> None:
-    wanted = rf"({'|'.join(COMPONENTS)})\.{pattern}"
-    for name in tensors:
-        if not re.fullmatch(wanted, name, flags=re.ASCII):
-            raise ValueError(f"{file} holds {name[:80]!r}, which is no name of a weight that an identity changes.")
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_size(value) and value <= 2**16
-
-
-def _is_alpha(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= 2**16
-
-
-_LORA_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "r": _is_rank,
-    "lora_alpha": _is_alpha,
-    "target_modules": lambda v: isinstance(v, list) and all(map(_text(500), v)),
-    "rank_pattern": lambda v: isinstance(v, dict) and all(map(_is_rank, v.values())),
-    "alpha_pattern": lambda v: isinstance(v, dict) and all(map(_is_alpha, v.values())),
-    "lora_dropout": _is_number,
-    # these would make another formula of it
-    "bias": lambda v: v == "none",
-    "use_dora": lambda v: v is False,
-    "use_rslora": lambda v: v is False,
-    "lora_bias": lambda v: v is False,
-}
-
-
-def _lora_metadata(file: Path, metadata: Mapping[str, str], weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    _check_tensor_names(file, weights, r"[\w.]+\.lora_[AB]\.weight")
-    try:
-        said = _parse_json(metadata["lora_adapter_metadata"])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} lacks the LoRA's metadata or has it damaged ({error!r}).") from error
-    components = {name.split(".")[0] for name in weights}
-    wanted = {f"{component}.{name}": check for component in components for name, check in _LORA_FIELDS.items()}
-    wrong = wanted.keys() ^ said.keys() if isinstance(said, dict) else {"lora_adapter_metadata"}
-    wrong = wrong or {name for name, check in wanted.items() if not check(said[name])}
-    if wrong:
-        raise ValueError(f"{file}: the LoRA's metadata lacks {sorted(wrong)[0][:80]!r}, or has it as none it may be.")
-    for layer in {name.rsplit(".lora_", 1)[0] for name in weights}:
-        component, _, inner = layer.partition(".")
-        rank = said[f"{component}.rank_pattern"].get(pattern_name(inner), said[f"{component}.r"])
-        down, up = (weights.get(f"{layer}.lora_{part}.weight") for part in "AB")
-        if down is None or up is None:
-            raise ValueError(f"{file}: {layer} has one factor of its LoRA and lacks the other.")
-        fits = down.shape[0] == up.shape[1] == rank if up.ndim == down.ndim and up.ndim in (2, 4) else False
-        if not fits or (up.ndim == 4 and tuple(up.shape[2:]) != (1, 1)):
-            raise ValueError(
-                f"{file}: {layer} has factors of {tuple(down.shape)} and {tuple(up.shape)}, which don't make a LoRA of "
-                f"the rank {rank} that its metadata says."
-            )
-    return dict(said)

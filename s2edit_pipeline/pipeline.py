@@ -5,7 +5,6 @@ beside this one; here a call's arguments become a request, and the request goes 
 """
 
 # no `from __future__ import annotations` here: diffusers' from_pipe reads the types of __init__'s parameters
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -41,7 +40,7 @@ from .attention_source import KeepAttention
 from .edit_attention import EditControl  # noqa: F401
 from .edit_loop import EDITS  # noqa: F401
 from .edit_output import S2EditPipelineOutput
-from .edit_settings import DEFAULT_GUIDANCE, EDIT_PRESETS, EditRequest, EditSettings, check_guidance, with_preset
+from .edit_settings import DEFAULT_GUIDANCE, EDIT_PRESETS, EditRequest, EditSettings, with_preset
 from .edit_stage import DEFAULT_STEPS, edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of
@@ -50,7 +49,7 @@ from .fit_loop import fit_weights  # noqa: F401
 from .fit_lora_start import start_along_gradient  # noqa: F401
 from .fit_losses import cosine  # noqa: F401
 from .fit_settings import MASK_THRESHOLD, FitRequest, FitSettings, ReferenceAttribute
-from .fit_stage import fit_input, fit_picture, object_mask
+from .fit_stage import fit_picture, preview_mask
 from .fit_weights import lora_weights  # noqa: F401
 from .identity_adapter import IdentityAdapter
 from .identity_card import identity_card  # noqa: F401
@@ -60,34 +59,29 @@ from .identity_fingerprint import fingerprint  # noqa: F401
 from .identity_folder import atomic_folder  # noqa: F401
 from .identity_lora_names import lora_metadata  # noqa: F401
 from .identity_overlay import IdentityOverlay
-from .identity_prompts import check_prompt
+from .identity_prompts import check_prompt  # noqa: F401
 from .identity_schema import check_config  # noqa: F401
 from .inversion_ddim import ddim_trajectory  # noqa: F401
 from .inversion_edit_friendly import edit_friendly  # noqa: F401
 from .inversion_null_text import null_text  # noqa: F401
 from .inversion_origin import check_inversion  # noqa: F401
-from .inversion_record import DEFAULT_INVERSION, Inversion, inversion_method
+from .inversion_record import DEFAULT_INVERSION, Inversion
 from .inversion_stage import InversionCall, invert_words
 from .noise_schedule import NoiseSchedule  # noqa: F401
-from .object_masks import mask_to_picture
+from .object_masks import mask_to_picture  # noqa: F401
 from .picture_inputs import load_picture  # noqa: F401
 from .pipeline_arguments import (
     BOTH,
     DRAWING,
     arguments_of,
-    check_autograd,
-    check_can_train,
-    check_generator,
-    check_keep,
-    check_output_type,
-    checked_reference,
-    checked_tensor_inputs,
-    refuse_for_drawing,
-    refuse_for_editing,
+    check_call,
+    check_drawing,
+    check_editing,
+    check_fit,
     step_report,
 )
 from .pipeline_facts import CallFacts
-from .pipeline_loaders import IdentityLoaders
+from .pipeline_loaders import IdentityLoaders, without_component_defaults
 from .pipeline_turns import Turns  # noqa: F401
 from .pipeline_work import Work  # noqa: F401
 from .prompt_alignment import align_prompts  # noqa: F401
@@ -111,14 +105,13 @@ class S2EditPipeline(
 ):
     """Identity-preserving editing of real pictures.
 
-    Which components there are decides what kind of model it is, see ``family_base.family_of``; the others are None.
+    Its components decide what kind of model it is, see ``family_base.family_of``; those it lacks are None.
 
     Args:
         vae: autoencoder between pictures and latents.
         text_encoder, tokenizer: the first text encoder.
         text_encoder_2, tokenizer_2, text_encoder_3, tokenizer_3: the others, where the model has them.
-        unet: conditional denoiser, epsilon- or v-prediction; or
-        transformer: one of a kind that is served.
+        unet, transformer: the denoiser, one of them, of a kind that is served.
         scheduler: its noise levels are read and it is never changed.
         safety_checker, feature_extractor: Stable Diffusion's own, or None.
         image_encoder: for IP-Adapter, or None.
@@ -197,16 +190,13 @@ class S2EditPipeline(
         Raises:
             TypeError, ValueError: as :meth:`fit_identity`.
         """
-        self.family.check()
-        settings = FitSettings(mask_threshold=threshold)
+        request = FitRequest(
+            (ReferenceAttribute(image, prompt, subject, "[I]"),), FitSettings(mask_threshold=threshold),
+            size=(height, width),
+        )  # fmt: skip
         self._check_bare("The mask is a fit's, and a fit is to the bare model")
         with self._at_work(None, None, lambda call: None) as (work, _):
-            # "[I]" only stands in: the mask is found without the token
-            shown = ReferenceAttribute(image, prompt, subject, "[I]")
-            one = fit_input(work, shown, "", None, (height, width))
-            latents = work.family.encode_picture(one.picture, *one.size)
-            mask = object_mask(work, latents, one.prompt, one.subject, settings.mask_threshold)
-        return mask_to_picture(mask, one.picture.size)
+            return preview_mask(work, request)
 
     def fit_identity(
         self,
@@ -279,10 +269,7 @@ class S2EditPipeline(
             FloatingPointError: the loss ran away; the message names the step.
         """
         settings = FitSettings.of(locals())
-        self.family.check()
-        check_generator(generator, "a fit")
-        check_can_train(self.family)
-        pictures = (ReferenceAttribute(image, prompt, subject, token, mask), *checked_reference(reference))
+        pictures = (ReferenceAttribute(image, prompt, subject, token, mask), *check_fit(self, generator, reference))
         self._check_bare("A new identity is fitted to the bare model")
 
         def on_step(step: int, total: int, measures: Mapping[str, float]) -> None:
@@ -333,16 +320,9 @@ class S2EditPipeline(
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
-        self.family.check()
-        how = inversion_method(method)
-        check_keep(keep_attention)
-        check_guidance(DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale)
-        check_generator(generator, "an inversion")
-        check_prompt(prompt, "prompt")
-        if how.needs_gradients:
-            check_autograd()
+        given = arguments_of(S2EditPipeline.invert, locals())
+        alone = check_call(given, "an inversion")
         report = step_report(self, callback_on_step_end, ("latents",))
-        alone = method if how.needs_gradients else ""
         with self._at_work(identity, stop, report, alone) as (work, token):
             call = InversionCall(
                 image, prompt, method, token, num_inference_steps, guidance_scale, negative_prompt, (height, width),
@@ -442,28 +422,21 @@ class S2EditPipeline(
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
         given = arguments_of(S2EditPipeline.__call__, locals())
-        check_keep(keep_attention)
-        check_output_type(output_type)
         chosen = with_preset(preset, EDIT_PRESETS, given.only(("inversion", "guidance_stop", "blend_words")))
         settings = EditSettings.of(given.values, chosen)
-        names = checked_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        self.family.check()
         if image is None and not hasattr(inversion, "trajectory"):
-            refuse_for_drawing(given)
+            names = check_drawing(given, self._callback_tensor_inputs)
             steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
             drawn = {**stock_arguments, **given.only((*BOTH, *DRAWING)), "num_inference_steps": steps}
             drawn["guidance_scale"] = guidance_scale
             with self._at_work(identity, stop, lambda call: None) as (work, _):
                 output = draw(work, drawn, callback_on_step_end, names)
         else:
-            refuse_for_editing(given, stock_arguments)
-            check_generator(generator, "an edit")
             method = chosen.get("inversion", DEFAULT_INVERSION)
-            alone = isinstance(method, str) and inversion_method(method).needs_gradients
-            if alone:
-                check_autograd()
+            names = check_editing(given, stock_arguments, self._callback_tensor_inputs)
+            alone = check_call(given, "an edit", method)
             report = step_report(self, callback_on_step_end, names)
-            with self._at_work(identity, stop, report, str(method) if alone else "") as (work, token):
+            with self._at_work(identity, stop, report, alone) as (work, token):
                 request = EditRequest(
                     [prompt] if isinstance(prompt, str) else list(prompt or []), image, source_prompt, token,
                     method, settings, num_inference_steps, negative_prompt, edit_mask, keep_pixels,
@@ -473,12 +446,5 @@ class S2EditPipeline(
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
 
-def _without_defaults(signature: inspect.Signature) -> inspect.Signature:
-    """Components without their defaults: what has one, diffusers' loader takes from the folder, whatever was passed."""
-    flags = ("requires_safety_checker", "force_zeros_for_empty_prompt")
-    return signature.replace(
-        parameters=[p if name in flags else p.replace(default=p.empty) for name, p in signature.parameters.items()]
-    )
-
-
-S2EditPipeline.__init__.__signature__ = _without_defaults(inspect.signature(S2EditPipeline.__init__))  # type: ignore[attr-defined]
+# what has a default, diffusers' loader takes from the folder, whatever was passed
+S2EditPipeline.__init__.__signature__ = without_component_defaults(S2EditPipeline.__init__)  # type: ignore[attr-defined]

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
+from .edit_settings import check_guidance
 from .family_base import ModelFamily
 from .fit_settings import ReferenceAttribute
+from .inversion_record import inversion_method
 from .pipeline_turns import Call
 from .pipeline_work import Report
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def check_output_type(output_type: Any) -> None:
+def _check_output_type(output_type: Any) -> None:
     """Raises:
     ValueError: no such form of pictures.
     """
@@ -26,7 +28,7 @@ def check_output_type(output_type: Any) -> None:
         raise ValueError(f"output_type={output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'.")
 
 
-def check_keep(keep_attention: Any) -> None:
+def _check_keep(keep_attention: Any) -> None:
     """Raises:
     TypeError: it is no ``KeepAttention``.
     """
@@ -36,7 +38,7 @@ def check_keep(keep_attention: Any) -> None:
         )
 
 
-def check_generator(generator: Any, what: str) -> None:
+def _check_generator(generator: Any, what: str) -> None:
     """Raises:
     TypeError: it is no generator.
     ValueError: it is a list of them; ``what`` takes one.
@@ -47,7 +49,7 @@ def check_generator(generator: Any, what: str) -> None:
         raise TypeError(f"generator must be one torch.Generator for {what}, not {type(generator).__name__}.")
 
 
-def check_autograd() -> None:
+def _check_autograd() -> None:
     """Raises:
     ValueError: gradients can't be made here.
     """
@@ -55,11 +57,11 @@ def check_autograd() -> None:
         raise ValueError("This needs gradients: call it outside torch.inference_mode() (torch.no_grad() is fine).")
 
 
-def check_can_train(family: ModelFamily) -> None:
+def _check_can_train(family: ModelFamily) -> None:
     """Raises:
     ValueError: gradients can't be made here, or a component that a fit changes is offloaded.
     """
-    check_autograd()
+    _check_autograd()
     for name, module in family.tuned_components.items():
         if getattr(module, "_hf_hook", None) is not None:
             raise ValueError(
@@ -68,7 +70,7 @@ def check_can_train(family: ModelFamily) -> None:
             )
 
 
-def checked_reference(reference: Any) -> tuple[ReferenceAttribute, ...]:
+def _checked_reference(reference: Any) -> tuple[ReferenceAttribute, ...]:
     """Nothing, or the one reference attribute.
 
     Raises:
@@ -84,7 +86,7 @@ def checked_reference(reference: Any) -> tuple[ReferenceAttribute, ...]:
     return (reference,)
 
 
-def checked_tensor_inputs(names: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+def _checked_tensor_inputs(names: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
     """The tensors that a callback is shown.
 
     Raises:
@@ -97,7 +99,7 @@ def checked_tensor_inputs(names: Sequence[str] | None, known: Sequence[str]) -> 
     return names
 
 
-def check_callback(callback: Any) -> None:
+def _check_callback(callback: Any) -> None:
     """Raises:
     TypeError: a callback that is made for Stable Diffusion's own loop.
     """
@@ -117,7 +119,7 @@ def step_report(pipe: Any, callback: Callable[..., Any] | None, names: Sequence[
     Raises:
         TypeError: it is no callback.
     """
-    check_callback(callback)
+    _check_callback(callback)
 
     def of_call(call: Call) -> Report:
         def report(step: int, timestep: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -158,7 +160,7 @@ class Arguments:
 def arguments_of(call: Callable[..., Any], values: Mapping[str, Any]) -> Arguments:
     """``values``, the local variables at the start of ``call``."""
     parameters = dict(inspect.signature(call).parameters)
-    named = {n: values[n] for n, p in parameters.items() if n != "self" and p.kind is not p.VAR_KEYWORD}
+    named = {n: values[n] for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
     changed = frozenset(n for n, value in named.items() if not _is_default(value, parameters[n].default))
     return Arguments(named, changed)
 
@@ -186,7 +188,7 @@ BOTH = (
 """Arguments of both."""
 
 
-def refuse_for_drawing(arguments: Arguments) -> None:
+def _refuse_for_drawing(arguments: Arguments) -> None:
     """Raises:
     ValueError: an argument that only editing a picture can obey.
     """
@@ -194,7 +196,7 @@ def refuse_for_drawing(arguments: Arguments) -> None:
         raise ValueError(f"{name}= is for editing a picture: pass image= too.")
 
 
-def refuse_for_editing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> None:
+def _refuse_for_editing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> None:
     """Raises:
     TypeError: an argument that there isn't.
     ValueError: an argument that only drawing from noise can obey.
@@ -209,6 +211,62 @@ def refuse_for_editing(arguments: Arguments, stock_arguments: Mapping[str, Any])
         raise TypeError(f"An edit has no argument {name!r}; without image= diffusers' own pipeline may have it.")
     if arguments["keep_pixels"] and (arguments["image"] is None or arguments["output_type"] == "latent"):
         raise ValueError("keep_pixels=True needs image=, and pictures for an output, not latents.")
+
+
+def check_fit(pipe: Any, generator: Any, reference: Any) -> tuple[ReferenceAttribute, ...]:
+    """The one reference attribute of a fit, or nothing.
+
+    Raises:
+        TypeError, ValueError: an argument, or a pipeline, that a fit can't use.
+    """
+    pipe.family.check()
+    _check_generator(generator, "a fit")
+    _check_can_train(pipe.family)
+    return _checked_reference(reference)
+
+
+def check_call(arguments: Arguments, what: str, method: Any = None) -> str:
+    """Checks what inversions and edits have in common; returns why the call needs the model to itself, or "".
+
+    Args:
+        method: an inversion, made or by name; None takes the argument ``method``.
+
+    Raises:
+        TypeError, ValueError: an argument that can't be used.
+    """
+    arguments["self"].family.check()
+    _check_keep(arguments["keep_attention"])
+    _check_generator(arguments["generator"], what)
+    if arguments["guidance_scale"] is not None:
+        check_guidance(arguments["guidance_scale"])
+    method = arguments["method"] if method is None else method
+    if hasattr(method, "trajectory") or not inversion_method(method).needs_gradients:
+        return ""
+    _check_autograd()
+    return str(method)
+
+
+def check_drawing(arguments: Arguments, tensors: Sequence[str]) -> tuple[str, ...]:
+    """The tensors that the callback is shown.
+
+    Raises:
+        TypeError, ValueError: an argument that drawing can't use.
+    """
+    arguments["self"].family.check()
+    _check_output_type(arguments["output_type"])
+    _refuse_for_drawing(arguments)
+    return _checked_tensor_inputs(arguments["callback_on_step_end_tensor_inputs"], tensors)
+
+
+def check_editing(arguments: Arguments, stock_arguments: Mapping[str, Any], tensors: Sequence[str]) -> tuple[str, ...]:
+    """The tensors that the callback is shown.
+
+    Raises:
+        TypeError, ValueError: an argument that an edit can't use.
+    """
+    _check_output_type(arguments["output_type"])
+    _refuse_for_editing(arguments, stock_arguments)
+    return _checked_tensor_inputs(arguments["callback_on_step_end_tensor_inputs"], tensors)
 
 
 def base_name(pipe: Any) -> str:

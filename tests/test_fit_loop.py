@@ -16,9 +16,9 @@ from PIL import Image
 from s2edit_pipeline import IdentityAdapter, ReferenceAttribute
 from s2edit_pipeline.fit_loop import FitExample, fit_weights
 from s2edit_pipeline.fit_settings import FitSettings
-from s2edit_pipeline.identity_token import initial_row, with_tokens
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.prompt_tokenizing import tokenize
+from s2edit_pipeline.prompt_tokens import initial_row, with_tokens
 from s2edit_pipeline.prompt_words import insert_token
 
 METHODS = ("lora", "full", "token")

@@ -14,9 +14,9 @@ from s2edit_pipeline import identity_fitting
 from s2edit_pipeline.fit_loop import Objective
 from s2edit_pipeline.fit_lora_start import ROW_LENGTH, start_along_gradient
 from s2edit_pipeline.fit_settings import FitSettings
-from s2edit_pipeline.identity_token import token_rows
-from s2edit_pipeline.lora_format import published_name
+from s2edit_pipeline.identity_lora_names import published_name
 from s2edit_pipeline.pipeline import S2EditPipeline
+from s2edit_pipeline.prompt_tokens import token_rows
 
 from .test_identity_fitting import example_of, fit
 

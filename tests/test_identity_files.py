@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from safetensors.torch import load, save
 
 from s2edit_pipeline import identity_files
 from s2edit_pipeline.identity_adapter import IdentityAdapter, LearnedAttribute
-from s2edit_pipeline.identity_files import (
+from s2edit_pipeline.identity_schema import (
     CONFIG_FILE,
     DIFFERENCES_FILE,
     LORA_FILE,
     MASK_FILES,
     TOKEN_FILES,
-    _checksum,
-    _sha256,
+    checksum_of,
+    sha256_of,
 )
 from s2edit_pipeline.pipeline import S2EditPipeline
 
@@ -53,10 +54,10 @@ def folders(_tiny: Any, picture: Any, half_mask: Any) -> dict[str, Files]:
         )  # fmt: skip
         if kind == "composition":
             hat = LearnedAttribute("[A]", "hat", "a hat", {"text_encoder": torch.ones(32)}, torch.ones(4, 4))
-            identity = IdentityAdapter(**{**identity.__dict__, "reference": hat})
+            identity = replace(identity, reference=hat)
         some = ("unet.conv_in", "unet.mid_block", "text_encoder.text_model.encoder.layers.0.self_attn")
         weights = {name: tensor for name, tensor in identity.weights.items() if name.startswith(some)}
-        identity = IdentityAdapter(**{**identity.__dict__, "weights": weights})
+        identity = replace(identity, weights=weights)
         with tempfile.TemporaryDirectory() as folder:
             identity.save_pretrained(folder, kept_energy=0.9, max_bytes=10**6)
             made[kind] = {p.name: p.read_bytes() for p in Path(folder).iterdir()}
@@ -77,8 +78,8 @@ def sealed(files: Files) -> Files:
     try:
         config = json.loads(files[CONFIG_FILE])
         for name, said in config["files"].items():
-            said |= {"bytes": len(files[name]), "sha256": _sha256(files[name])}
-        config["checksum"] = _checksum(config)
+            said |= {"bytes": len(files[name]), "sha256": sha256_of(files[name])}
+        config["checksum"] = checksum_of(config)
         return {**files, CONFIG_FILE: json.dumps(config).encode()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return files
@@ -403,13 +404,13 @@ def test_what_would_be_too_large_to_load_is_not_saved(
     folders: dict[str, Files], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     identity = IdentityAdapter.from_pretrained(put(folders["lora"], tmp_path / "ada"))
-    most = dict(identity_files._MOST_BYTES)
+    most = dict(identity_files.MOST_BYTES)
     for file in (LORA_FILE, CONFIG_FILE):
-        monkeypatch.setattr(identity_files, "_MOST_BYTES", {**most, file: 100})
+        monkeypatch.setattr(identity_files, "MOST_BYTES", {**most, file: 100})
         with pytest.raises(ValueError, match=rf"{file} would have [\d,]+ bytes.*more than 100 .*Nothing was saved"):
             identity.save_pretrained(tmp_path / "again")
         assert [p.name for p in tmp_path.iterdir()] == ["ada"]
-    monkeypatch.setattr(identity_files, "_MOST_BYTES", {**most, LORA_FILE: len(folders["lora"][LORA_FILE])})
+    monkeypatch.setattr(identity_files, "MOST_BYTES", {**most, LORA_FILE: len(folders["lora"][LORA_FILE])})
     identity.save_pretrained(tmp_path / "again")  # the largest that is loaded is saved
     IdentityAdapter.from_pretrained(tmp_path / "again")
 

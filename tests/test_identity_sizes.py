@@ -13,10 +13,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from s2edit_pipeline.avatars import load_avatars
 from s2edit_pipeline.avatars.world import render, sample_person
+from s2edit_pipeline.fit_settings import FitSettings
+from s2edit_pipeline.fit_weights import lora_targets
 from s2edit_pipeline.identity_adapter import IdentityAdapter
-from s2edit_pipeline.identity_fitting import FitSettings
-from s2edit_pipeline.lora_format import lora_metadata, published_name
-from s2edit_pipeline.tuned_weights import lora_targets
+from s2edit_pipeline.identity_lora_names import lora_metadata, published_name
 
 
 @pytest.fixture(scope="module")

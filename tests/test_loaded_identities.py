@@ -58,10 +58,10 @@ def test_an_identity_that_is_loaded_may_be_passed_too(
 
 
 def _fit_elsewhere(pipe: S2EditPipeline, picture: Image.Image, mask: np.ndarray) -> IdentityAdapter:
-    held, _ = pipe._loaded.adapters["[I]"]
+    loaded = pipe._loaded.identities["[I]"].adapter
     pipe.unload_identity()
     other = _fit(pipe, picture, mask, seed=1)
-    pipe.load_identity(held)
+    pipe.load_identity(loaded)
     return other
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
-from s2edit_pipeline.identity_token import with_tokens
 from s2edit_pipeline.prompt_alignment import align_prompts, content_words
 from s2edit_pipeline.prompt_columns import TokenizedPrompt
 from s2edit_pipeline.prompt_tokenizing import tokenize
+from s2edit_pipeline.prompt_tokens import with_tokens
 from s2edit_pipeline.prompt_words import insert_token, split_words
 
 

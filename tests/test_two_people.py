@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline import S2EditPipeline
-from s2edit_pipeline.attention_control import AttentionSite, Look, SpatialControl, mask_at
+from s2edit_pipeline.attention_controls import SpatialControl, mask_at
+from s2edit_pipeline.attention_seam import AttentionAccess, AttentionSite
 from s2edit_pipeline.identity_adapter import IdentityAdapter
+
+from .effective_weights import effective_weights
 
 SOURCE = "a photo of a sad lady and a man"
 BOTH = "a photo of a smiling [I] lady and a [J] man"
@@ -121,21 +124,21 @@ def test_people_of_two_pictures_are_put_where_they_are_in_a_third(
 
 
 def test_each_has_its_own_strength(pipe: S2EditPipeline, people: list[IdentityAdapter], picture: Image.Image) -> None:
-    bare = {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
+    bare = effective_weights(pipe.unet)
     scales = (0.75, -0.5)
     for identity, scale in zip(people, scales, strict=True):
         pipe.load_identity(identity, scale=scale)
     differences = [identity.weight_differences("unet") for identity in people]
-    for name, parameter in pipe.unet.named_parameters():
+    for name, weight in effective_weights(pipe.unet).items():
         wanted = bare[name].double()
         for difference, scale in zip(differences, scales, strict=True):
             wanted = wanted + scale * difference.get(name, torch.zeros(())).double()
-        torch.testing.assert_close(parameter.double(), wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weight.double(), wanted, rtol=1e-5, atol=1e-6)
     pipe.unload_identity()
     plain = pipe(SOURCE, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
     for identity in people:
         pipe.load_identity(identity, scale=0.0)
-    assert all(torch.equal(p, bare[name]) for name, p in pipe.unet.named_parameters())
+    assert all(torch.equal(weight, bare[name]) for name, weight in effective_weights(pipe.unet).items())
     drawn = pipe(SOURCE, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
     assert np.array_equal(drawn, plain)
 

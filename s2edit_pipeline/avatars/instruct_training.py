@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..atomic_folder import atomic_folder
+from ..identity_folder import atomic_folder
 from . import MODEL_FOLDER
 from .autoencoder_training import LinearCode, fit_linear_code, to_tensor
 from .captions import Caption, describe

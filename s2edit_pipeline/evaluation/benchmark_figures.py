@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..atomic_folder import atomic_folder
 from ..avatars.world import render
+from ..identity_folder import atomic_folder
 from .benchmark import BenchmarkRun, SubjectKey, edits_of, subject_seed
 from .benchmark_methods import (
     ABLATION_METHODS,

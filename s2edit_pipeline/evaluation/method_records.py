@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..atomic_folder import atomic_folder
+from ..identity_folder import atomic_folder
 from .benchmark_methods import Entrant
 from .edit_methods import Edit, EditMethod, weights_digest
 from .own_methods import FitsOfOnePicture, PipelineMethod

@@ -14,7 +14,7 @@ from PIL import Image
 from s2edit_pipeline import IdentityAdapter, ReferenceAttribute, S2EditPipeline, attention_control, picture_editing
 from s2edit_pipeline.attention_controls import Controllers, mask_at
 from s2edit_pipeline.attention_seam import AttentionAccess, AttentionController, AttentionSite
-from s2edit_pipeline.identity_token import initial_row
+from s2edit_pipeline.prompt_tokens import initial_row
 
 SOURCE = "a photo of a sad grandmother"
 TARGET = "a photo of a smiling [I] grandmother with a [A] hat"

@@ -16,9 +16,9 @@ from transformers import CLIPTokenizer
 from s2edit_pipeline import IdentityAdapter, S2EditPipeline, latent_inversion
 from s2edit_pipeline.fit_loop import FitExample, fit_weights
 from s2edit_pipeline.fit_settings import FitSettings
-from s2edit_pipeline.identity_token import initial_row, with_tokens
 from s2edit_pipeline.inversion_record import INVERSIONS
 from s2edit_pipeline.noise_schedule import gradient_scaler
+from s2edit_pipeline.prompt_tokens import initial_row, with_tokens
 
 FAMILIES = ("sd1", "sd2_v", "sdxl")
 METHODS = ("lora", "full", "token")

@@ -22,8 +22,8 @@ from s2edit_pipeline import IdentityAdapter, Inversion, KeepAttention, Reference
 from s2edit_pipeline.attention_controls import mask_at
 from s2edit_pipeline.edit_settings import EditSettings
 from s2edit_pipeline.fit_settings import FitSettings
-from s2edit_pipeline.identity_token import initial_row
 from s2edit_pipeline.inversion_record import INVERSIONS
+from s2edit_pipeline.prompt_tokens import initial_row
 
 FAMILIES = ("sd1", "sd2_v", "sdxl")
 SOURCE = "a photo of a sad lady with glasses"

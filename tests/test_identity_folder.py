@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from s2edit_pipeline import atomic_folder as module
-from s2edit_pipeline.atomic_folder import atomic_folder
+from s2edit_pipeline import identity_folder as module
+from s2edit_pipeline.identity_folder import atomic_folder
 
 
 def write(target: Path, text: str) -> None:
@@ -75,7 +75,7 @@ def test_two_writers_leave_each_other_alone_and_the_dead_are_cleared_away(tmp_pa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from s2edit_pipeline.atomic_folder import atomic_folder
+from s2edit_pipeline.identity_folder import atomic_folder
 target, n = Path(sys.argv[1]), 1 + int(sys.argv[2])
 me, events = os.getpid(), 0
 

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from s2edit_pipeline.identity_token import initial_row, token_rows, with_tokens
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.prompt_tokenizing import tokenize
+from s2edit_pipeline.prompt_tokens import initial_row, token_rows, with_tokens
 
 
 def test_the_token_is_one_token_only_in_the_copy(pipe: S2EditPipeline) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from s2edit_pipeline.low_rank import LowRankDifferences, compress, is_projection
+from s2edit_pipeline.identity_compression import LowRankDifferences, compress, is_projection
 
 
 def decaying(*shape: int, seed: int, decay: float = 0.7, scale: float = 1e-2) -> torch.Tensor:

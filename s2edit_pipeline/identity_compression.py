@@ -89,16 +89,25 @@ def compress(differences: Mapping[str, torch.Tensor], kept_energy: float, max_by
 
 
 def leading_triples(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U (m, rank), S (rank,), V (n, rank) of ``matrix`` (m, n) with ``matrix`` about U diag(S) V^T."""
+    """U (m, rank), S (rank,), V (n, rank) of ``matrix`` (m, n) with ``matrix`` about U diag(S) V^T.
+
+    Algorithm 4.4 and 5.1 of Halko et al. (2011), or the full decomposition where that costs no more. Its random numbers
+    come from a generator of its own, on the CPU: none is taken from the caller on any device.
+    """
+    matrix = matrix.float()
     sampled = min(rank + OVERSAMPLING, *matrix.shape)
     if 2 * sampled >= min(matrix.shape):
-        u, s, vh = torch.linalg.svd(matrix.float(), full_matrices=False)
-        v = vh.mT
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(matrix.float(), q=sampled, niter=POWER_ITERATIONS)
-    return u[:, :rank], s[:rank], v[:, :rank]
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :rank], s[:rank], vh.mT[:, :rank]
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    omega = torch.randn(tall.shape[1], sampled, generator=torch.Generator().manual_seed(0), device="cpu")
+    q = torch.linalg.qr(tall @ omega.to(matrix.device))[0]
+    for _ in range(POWER_ITERATIONS):
+        q = torch.linalg.qr(tall.mT @ q)[0]
+        q = torch.linalg.qr(tall @ q)[0]
+    inner, s, vh = torch.linalg.svd(q.mT @ tall, full_matrices=False)
+    u, v = (q @ inner)[:, :rank], vh.mT[:, :rank]
+    return (u, s[:rank], v) if tall is matrix else (v, s[:rank], u)
 
 
 def _factors(
