@@ -425,7 +425,7 @@ class S2EditPipeline(
         chosen = with_preset(preset, EDIT_PRESETS, given.only(("inversion", "guidance_stop", "blend_words")))
         settings = EditSettings.of(given.values, chosen)
         if image is None and not hasattr(inversion, "trajectory"):
-            names = check_drawing(given, self._callback_tensor_inputs)
+            names = check_drawing(given)
             steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
             drawn = {**stock_arguments, **given.only((*BOTH, *DRAWING)), "num_inference_steps": steps}
             drawn["guidance_scale"] = guidance_scale
