@@ -15,7 +15,15 @@ from .attention_controls import Controllers, SpatialControl
 from .attention_seam import AttentionController
 from .attention_source import AttentionKeeper, KeepAttention
 from .edit_settings import DEFAULT_GUIDANCE
-from .identity_prompts import branches, check_prompt, encode_each, fitting_identities, spatial_control, with_identities
+from .identity_prompts import (
+    branches,
+    check_prompt,
+    check_tokens,
+    encode_each,
+    fitting_identities,
+    spatial_control,
+    with_identities,
+)
 from .inversion_origin import made_with, picture_digest
 from .inversion_record import Inversion, InversionTask, check_keeping, inversion_method
 from .noise_schedule import NoiseSchedule
@@ -86,6 +94,7 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
             )
     check_keeping(call.method, call.keep)
     check_prompt(call.prompt, "prompt")
+    check_tokens(call.prompt, family, work.overlay)
     picture = load_picture(call.image)
     size = family.working_size(picture, *call.size)
     schedule = family.schedule(call.num_inference_steps, size)

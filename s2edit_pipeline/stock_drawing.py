@@ -16,7 +16,7 @@ import torch
 from .attention_controls import SpatialControl
 from .attention_seam import AttentionAccess, AttentionController, AttentionSite, Cuts
 from .edit_output import S2EditPipelineOutput
-from .identity_prompts import check_prompt, encode_each, spatial_control
+from .identity_prompts import check_prompt, check_tokens, encode_each, spatial_control
 from .noise_schedule import check_finite
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
@@ -81,10 +81,16 @@ def draw(
 
 
 def _names_token(work: Work, given: Mapping[str, Any]) -> bool:
-    """Whether a prompt names a learned token."""
+    """Whether a prompt names a learned token.
+
+    Raises:
+        ValueError: one looks like a learned token, and none of that name is loaded.
+    """
     prompts = [given.get(name) for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")]
-    texts = [text for each in prompts for text in (each if isinstance(each, (list, tuple)) else [each])]
-    texts = [text for text in texts if isinstance(text, str)]
+    each = [text for one in prompts for text in (one if isinstance(one, (list, tuple)) else [one])]
+    texts = [text for text in each if isinstance(text, str)]  # what is none the stock pipeline refuses
+    for text in texts:
+        check_tokens(text, work.family, work.overlay)
     return any(token in split_words(text, [token]) for text in texts for token in work.overlay.tokens)
 
 

@@ -11,114 +11,182 @@ import pytest
 import torch
 from PIL import Image
 
-from s2edit_pipeline.inversion_ddim import ddim_trajectory
-from s2edit_pipeline.inversion_record import INVERSIONS, Inversion, _fixed_point, guided, inversion_method, num_inversion_steps
-from s2edit_pipeline.noise_schedule import NoiseSchedule, ddim_move
+from s2edit_pipeline.inversion_ddim import ddim_trajectory, fixed_point
+from s2edit_pipeline.inversion_record import (
+    INVERSIONS,
+    Inversion,
+    InversionPath,
+    InversionTask,
+    guided,
+    inversion_method,
+)
+from s2edit_pipeline.noise_schedule import NoiseSchedule
 from s2edit_pipeline.pipeline import S2EditPipeline
 
-KINDS = ("epsilon", "v_prediction")
+DIFFUSIONS = ("epsilon", "v_prediction")
+KINDS = (*DIFFUSIONS, "flow")
+
+Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+"""``denoise(x, level, embeds)``."""
 
 
 def levels(n: int, kind: str = "epsilon") -> NoiseSchedule:
-    """sigma = sqrt((1 - abar) / abar), in which DDIM is Euler's method, in equal steps from 0 to 4; float64."""
+    """A diffusion in equal steps of s / a from 0 to 4, in which DDIM is Euler's method; a flow in equal steps of its
+    sigma; float64."""
+    if kind == "flow":
+        sigma = torch.linspace(0, 0.8, n + 1, dtype=torch.float64)
+        return NoiseSchedule(1 - sigma, sigma, sigma[1:], kind)
     sigma = torch.linspace(0, 4, n + 1, dtype=torch.float64)
-    return NoiseSchedule(1 / (1 + sigma**2), torch.arange(n), kind)
+    a = 1 / (1 + sigma**2).sqrt()
+    return NoiseSchedule(a, sigma * a, torch.arange(n), kind)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def gaussian_denoiser(schedule: NoiseSchedule, mean: float, deviation: float) -> Callable[..., torch.Tensor]:
-    """The perfect network for pictures distributed as N(mean, deviation^2): E[eps | x], or v."""
+def factors(schedule: NoiseSchedule, level: int) -> tuple[float, float]:
+    return float(schedule.signal[level]), float(schedule.noise[level])
 
-    def denoise(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        a = float(schedule.alphas_bar[level])
-        variance = a * deviation**2 + 1 - a
-        epsilon = math.sqrt(1 - a) * (x - math.sqrt(a) * mean) / variance
-        if schedule.prediction_type == "epsilon":
-            return epsilon
-        x0 = (x - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
-        return math.sqrt(a) * epsilon - math.sqrt(1 - a) * x0
+
+def naive_split(output: torch.Tensor, x: torch.Tensor, schedule: NoiseSchedule, k: int) -> Any:
+    """(x_0, n) by what each prediction means: n; a n - s x_0; n - x_0."""
+    a, s = factors(schedule, k)
+    noise = {"epsilon": output, "v_prediction": a * output + s * x, "flow": x + a * output}[schedule.prediction]
+    return (x - s * noise) / a, noise
+
+
+def naive_move(x: torch.Tensor, output: torch.Tensor, schedule: NoiseSchedule, k: int, j: int) -> torch.Tensor:
+    x0, noise = naive_split(output, x, schedule, k)
+    a, s = factors(schedule, j)
+    return a * x0 + s * noise
+
+
+def curved_denoiser(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+    """A network whose answer depends, nonlinearly, on everything."""
+    return torch.tanh(x * 0.8 + embeds.mean() + 0.01 * level) + 0.3 * torch.sin(2 * x.roll(1, -1))
+
+
+X0, SOURCE, NEGATIVE = normal(1, 2, 3, 3), normal(1, 4, 5, seed=1), normal(1, 4, 5, seed=2)
+
+
+def task(schedule: NoiseSchedule, denoise: Denoise = curved_denoiser, **changes: Any) -> InversionTask:
+    facts: dict[str, Any] = {
+        "latents": X0, "schedule": schedule, "denoise": lambda x, level: denoise(x, level, SOURCE),
+        "denoise_null": denoise, "source_embeds": SOURCE, "null_embeds": NEGATIVE, "guidance_scale": 4.5,
+    }  # fmt: skip
+    return InversionTask(**{**facts, **changes})
+
+
+def invert(method: str, schedule: NoiseSchedule, **changes: Any) -> InversionPath:
+    return inversion_method(method).run(task(schedule, **changes))
+
+
+# ------------------------------------------------------------------------------ the walk up
+
+
+def gaussian_denoiser(schedule: NoiseSchedule, mean: float, deviation: float) -> Denoise:
+    """The perfect network for pictures distributed as N(mean, deviation^2): what is expected of n, a n - s x_0 or
+    n - x_0 where x is seen."""
+
+    def denoise(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+        a, s = factors(schedule, level)
+        per_variance = (x - a * mean) / (a**2 * deviation**2 + s**2)
+        noise, picture = s * per_variance, mean + a * deviation**2 * per_variance
+        answers = {"epsilon": noise, "v_prediction": a * noise - s * picture, "flow": noise - picture}
+        return answers[schedule.prediction]
 
     return denoise
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_trajectory_converges_to_the_probability_flow(kind: str) -> None:
-    """For Gaussian pictures the flow is known: (x_t - sqrt(abar) m) / sqrt(abar s^2 + 1 - abar) stays. Order one."""
+    """For Gaussian pictures the flow is known: (x_t - a m) / sqrt(a^2 d^2 + s^2) stays. Order one."""
     mean, deviation, x0 = 0.7, 0.5, normal(1, 4, 3, 3)
     errors = []
     for n in (400, 800, 1600):
         schedule = levels(n, kind)
-        path = ddim_trajectory(gaussian_denoiser(schedule, mean, deviation), x0, schedule, x0, lambda _: None)
+        path = ddim_trajectory(task(schedule, gaussian_denoiser(schedule, mean, deviation), latents=x0))
         assert path.shape == (n + 1, 4, 3, 3)
         torch.testing.assert_close(path[:1], x0, rtol=0, atol=0)
-        a0, a = float(schedule.alphas_bar[0]), float(schedule.alphas_bar[n])
-        z = (x0 - math.sqrt(a0) * mean) / math.sqrt(a0 * deviation**2 + 1 - a0)
-        wanted = math.sqrt(a) * mean + math.sqrt(a * deviation**2 + 1 - a) * z
-        errors.append(float((path[-1:] - wanted).abs().max()))
+        (a0, s0), (a, s) = factors(schedule, 0), factors(schedule, n)
+        z = (x0 - a0 * mean) / math.sqrt(a0**2 * deviation**2 + s0**2)
+        reference = a * mean + math.sqrt(a**2 * deviation**2 + s**2) * z
+        errors.append(float((path[-1:] - reference).abs().max()))
     for coarse, fine in pairwise(errors):
         assert 1.85 < coarse / fine < 2.15, errors  # half the step, half the error
 
 
-def curved_denoiser(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
-    """A network whose answer depends, nonlinearly, on everything."""
-    return torch.tanh(x * 0.8 + prompt_embeds.mean() + 0.01 * level) + 0.3 * torch.sin(2 * x.roll(1, -1))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_walk_up_is_the_naive_loop(kind: str) -> None:
-    schedule, x0, embeds = levels(6, kind), normal(1, 2, 3, 3), normal(1, 4, 5, seed=1)
-    path = ddim_trajectory(curved_denoiser, x0, schedule, embeds, lambda _: None)
-    x = x0
+    schedule = levels(6, kind)
+    path = ddim_trajectory(task(schedule))
+    x = X0
     for k in range(6):
-        out = curved_denoiser(x, max(k, 1), embeds)
-        a, b = float(schedule.alphas_bar[k]), float(schedule.alphas_bar[k + 1])
-        eps = out if kind == "epsilon" else math.sqrt(a) * out + math.sqrt(1 - a) * x
-        x = math.sqrt(b) * (x - math.sqrt(1 - a) * eps) / math.sqrt(a) + math.sqrt(1 - b) * eps
+        x = naive_move(x, curved_denoiser(x, max(k, 1), SOURCE), schedule, k, k + 1)
         torch.testing.assert_close(path[k + 1 : k + 2], x)
 
 
 @pytest.mark.parametrize(("rescale", "scale"), [(0.0, 4.5), (0.7, 4.5), (1.0, 1.0), (0.0, 0.0)])
 def test_guidance_is_the_formula(rescale: float, scale: float) -> None:
     unconditional, conditional = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1)
-    found = guided(unconditional, conditional, scale, rescale)
+    output = guided(unconditional, conditional, scale, rescale)
     for i in range(2):
         plain = (1 - scale) * unconditional[i] + scale * conditional[i]
         matched = plain * conditional[i].std() / plain.std()
-        torch.testing.assert_close(found[i], rescale * matched + (1 - rescale) * plain)
+        torch.testing.assert_close(output[i], rescale * matched + (1 - rescale) * plain)
 
 
-def way_back(found: torch.Tensor, nulls: torch.Tensor, schedule: NoiseSchedule, embeds: torch.Tensor) -> torch.Tensor:
-    x = found[-1:]
+@pytest.mark.parametrize("method", list(INVERSIONS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_step_is_reported_with_its_latents(method: str, kind: str) -> None:
+    """The walk up's own latents; on null-text's way down those that it arrived at."""
+    reports: list[tuple[int, torch.Tensor]] = []
+    schedule = levels(4, kind)
+    path = invert(method, schedule, generator=_seeded(0), on_step=lambda step, x: reports.append((step, x)))
+    assert [step for step, _ in reports] == list(range(4 * inversion_method(method).num_passes))
+    for step, x in reports[:4]:
+        assert torch.equal(x, path.trajectory[step + 1 : step + 2])
+    if method == "null_text":
+        assert path.unconditional_embeds is not None
+        x = path.trajectory[-1:]
+        for step, reported in reports[4:]:
+            k = 8 - step
+            null = path.unconditional_embeds[k - 1 : k].double()
+            x = naive_move(
+                x, guided(curved_denoiser(x, k, null), curved_denoiser(x, k, SOURCE), 4.5), schedule, k, k - 1
+            )
+            torch.testing.assert_close(reported, x)
+
+
+# ------------------------------------------------------------------------------ null-text
+
+
+def way_back(path: torch.Tensor, nulls: torch.Tensor, schedule: NoiseSchedule) -> torch.Tensor:
+    x = path[-1:]
     for k in range(schedule.num_steps, 0, -1):
-        output = guided(curved_denoiser(x, k, nulls[k - 1 : k]), curved_denoiser(x, k, embeds), 4.5)
-        x = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], schedule.prediction_type)
+        output = guided(curved_denoiser(x, k, nulls[k - 1 : k]), curved_denoiser(x, k, SOURCE), 4.5)
+        x = naive_move(x, output, schedule, k, k - 1)
     return x
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_null_text_is_algorithm_1(kind: str) -> None:
     """Mokady et al. 2023, algorithm 1, written once more with its published settings."""
-    n, x0 = 5, normal(1, 2, 3, 3)
-    schedule, embeds, negative = levels(n, kind), normal(1, 4, 5, seed=1), normal(1, 4, 5, seed=2)
-    calls: list[int] = []
-    found = INVERSIONS["null_text"](curved_denoiser, x0, schedule, embeds, negative, 4.5, None, calls.append)
-    path, nulls = found.trajectory, found.unconditional_embeds
+    n, schedule = 5, levels(5, kind)
+    result = invert("null_text", schedule)
+    path, nulls = result.trajectory, result.unconditional_embeds
     assert nulls is not None and nulls.shape == (n, 4, 5)
-    assert calls == list(range(num_inversion_steps("null_text", n)))
 
-    x, null = path[-1:], negative.float()
+    x, null = path[-1:], NEGATIVE.float()
     for i in range(n):
         k = n - i
         null = null.detach().clone().requires_grad_()
         adam = torch.optim.Adam([null], lr=1e-2 * (1 - i / (2 * n)))
         for _ in range(10):
             output = curved_denoiser(x, k, null.double())
-            output = output + 4.5 * (curved_denoiser(x, k, embeds) - output)
-            reached = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], kind)
-            loss = ((reached - path[k - 1 : k]) ** 2).mean()
+            output = output + 4.5 * (curved_denoiser(x, k, SOURCE) - output)
+            loss = ((naive_move(x, output, schedule, k, k - 1) - path[k - 1 : k]) ** 2).mean()
             adam.zero_grad()
             loss.backward()
             adam.step()
@@ -126,83 +194,83 @@ def test_null_text_is_algorithm_1(kind: str) -> None:
                 break
         null = null.detach()
         torch.testing.assert_close(nulls[k - 1 : k], null, rtol=1e-4, atol=1e-5)
-        output = guided(curved_denoiser(x, k, null.double()), curved_denoiser(x, k, embeds), 4.5)
-        x = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], kind)
+        output = guided(curved_denoiser(x, k, null.double()), curved_denoiser(x, k, SOURCE), 4.5)
+        x = naive_move(x, output, schedule, k, k - 1)
     # and it serves its purpose
-    plain = negative.expand(n, -1, -1)
-    improved = (way_back(path, nulls.double(), schedule, embeds) - x0).abs().mean()
-    assert improved < 0.8 * (way_back(path, plain, schedule, embeds) - x0).abs().mean()
+    plain = NEGATIVE.expand(n, -1, -1)
+    improved = (way_back(path, nulls.double(), schedule) - X0).abs().mean()
+    assert improved < 0.8 * (way_back(path, plain, schedule) - X0).abs().mean()
+
+
+# ------------------------------------------------------------------------------ fixed points, the prompt as its null
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fixed_point_inverts_the_step_down_itself(kind: str) -> None:
     """What DDIM's steps down, unguided, lead back from; the published inversion is its first iterate."""
-    schedule, embeds, x0 = levels(12, kind), normal(1, 4, 5, seed=1), normal(1, 2, 3, 3)
+    schedule = levels(12, kind)
 
-    def gentle(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        return 0.5 * curved_denoiser(x, level, prompt_embeds)
+    def gentle(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+        return 0.5 * curved_denoiser(x, level, embeds)
 
-    def invert(num_iterations: int) -> torch.Tensor:
-        asked: list[torch.Tensor] = []
+    def trajectory(num_iterations: int) -> torch.Tensor:
+        inputs: list[torch.Tensor] = []
 
-        def denoise(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
-            asked.append(x)
-            return gentle(x, level, prompt_embeds)
+        def denoise(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+            inputs.append(x)
+            return gentle(x, level, embeds)
 
-        path = _fixed_point(
-            denoise, x0, schedule, embeds, embeds, 4.5, None, lambda _: None, num_iterations=num_iterations
-        ).trajectory
-        assert len(asked) == 12 * num_iterations
+        path = fixed_point(task(schedule, denoise), num_iterations=num_iterations).trajectory
+        assert len(inputs) == 12 * num_iterations
         # what is kept of the source's attention is of these very latents
-        assert all(torch.equal(path[k : k + 1], asked[k * num_iterations - 1]) for k in range(1, 13))
+        assert all(torch.equal(path[k : k + 1], inputs[k * num_iterations - 1]) for k in range(1, 13))
         return path
 
-    def way_down(path: torch.Tensor) -> float:
+    def error_of_the_way_down(path: torch.Tensor) -> float:
         x = path[-1:]
         for k in range(12, 0, -1):
-            a, a_next = schedule.alphas_bar[k], schedule.alphas_bar[k - 1]
-            x = ddim_move(x, gentle(x, k, embeds), a, a_next, kind)
-        return float((x - x0).abs().max())
+            x = naive_move(x, gentle(x, k, SOURCE), schedule, k, k - 1)
+        return float((x - X0).abs().max())
 
-    errors = [way_down(invert(n)) for n in (2, 4, 8, 40)]
+    errors = [error_of_the_way_down(trajectory(n)) for n in (2, 4, 8, 40)]
     assert errors[0] > 3 * errors[1] > 9 * errors[2] and errors[3] < 1e-9, errors
-    naive = ddim_trajectory(gentle, x0, schedule, embeds, lambda _: None)
-    assert errors[1] < way_down(naive) / 3
+    assert errors[1] < error_of_the_way_down(ddim_trajectory(task(schedule, gentle))) / 3
     # naive: the second iterate at the first level
-    a, b = (float(schedule.alphas_bar[k]) for k in (0, 1))
-    out = gentle(x0, 1, embeds)
-    eps = out if kind == "epsilon" else math.sqrt(b) * out + math.sqrt(1 - b) * x0
-    wanted = math.sqrt(b) * (x0 - math.sqrt(1 - a) * eps) / math.sqrt(a) + math.sqrt(1 - b) * eps
-    torch.testing.assert_close(invert(2)[1:2], wanted)
+    _, noise = naive_split(gentle(X0, 1, SOURCE), X0, schedule, 1)
+    (a, s), (a_next, s_next) = factors(schedule, 0), factors(schedule, 1)
+    torch.testing.assert_close(trajectory(2)[1:2], a_next * (X0 - s * noise) / a + s_next * noise)
 
 
-def test_negative_prompt_asks_with_the_sources_words() -> None:
-    schedule, embeds, negative = levels(4), normal(1, 4, 5, seed=1), normal(1, 4, 5, seed=2)
-    x0 = normal(1, 2, 3, 3)
-    found = INVERSIONS["negative_prompt"](curved_denoiser, x0, schedule, embeds, negative, 4.5, None, lambda _: None)
-    path, nulls = found.trajectory, found.unconditional_embeds
+@pytest.mark.parametrize("kind", KINDS)
+def test_negative_prompt_takes_the_sources_words(kind: str) -> None:
+    schedule = levels(4, kind)
+    result = invert("negative_prompt", schedule)
+    path, nulls = result.trajectory, result.unconditional_embeds
     assert nulls is not None
-    torch.testing.assert_close(nulls, embeds.expand(4, -1, -1))
+    torch.testing.assert_close(nulls, SOURCE.expand(4, -1, -1))
     # guidance then cancels, and the way back is DDIM's own at guidance 1
     x = path[-1:]
     for k in range(4, 0, -1):
-        x = ddim_move(x, curved_denoiser(x, k, embeds), schedule.alphas_bar[k], schedule.alphas_bar[k - 1], "epsilon")
-    torch.testing.assert_close(way_back(path, nulls, schedule, embeds), x)
+        x = naive_move(x, curved_denoiser(x, k, SOURCE), schedule, k, k - 1)
+    torch.testing.assert_close(way_back(path, nulls, schedule), x)
 
 
 def test_every_ddim_method_walks_the_same_path_up() -> None:
-    schedule, embeds, x0 = levels(3), normal(1, 4, 5, seed=1), normal(1, 2, 3, 3)
-    for method, invert in INVERSIONS.items():
-        found = invert(curved_denoiser, x0, schedule, embeds, normal(1, 4, 5, seed=2), 4.5, _seeded(0), lambda _: None)
-        path = found.trajectory
+    schedule = levels(3)
+    assert set(INVERSIONS) == {"direct", "fixed_point", "ddim", "negative_prompt", "null_text", "edit_friendly"}
+    for method in INVERSIONS:
+        result = invert(method, schedule, generator=_seeded(0))
         if method not in ("edit_friendly", "fixed_point"):
-            torch.testing.assert_close(path, ddim_trajectory(curved_denoiser, x0, schedule, embeds, lambda _: None))
-        inversion = Inversion(method, "", path, found.unconditional_embeds, found.residuals)
+            torch.testing.assert_close(result.trajectory, ddim_trajectory(task(schedule)))
+        inversion = Inversion(method, "", result.trajectory, result.unconditional_embeds, result.residuals)
         assert inversion.num_inference_steps == 3
         assert inversion.pinned is (method in ("direct", "fixed_point", "edit_friendly"))
         assert (inversion.residuals is not None) is (method == "edit_friendly")
-    with pytest.raises(ValueError, match="'magic' is unknown; choose one of 'direct'"):
-        check_method("magic")
+    with pytest.raises(ValueError, match=r"inversion method='magic' is unknown; choose .*'direct'"):
+        inversion_method("magic")
+
+
+# ------------------------------------------------------------------------------ edit-friendly
 
 
 def _seeded(seed: int) -> torch.Generator:
@@ -212,29 +280,24 @@ def _seeded(seed: int) -> torch.Generator:
 @pytest.mark.parametrize("kind", KINDS)
 def test_edit_friendly_is_algorithm_1(kind: str) -> None:
     """Huberman-Spiegelglas et al. 2024: each level noised by itself, z_t = (x_{t-1} - mu_t(x_t)) / sigma_t."""
-    n, x0, embeds = 6, normal(1, 2, 3, 3), normal(1, 4, 5, seed=1)
-    schedule, calls = levels(n, kind), []
-    found = INVERSIONS["edit_friendly"](
-        curved_denoiser, x0, schedule, embeds, normal(1, 4, 5, seed=2), 4.5, _seeded(3), calls.append
-    )
-    assert found.residuals is not None and calls == list(range(n))
+    n, schedule = 6, levels(6, kind)
+    result = invert("edit_friendly", schedule, generator=_seeded(3))
+    assert result.residuals is not None
     generator = _seeded(3)
-    path = [x0]
+    path = [X0]
     for k in range(1, n + 1):
-        a = float(schedule.alphas_bar[k])
-        path.append(math.sqrt(a) * x0 + math.sqrt(1 - a) * torch.randn(x0.shape, generator=generator).double())
-    torch.testing.assert_close(found.trajectory, torch.cat(path))
+        a, s = factors(schedule, k)
+        path.append(a * X0 + s * torch.randn(X0.shape, generator=generator).double())
+    torch.testing.assert_close(result.trajectory, torch.cat(path))
     for k in range(1, n + 1):
-        a, b = float(schedule.alphas_bar[k]), float(schedule.alphas_bar[k - 1])
-        out = curved_denoiser(path[k], k, embeds)
-        eps = out if kind == "epsilon" else math.sqrt(a) * out + math.sqrt(1 - a) * path[k]
-        clean = (path[k] - math.sqrt(1 - a) * eps) / math.sqrt(a)
-        sigma = math.sqrt((1 - b) / (1 - a) * (1 - a / b))
-        mean = math.sqrt(b) * clean + math.sqrt(max(1 - b - sigma**2, 0)) * eps
-        torch.testing.assert_close(found.residuals[k - 1 : k], path[k - 1] - mean)
+        (a, s), (a_next, s_next) = factors(schedule, k), factors(schedule, k - 1)
+        x0, noise = naive_split(curved_denoiser(path[k], k, SOURCE), path[k], schedule, k)
+        sigma = s_next / s * math.sqrt(s**2 - (a / a_next) ** 2 * s_next**2)
+        mean = a_next * x0 + math.sqrt(max(s_next**2 - sigma**2, 0)) * noise
+        torch.testing.assert_close(result.residuals[k - 1 : k], path[k - 1] - mean)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIFFUSIONS)
 def test_edit_friendly_comes_back_and_edits_in_the_pipeline(
     make_pipe: Callable[[str], S2EditPipeline], picture: Image.Image, kind: str
 ) -> None:
@@ -251,7 +314,7 @@ def test_edit_friendly_comes_back_and_edits_in_the_pipeline(
     assert float((edited - one.trajectory[:1]).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIFFUSIONS)
 def test_direct_inversion_comes_back_exactly_in_the_pipeline(
     make_pipe: Callable[[str], S2EditPipeline], picture: Image.Image, kind: str
 ) -> None:
@@ -272,7 +335,7 @@ def test_direct_inversion_comes_back_exactly_in_the_pipeline(
     assert float((result.images[1:] - inversion.trajectory[:1]).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIFFUSIONS)
 def test_null_text_comes_nearer_than_ddim_in_the_pipeline(
     make_pipe: Callable[[str], S2EditPipeline], picture: Image.Image, kind: str
 ) -> None:
@@ -280,7 +343,8 @@ def test_null_text_comes_nearer_than_ddim_in_the_pipeline(
     states = {name: p.clone() for name, p in pipe.unet.named_parameters()}
     away = {}
     for method in ("ddim", "null_text"):
-        inversion = pipe.invert(picture, prompt, method, 8, guidance_scale=7.5)
+        scale = {"guidance_scale": 7.5} if method == "null_text" else {}  # DDIM's own walk serves any
+        inversion = pipe.invert(picture, prompt, method, 8, **scale)
         result: Any = pipe(
             prompt, picture, prompt, inversion=inversion, guidance_scale=7.5, output_type="latent", blend_words=False,
             self_replace_steps=0.0, cross_replace_steps=0.0, guidance_stop=1.0,

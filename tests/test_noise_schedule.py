@@ -15,12 +15,17 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from s2edit_pipeline.noise_schedule import add_noise, ddim_move, ddpm_mean, diffusion_schedule, split_prediction, training_target
+from s2edit_pipeline.noise_schedule import (
+    PREDICTIONS,
+    NoiseSchedule,
+    diffusion_schedule,
+    diffusion_training_schedule,
+)
 
 KINDS = ("epsilon", "v_prediction")
 
 
-def scheduler(kind: str, **changes: object) -> DDIMScheduler:
+def ddim(kind: str, **changes: object) -> DDIMScheduler:
     settings = dict(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, prediction_type=kind,
@@ -28,105 +33,259 @@ def scheduler(kind: str, **changes: object) -> DDIMScheduler:
     return DDIMScheduler(**{**settings, **changes})
 
 
+def levels(prediction: str, *alphas_bar: float) -> NoiseSchedule:
+    """Variance-preserving levels, cleanest first."""
+    a = torch.tensor(alphas_bar, dtype=torch.float64)
+    return NoiseSchedule(a.sqrt(), (1 - a).sqrt(), torch.arange(len(a) - 1), prediction)
+
+
+def flow_levels(*sigmas: float, prediction: str = "flow") -> NoiseSchedule:
+    """A flow's levels, cleanest first."""
+    s = torch.tensor(sigmas, dtype=torch.float64)
+    return NoiseSchedule(1 - s, s, s[1:], prediction)
+
+
 def tensors(n: int = 2) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(3, 4, 5, 6, generator=generator, dtype=torch.float64) for _ in range(n)]
+
+
+# ------------------------------------------------------------------------------ diffusion, beside diffusers
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "changes", [{}, {"set_alpha_to_one": True}, {"timestep_spacing": "trailing", "steps_offset": 0}]
 )
-def test_a_step_down_is_diffusers_own(kind: str, changes: dict[str, object]) -> None:
-    theirs = scheduler(kind, **changes)
-    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
-    schedule = noise_schedule(theirs, 20)
-    theirs.set_timesteps(20)
-    assert schedule.timesteps.flip(0).tolist() == theirs.timesteps.tolist()
+def test_a_step_down_is_diffusers_step(kind: str, changes: dict[str, object]) -> None:
+    scheduler = ddim(kind, **changes)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    schedule = diffusion_schedule(scheduler, 20)
+    scheduler.set_timesteps(20)
+    assert schedule.timesteps.flip(0).tolist() == scheduler.timesteps.tolist()
+    assert schedule.prediction == kind and schedule.num_steps == 20
     x, output = tensors()
     for k in (20, 7, 1):
-        mine = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], kind)
-        wanted = theirs.step(output, schedule.timesteps[k - 1], x, eta=0.0).prev_sample
-        torch.testing.assert_close(mine, wanted.double(), rtol=1e-6, atol=1e-6)
+        reference = scheduler.step(output, schedule.timesteps[k - 1], x, eta=0.0).prev_sample
+        torch.testing.assert_close(schedule.move(x, output, k, k - 1), reference.double(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stochastic_step_down_is_diffusers_own(kind: str) -> None:
-    theirs = scheduler(kind)
-    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
-    schedule = noise_schedule(theirs, 20)
-    theirs.set_timesteps(20)
+def test_a_random_step_down_is_diffusers_step(kind: str) -> None:
+    scheduler = ddim(kind)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    schedule = diffusion_schedule(scheduler, 20)
+    scheduler.set_timesteps(20)
     x, output = tensors()
     z = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     for k in (20, 7, 2):
-        mean, sigma = ddpm_mean(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k - 1], kind)
-        wanted = theirs.step(output, schedule.timesteps[k - 1], x, eta=1.0, variance_noise=z).prev_sample
-        torch.testing.assert_close(mean + sigma * z, wanted.double(), rtol=1e-6, atol=1e-6)
+        mean, deviation = schedule.posterior(x, output, k, k - 1)
+        reference = scheduler.step(output, schedule.timesteps[k - 1], x, eta=1.0, variance_noise=z).prev_sample
+        torch.testing.assert_close(mean + deviation * z, reference.double(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_up_is_diffusers_own(kind: str) -> None:
-    own = scheduler(kind)
-    schedule = noise_schedule(own, 20)
-    inverse = DDIMInverseScheduler.from_config(own.config, timestep_spacing="leading")
+def test_a_step_up_is_diffusers_step(kind: str) -> None:
+    scheduler = ddim(kind)
+    schedule = diffusion_schedule(scheduler, 20)
+    inverse = DDIMInverseScheduler.from_config(scheduler.config, timestep_spacing="leading")
     inverse.set_timesteps(20)
     x, output = tensors()
-    for k in (3, 10, 19):  # from level k to k + 1
-        mine = ddim_move(x, output, schedule.alphas_bar[k], schedule.alphas_bar[k + 1], kind)
-        t = schedule.timesteps[k]  # diffusers names the move by where it arrives
-        wanted = inverse.step(output, int(t), x).prev_sample
-        torch.testing.assert_close(mine, wanted.double(), rtol=1e-5, atol=1e-5)
+    for k in (3, 10, 19):  # from level k to k + 1; diffusers names the move by where it arrives
+        reference = inverse.step(output, int(schedule.timesteps[k]), x).prev_sample
+        torch.testing.assert_close(schedule.move(x, output, k, k + 1), reference.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_and_back_is_the_identity(kind: str) -> None:
-    x, output = tensors()
-    up = ddim_move(x, output, 0.9, 0.4, kind)
-    x0, epsilon = split_prediction(output, x, 0.9, kind)
-    # what the U-Net would have to say up there for the same x_0 and epsilon
-    output_up = training_target(x0, epsilon, 0.4, kind)
-    torch.testing.assert_close(ddim_move(up, output_up, 0.4, 0.9, kind), x)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_targets_and_noise_are_diffusers_own(kind: str) -> None:
-    own = scheduler(kind)
+def test_training_targets_and_noise_are_diffusers_formulas(kind: str) -> None:
+    """At three levels in one batch, each picture its own."""
+    scheduler = ddim(kind)
+    schedule = diffusion_training_schedule(scheduler)
     x0, epsilon = tensors()
     t = torch.tensor([0, 500, 999])
-    alpha_bar = own.alphas_cumprod.double()[t]
-    torch.testing.assert_close(add_noise(x0, epsilon, alpha_bar), own.add_noise(x0, epsilon, t), rtol=1e-5, atol=1e-5)
-    wanted = epsilon if kind == "epsilon" else own.get_velocity(x0, epsilon, t)
-    target = training_target(x0, epsilon, alpha_bar, kind)
-    torch.testing.assert_close(target, wanted, rtol=1e-5, atol=1e-5)
-    found = split_prediction(target, add_noise(x0, epsilon, alpha_bar), alpha_bar, kind)
-    torch.testing.assert_close(found[0], x0)
-    torch.testing.assert_close(found[1], epsilon)
+    assert schedule.timesteps[t].tolist() == t.tolist() and schedule.num_steps == 1000
+    x = schedule.noised(x0, epsilon, t + 1)
+    torch.testing.assert_close(x, scheduler.add_noise(x0, epsilon, t), rtol=1e-5, atol=1e-5)
+    reference = epsilon if kind == "epsilon" else scheduler.get_velocity(x0, epsilon, t)
+    target = schedule.target(x0, epsilon, t + 1)
+    torch.testing.assert_close(target, reference, rtol=1e-5, atol=1e-5)
+    for whole, picture in zip(schedule.split(target, x, t + 1), (x0, epsilon), strict=True):
+        torch.testing.assert_close(whole, picture)
+    assert (float(schedule.signal[0]), float(schedule.noise[0])) == (1.0, 0.0)  # level 0 is the picture itself
 
 
 def test_v_by_hand() -> None:
-    x0, epsilon, a = torch.tensor([[[[2.0]]]]), torch.tensor([[[[3.0]]]]), 0.36
+    x0, epsilon, schedule = torch.tensor([[[[2.0]]]]), torch.tensor([[[[3.0]]]]), levels("v_prediction", 1.0, 0.36)
     v = 0.6 * 3 - 0.8 * 2
-    assert training_target(x0, epsilon, a, "v_prediction").item() == pytest.approx(v, rel=1e-6)
-    assert add_noise(x0, epsilon, a).item() == pytest.approx(0.6 * 2 + math.sqrt(0.64) * 3, rel=1e-6)
+    assert schedule.target(x0, epsilon, 1).item() == pytest.approx(v, rel=1e-6)
+    assert schedule.noised(x0, epsilon, 1).item() == pytest.approx(0.6 * 2 + math.sqrt(0.64) * 3, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", [PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
 def test_any_diffusion_scheduler_serves_and_stays_as_it_is(kind: type) -> None:
-    other = kind.from_config(scheduler("epsilon").config)
+    other = kind.from_config(ddim("epsilon").config)
     before = dict(other.config)
-    schedule = noise_schedule(other, 10)
+    schedule, reference = diffusion_schedule(other, 10), diffusion_schedule(ddim("epsilon"), 10)
     assert dict(other.config) == before
-    torch.testing.assert_close(schedule.alphas_bar, noise_schedule(scheduler("epsilon"), 10).alphas_bar)
+    torch.testing.assert_close(schedule.signal, reference.signal)
+    torch.testing.assert_close(schedule.noise, reference.noise)
+    assert schedule.signature == reference.signature
+
+
+def test_the_signature_tells_levels_timesteps_and_predictions_apart() -> None:
+    schedules = [
+        diffusion_schedule(ddim("epsilon"), 10),
+        diffusion_schedule(ddim("v_prediction"), 10),
+        diffusion_schedule(ddim("epsilon"), 11),
+        diffusion_schedule(ddim("epsilon", set_alpha_to_one=True), 10),
+        diffusion_schedule(ddim("epsilon", steps_offset=0), 10),
+        diffusion_schedule(ddim("epsilon", beta_end=0.0121), 10),
+    ]
+    assert len({schedule.signature for schedule in schedules}) == len(schedules)
+    assert diffusion_schedule(ddim("epsilon"), 10).signature == schedules[0].signature
+
+
+# ------------------------------------------------------------------------------ flows, beside diffusers
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flows_step_down_is_eulers(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(12)
+    sigmas = scheduler.sigmas.double().flip(0)
+    schedule = NoiseSchedule(1 - sigmas, sigmas, scheduler.timesteps.flip(0), "flow")
+    x, *outputs = (tensor.float() for tensor in tensors(13))
+    for k in range(12, 0, -1):
+        output = outputs[k - 1]
+        moved = schedule.move(x, output, k, k - 1)
+        x = scheduler.step(output, schedule.timesteps[k - 1], x).prev_sample
+        torch.testing.assert_close(moved, x, rtol=1e-6, atol=1e-6)
+
+
+def test_a_flow_is_noised_and_trained_as_diffusers_does() -> None:
+    """``scale_noise`` of the pipelines; the target of the training scripts is noise minus picture."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    sigmas = torch.cat([torch.zeros(1), scheduler.sigmas.flip(0)]).double()
+    schedule = NoiseSchedule(1 - sigmas, sigmas, scheduler.timesteps.flip(0), "flow")
+    x0, epsilon = tensors()
+    level = torch.tensor([3, 500, 1000])
+    reference = scheduler.scale_noise(x0, schedule.timesteps[level - 1], epsilon)
+    torch.testing.assert_close(schedule.noised(x0, epsilon, level), reference, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(schedule.target(x0, epsilon, level), epsilon - x0)
+
+
+# ------------------------------------------------------------------------------ algebra
+
+
+SCHEDULES = {
+    "epsilon": levels("epsilon", 0.99, 0.9, 0.4),
+    "v_prediction": levels("v_prediction", 0.99, 0.9, 0.4),
+    "flow": flow_levels(0.0, 0.3, 0.8),
+    "epsilon along a flow": flow_levels(0.01, 0.3, 0.8, prediction="epsilon"),
+    "flow along a diffusion": levels("flow", 0.99, 0.9, 0.4),
+}
+"""v is a rotation only where a^2 + s^2 = 1; the other predictions serve any pair of signal and noise."""
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_a_perfect_answer_stands_for_is_what_was_noised(name: str) -> None:
+    schedule, (x0, epsilon) = SCHEDULES[name], tensors()
+    for level in (1, 2, torch.tensor([2, 1, 2])):
+        x, target = schedule.noised(x0, epsilon, level), schedule.target(x0, epsilon, level)
+        picture, noise = schedule.split(target, x, level)
+        torch.testing.assert_close(picture, x0, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(noise, epsilon, rtol=1e-12, atol=1e-12)
+        if isinstance(level, int):
+            torch.testing.assert_close(x, float(schedule.signal[level]) * x0 + float(schedule.noise[level]) * epsilon)
+    assert {schedule.prediction for schedule in SCHEDULES.values()} == set(PREDICTIONS)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_batch_of_levels_is_each_picture_alone(name: str) -> None:
+    schedule, (x, output) = SCHEDULES[name], tensors()
+    level, next_level = torch.tensor([2, 1, 2]), torch.tensor([1, 2, 0])
+    moved = schedule.move(x, output, level, next_level)
+    for i in range(3):
+        alone = schedule.move(x[i : i + 1], output[i : i + 1], int(level[i]), int(next_level[i]))
+        torch.testing.assert_close(moved[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_there_and_back_is_the_identity(name: str) -> None:
+    schedule, (x, output) = SCHEDULES[name], tensors()
+    up = schedule.move(x, output, 1, 2)
+    x0, epsilon = schedule.split(output, x, 1)
+    # what the denoiser would have to answer up there for the same picture and noise
+    output_up = schedule.target(x0, epsilon, 2)
+    torch.testing.assert_close(schedule.move(up, output_up, 2, 1), x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(schedule.move_by_noise(x, epsilon, 1, 2), up, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("k", "j"), [(2, 1), (2, 0), (1, 0)])
+def test_the_random_step_is_the_gaussian_posterior(name: str, k: int, j: int) -> None:
+    """Naive: x_k is ``r x_j`` and noise of its own, so that what is known of x_j from x_0 and from x_k is weighed by
+    the precision of each."""
+    schedule, (x, output) = SCHEDULES[name], tensors()
+    mean, deviation = schedule.posterior(x, output, k, j)
+    x0, _ = schedule.split(output, x, k)
+    a, s = float(schedule.signal[k]), float(schedule.noise[k])
+    a_next, s_next = float(schedule.signal[j]), float(schedule.noise[j])
+    if s_next == 0:  # nothing is unknown about the picture itself
+        torch.testing.assert_close(mean, x0 * a_next)
+        assert float(deviation) == 0
+        return
+    r = a / a_next
+    variance_between = s**2 - r**2 * s_next**2
+    precision = 1 / s_next**2 + r**2 / variance_between
+    reference = (a_next * x0 / s_next**2 + r * x / variance_between) / precision
+    torch.testing.assert_close(mean, reference, rtol=1e-9, atol=1e-9)
+    assert float(deviation) == pytest.approx(precision**-0.5, rel=1e-9)
+
+
+# ------------------------------------------------------------------------------ what cannot serve
 
 
 def test_what_cannot_serve_is_named() -> None:
     with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler.*alphas_cumprod.*DDIMScheduler"):
-        noise_schedule(FlowMatchEulerDiscreteScheduler(), 10)
+        diffusion_schedule(FlowMatchEulerDiscreteScheduler(), 10)
     with pytest.raises(ValueError, match="prediction_type='sample'"):
-        noise_schedule(scheduler("sample"), 10)
+        diffusion_schedule(ddim("sample"), 10)
+    with pytest.raises(ValueError, match=r"timestep_type='continuous'.*not the discrete timesteps'"):
+        diffusion_schedule(EulerDiscreteScheduler(timestep_type="continuous"), 10)
+    with pytest.raises(ValueError, match=r"use_flow_sigmas=True.*made for flow matching"):
+        diffusion_schedule(DPMSolverMultistepScheduler(use_flow_sigmas=True), 10)
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001, 10.0, "50"])
 def test_impossible_numbers_of_steps(steps: object) -> None:
     with pytest.raises(ValueError, match="num_inference_steps must be a whole number from 1 to 1000"):
-        noise_schedule(scheduler("epsilon"), steps)  # type: ignore[arg-type]
+        diffusion_schedule(ddim("epsilon"), steps)  # type: ignore[arg-type]
+
+
+def test_steps_that_leave_no_room_for_the_offset() -> None:
+    with pytest.raises(ValueError, match=r"num_inference_steps=1000 is too many.*start at 1000 of 999. Take fewer"):
+        diffusion_schedule(ddim("epsilon", timestep_spacing="leading"), 1000)
+
+
+def test_pure_noise_tells_nothing_from_epsilon_and_everything_from_v() -> None:
+    """Zero terminal SNR (Lin et al. 2024): a = 0, and the picture is x_0 = (x - n) / 0; v is minus the picture."""
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "steps_offset": 0}
+    scheduler = ddim("epsilon", **zero)
+    advice = (
+        r"DDIMScheduler ends in pure noise \(rescale_betas_zero_snr=True\) and the model predicts epsilon.*"
+        r"pipe.scheduler = DDIMScheduler.from_config\(pipe.scheduler.config, rescale_betas_zero_snr=False\)"
+    )
+    for call in (lambda: diffusion_schedule(scheduler, 10), lambda: diffusion_training_schedule(scheduler)):
+        with pytest.raises(ValueError, match=advice):
+            call()
+    mended = DDIMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=False)
+    assert float(diffusion_schedule(mended, 10).signal.min()) > 0
+    assert float(diffusion_training_schedule(mended).signal.min()) > 0
+
+    schedule, (x, output) = diffusion_schedule(ddim("v_prediction", **zero), 10), tensors()
+    assert float(schedule.signal[10]) == 0 and float(schedule.noise[10]) == 1
+    picture, noise = schedule.split(output, x, 10)
+    assert torch.equal(picture, -output) and torch.equal(noise, x)
+    a, s = float(schedule.signal[9]), float(schedule.noise[9])
+    torch.testing.assert_close(schedule.move(x, output, 10, 9), -a * output + s * x)
