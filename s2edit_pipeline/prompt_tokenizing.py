@@ -22,7 +22,8 @@ _NO_LIMIT = 10**6
 
 def learned_tokens(tokenizer: Any) -> list[str]:
     """The names that were added to ``tokenizer``'s own vocabulary, special tokens aside."""
-    return [name for name in tokenizer.get_added_vocab() if name not in tokenizer.all_special_tokens]
+    special = set(tokenizer.all_special_tokens)
+    return [name for name in tokenizer.get_added_vocab() if name not in special]
 
 
 def tokenize(

@@ -15,7 +15,7 @@ from transformers import AddedToken, CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.identity_token import with_tokens
-from s2edit_pipeline.prompt_columns import TokenizedPrompt, one_after_another, side_by_side
+from s2edit_pipeline.prompt_columns import TokenizedPrompt, one_after_another, side_by_side, with_summary
 from s2edit_pipeline.prompt_tokenizing import learned_tokens, tokenize, unknown_words
 from s2edit_pipeline.prompt_words import find_phrase, words_of
 
@@ -267,6 +267,30 @@ def test_encoders_side_by_side_share_columns(clip: Any) -> None:
     assert list(prompt.ids) == ["text_encoder", "text_encoder_2"] and prompt.num_columns == 77
     assert prompt.input_ids_2 is second.ids["text_encoder_2"] and first.input_ids_2 is None
     assert prompt.words == first.words
+
+
+def test_an_encoder_may_give_a_summary_alone(tokenizers: dict[str, Any]) -> None:
+    """FLUX's CLIP, which reads the beginning, while T5 gives the columns."""
+    text = "a lady " * 20
+    columns = tokenize(tokenizers["t5"], text, name="text_encoder_2", limit=200)
+    clip = tokenize(tokenizers["clip"], text, name="text_encoder", limit=12, truncate=True)
+    prompt = with_summary(columns, clip)
+    assert prompt.words == columns.words and prompt.num_columns == 200 and prompt.lost == ""
+    assert prompt.ids == {"text_encoder_2": columns.input_ids, "text_encoder": clip.input_ids}
+    assert (prompt.read_by("text_encoder").eos, prompt.read_by("text_encoder_2").eos) == (11, columns.eos)
+    with pytest.raises(ValueError, match=r"'vae' is none of .*: text_encoder_2, text_encoder"):
+        prompt.read_by("vae")
+
+
+def test_a_token_may_swallow_the_space_before_it(qwen_tokenizer: Qwen2Tokenizer) -> None:
+    """Then what it is put into keeps its tokens (families whose tokens begin with their space)."""
+    tokenizer = copy.deepcopy(qwen_tokenizer)
+    tokenizer.add_tokens([AddedToken("[I]", normalized=False, lstrip=True)])
+    plain, learned = (tokenize(tokenizer, text, limit=LIMIT) for text in ("a photo of a lady", "a photo of a [I] lady"))
+    (column,) = learned.find("[I]")
+    ids = learned.input_ids[0].tolist()
+    assert ids[:column] + ids[column + 1 :] == plain.input_ids[0, :-1].tolist()
+    assert [word.text for word in learned.words] == "a photo of a [I] lady".split()
 
 
 def test_a_second_tokenizer_may_pad_with_a_mark(clip: Any) -> None:
