@@ -13,7 +13,7 @@ from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.identity_token import with_tokens
 from s2edit_pipeline.prompt_alignment import align_prompts, content_words
 from s2edit_pipeline.prompt_columns import TokenizedPrompt, one_after_another
-from s2edit_pipeline.prompt_tokenizing import tokenize
+from s2edit_pipeline.prompt_tokenizing import PromptTemplate, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_segments_are_aligned_each_in_itself(reads: Any, source: str, target: st
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_what_is_around_the_prompt_is_tied_by_its_distance(reads: Any, source: str, target: str) -> None:
-    template = "<|im_start|>user\n{}<|im_end|>\n"
+    template = PromptTemplate("<|im_start|>user\n{}<|im_end|>\n")
     a, b = (reads(text, "qwen", template=template) for text in (source, target))
     mapping = align_prompts(a, b).mapping
     (here,), (there,) = a.segments, b.segments
