@@ -28,7 +28,7 @@ from .identity_prompts import (
     with_identities,
 )
 from .inversion_origin import check_inversion
-from .inversion_record import DEFAULT_INVERSION, INVERSIONS, Inversion, inversion_method
+from .inversion_record import DEFAULT_INVERSION, INVERSIONS, Inversion, check_keeping, inversion_method
 from .inversion_stage import InversionRequest, invert_picture
 from .noise_schedule import NoiseSchedule
 from .object_masks import feather, mask_to_picture
@@ -169,6 +169,7 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
         return Canvas(picture, height, width, schedule)
     assert picture is not None  # else it would have been drawn from noise
     method = inversion_method(inversion or DEFAULT_INVERSION)
+    check_keeping(inversion or DEFAULT_INVERSION, request.keep_attention)
     if method.null_is_source and request.negative_prompt is not None:
         raise ValueError(
             f"negative_prompt has no effect with inversion={inversion!r}, which takes the source prompt in its place; "

@@ -90,6 +90,12 @@ def plan_edits(
             f"keep_words={keep_words!r} takes words out of the words' region, and edit_mask is taken as it is: leave "
             "their place out of it yourself."
         )
+    if region is not None:
+        settings.check_region("beside edit_mask, which is taken as it is")
+        if blend_words not in (None, False):
+            raise ValueError(
+                f"blend_words={blend_words!r} says where the edit may reach, and so does edit_mask; leave one out."
+            )
     if keep_words and blend_words is False:
         raise ValueError(f"keep_words={keep_words!r} takes words out of the edit's region; blend_words=False has none.")
     for name in keep_words:

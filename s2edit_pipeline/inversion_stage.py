@@ -25,7 +25,7 @@ from .identity_prompts import (
     with_identities,
 )
 from .inversion_origin import made_with, picture_digest
-from .inversion_record import Inversion, InversionTask, inversion_method
+from .inversion_record import Inversion, InversionTask, check_keeping, inversion_method
 from .noise_schedule import NoiseSchedule
 from .picture_inputs import load_picture
 from .pipeline_turns import Interrupted
@@ -76,7 +76,7 @@ class InversionCall:
     size: tuple[int | None, int | None]
     clip_skip: int | None
     generator: Any
-    keep: KeepAttention
+    keep: KeepAttention | None
 
 
 def invert_words(work: Work, call: InversionCall) -> Inversion:
@@ -92,6 +92,7 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
                 f"{name} has no effect on the inversion {call.method!r}, which serves any; leave it out here and pass "
                 "it to the edit."
             )
+    check_keeping(call.method, call.keep)
     check_prompt(call.prompt, "prompt")
     check_tokens(call.prompt, family, work.overlay)
     picture = load_picture(call.image)
@@ -108,8 +109,9 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     scale = DEFAULT_GUIDANCE if call.guidance_scale is None else call.guidance_scale
     latents = family.encode_picture(picture, *size)
     request = InversionRequest(
-        picture, latents, source, null, call.method, schedule, scale, call.generator, call.clip_skip, call.keep
-    )
+        picture, latents, source, null, call.method, schedule, scale, call.generator, call.clip_skip,
+        call.keep or KeepAttention(),
+    )  # fmt: skip
     return invert_picture(work, request)
 
 

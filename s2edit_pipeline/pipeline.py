@@ -326,7 +326,7 @@ class S2EditPipeline(
         with self._at_work(identity, stop, report, alone) as (work, token):
             call = InversionCall(
                 image, prompt, method, token, num_inference_steps, guidance_scale, negative_prompt, (height, width),
-                clip_skip, generator, keep_attention or KeepAttention(),
+                clip_skip, generator, keep_attention,
             )  # fmt: skip
             return invert_words(work, call)
 

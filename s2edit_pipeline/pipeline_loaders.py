@@ -109,6 +109,8 @@ class IdentityLoaders:
     def _adapter(self, identity: Any, **kwargs: Any) -> Any:
         """``identity`` itself, or the one that its folder or repository holds."""
         if hasattr(identity, "weight_differences"):
+            if kwargs:
+                raise TypeError(f"{next(iter(kwargs))}= is for an identity that is read from a folder or the Hub.")
             return identity
         if isinstance(identity, str) and identity[:1] in ("[", "<"):
             raise ValueError(

@@ -17,6 +17,7 @@ from .attention_controls import SpatialControl
 from .attention_seam import AttentionAccess, AttentionController, AttentionSite, Cuts
 from .edit_output import S2EditPipelineOutput
 from .identity_prompts import check_prompt, check_tokens, encode_each, spatial_control
+from .noise_schedule import check_finite
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import PromptEmbeds, join
@@ -39,6 +40,7 @@ def draw(
     Raises:
         TypeError: the stock pipeline has no such argument.
         ValueError: as it raises, or a learned token where it can't be served.
+        FloatingPointError: the latents are no numbers any more; the message names the step.
     """
     stock = work.family.stock()
     stock.set_progress_bar_config(**getattr(work.family.pipe, "_progress_bar_config", {}))
@@ -61,13 +63,16 @@ def draw(
     def on_step(stock: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         facts = work.call.facts
         facts |= {"guidance_scale": stock._guidance_scale, "num_timesteps": stock.num_timesteps}
-        changed = (callback(work.family.pipe, step, timestep, tensors) if callback is not None else None) or {}
+        check_finite(tensors["latents"], "the drawing", step)
+        named = {name: tensors[name] for name in callback_tensors}
+        changed = (callback(work.family.pipe, step, timestep, named) if callback is not None else None) or {}
         stock._guidance_scale = facts["guidance_scale"]
         stock._interrupt = work.call.should_stop
         return dict(changed)
 
     with seam:
-        output = stock(**given, callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=list(callback_tensors))
+        names = list(dict.fromkeys(["latents", *callback_tensors]))
+        output = stock(**given, callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=names)
     return S2EditPipelineOutput(
         images=output.images,
         nsfw_content_detected=getattr(output, "nsfw_content_detected", None),
