@@ -10,10 +10,10 @@ import torch
 from transformers import CLIPTokenizer
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
-from s2edit_pipeline.prompt_tokens import with_tokens
 from s2edit_pipeline.prompt_alignment import align_prompts, content_words
 from s2edit_pipeline.prompt_columns import TokenizedPrompt, one_after_another
 from s2edit_pipeline.prompt_tokenizing import PromptTemplate, tokenize
+from s2edit_pipeline.prompt_tokens import with_tokens
 
 
 @pytest.fixture(scope="module")

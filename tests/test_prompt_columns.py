@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import AddedToken, CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
-from s2edit_pipeline.prompt_tokens import with_tokens
 from s2edit_pipeline.prompt_columns import TokenizedPrompt, one_after_another, side_by_side, with_summary
 from s2edit_pipeline.prompt_tokenizing import PromptTemplate, learned_tokens, tokenize, unknown_words
+from s2edit_pipeline.prompt_tokens import with_tokens
 from s2edit_pipeline.prompt_words import find_phrase, words_of
 
 LIMIT = 40

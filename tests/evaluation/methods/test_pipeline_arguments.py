@@ -18,7 +18,6 @@ from s2edit_pipeline.evaluation.methods.pipeline_arguments import (
     PipelineArguments,
 )
 from s2edit_pipeline.fit_settings import RECIPES
-from s2edit_pipeline.inversion_record import inversion_method
 
 
 def test_every_argument_is_one_that_the_pipeline_takes() -> None:

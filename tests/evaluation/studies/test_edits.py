@@ -21,7 +21,6 @@ from s2edit_pipeline.evaluation.studies.edits import (
     measure_edits,
     measure_steps,
 )
-from s2edit_pipeline.inversion_record import inversion_method
 
 
 def test_rows_are_graded_against_the_drawings_and_share_their_fits(monkeypatch: pytest.MonkeyPatch) -> None:
