@@ -104,34 +104,38 @@ def _exchange(pieces: list[Piece], replace: Mapping[str, str]) -> None:
         for place in matches_of(pieces, old):
             if all(place.stop <= other.start or other.stop <= place.start for other, _ in places):
                 places.append((place, replace[old]))
-    bodies = [part.body for part in parts_of(pieces)]
-    nouns = {id(noun_of(body)): body for body in bodies if body}
+    body_of = {id(noun_of(part.body)): part.body for part in parts_of(pieces) if part.body}
     for place, new in sorted(places, key=lambda found: -found[0].start):
         old_pieces, new_pieces = pieces[place.start : place.stop], pieces_of(new)
-        new_pieces[0].gap = old_pieces[0].gap
-        if old_pieces[0].written[0].isupper() and new_pieces[0].written[0].islower():
-            new_pieces[0].written = new_pieces[0].written.capitalize()
+        first = new_pieces[0]
+        first.gap = old_pieces[0].gap
+        if old_pieces[0].written[0].isupper():
+            first.written = first.written[0].upper() + first.written[1:]
         pieces[place.start : place.stop] = new_pieces
-        at = place.start
-        before = pieces[at - 1] if at else None
-        body = next((nouns[id(piece)] for piece in old_pieces if id(piece) in nouns), None)
-        old_noun, new_noun = noun_of(old_pieces), noun_of(new_pieces)
-        if new_pieces[0].text in DETERMINERS:
-            if before is not None and before.text in DETERMINERS:
-                drop(pieces, [before])
-        elif body is not None and body[0] in pieces and body[0].text in ARTICLES:
-            if new_noun is not None and not takes_article(new_noun.text):
-                drop(pieces, [body[0]])
-        elif body is not None and old_noun is not None and new_noun is not None and not takes_article(old_noun.text):
-            # "red overalls" to "a red shirt"; of names and of languages without articles nothing is known
-            starts = body[0] is old_pieces[0]
-            first = new_pieces[0] if starts else body[0]
-            if first in pieces and first.text not in DETERMINERS and new_noun.written.islower() and _is_english(pieces):
-                article = article_for(new_noun.text, [first])
-                if article:
-                    pieces.insert(pieces.index(first), article[0])
-                    first.gap = " "
-        fit_article(pieces, pieces.index(new_pieces[0]))
+        if first.text in DETERMINERS:
+            if place.start and pieces[place.start - 1].text in DETERMINERS:
+                drop(pieces, [pieces[place.start - 1]])
+        elif body := next((body_of[id(piece)] for piece in old_pieces if id(piece) in body_of), None):
+            _exchange_article(pieces, body, old_pieces, new_pieces)
+        fit_article(pieces, pieces.index(first))
+
+
+def _exchange_article(pieces: list[Piece], body: Sequence[Piece], old: Sequence[Piece], new: Sequence[Piece]) -> None:
+    """Give what ``body`` says the article, or none, that it takes with the noun of ``new`` for that of ``old``."""
+    old_noun, new_noun = noun_of(old), noun_of(new)
+    if old_noun is None or new_noun is None:
+        return
+    start = new[0] if body[0] is old[0] else body[0]
+    if start.text in ARTICLES and not takes_article(new_noun.text):  # "a hat" to "glasses"
+        drop(pieces, [start])
+        return
+    # "red overalls" to "a red shirt"; of names, and in languages without articles, nothing is known
+    knows = new_noun.written.islower() and _is_english(pieces)
+    if knows and start.text not in DETERMINERS and not takes_article(old_noun.text):
+        articles = article_for(new_noun.text, [start])
+        place = pieces.index(start)
+        pieces[place:place] = articles
+        start.gap = " " if articles else start.gap
 
 
 def _is_english(pieces: Sequence[Piece]) -> bool:
@@ -144,23 +148,23 @@ def _without(pieces: Sequence[Piece], place: range, subject: str | None) -> list
     parts = parts_of(pieces)
     about = parts[subject_part(parts, subject)]
     for part in [part for part in parts if any(piece in gone for piece in (*part.lead, *part.body))]:
-        leads, said = ([piece for piece in side if piece in gone] for side in (part.lead, part.body))
+        said = [piece for piece in part.body if piece in gone]
         noun = noun_of(part.body)
-        if said and noun in said and part is about:
+        is_noun = bool(said) and (noun in said or part.body[-1] in said)
+        if part is about and noun is not None and noun in said:
             raise ValueError(
-                f"{noun.written if noun else ''!r} is what the prompt is about, which can't be taken away; exchange "
-                f"it, replace={{{noun.written if noun else ''!r}: ...}}, or name another subject=."
+                f"{noun.written!r} is what the prompt is about, which can't be taken away; exchange it, "
+                f"replace={{{noun.written!r}: ...}}, or name another subject=."
             )
-        if said and (noun in said or part.body[-1] in said) and part is not about:
+        if is_noun and part is not about:
             _drop_part(parts, parts.index(part))
         elif said:
-            follows = part.body.index(said[-1]) + 1
-            after = part.body[follows] if follows < len(part.body) else None
+            after = next(iter(part.body[part.body.index(said[-1]) + 1 :]), None)
             drop(part.body, said)
             if after is not None:
                 fit_article(part.body, part.body.index(after))
         else:
-            drop(part.lead, leads)
+            drop(part.lead, [piece for piece in part.lead if piece in gone])
     return [piece for part in parts for piece in (*part.lead, *part.body)]
 
 

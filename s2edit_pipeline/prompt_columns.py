@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -75,19 +75,29 @@ class TokenizedPrompt:
         segments: their columns lie one after the other in the denoiser: one segment in a U-Net (SDXL's two encoders
             share it), CLIP and T5 in SD3.
         learned: names of learned tokens, whole words wherever they are.
-        summary_ids: encoder's name -> (1, L) of encoders that give a summary and no columns (FLUX's CLIP).
+        summaries: what encoders read that give a summary and no columns (FLUX's CLIP).
     """
 
     text: str
     segments: tuple[Segment, ...]
     learned: tuple[str, ...] = ()
-    summary_ids: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    summaries: tuple[Segment, ...] = ()
 
     @property
     def ids(self) -> dict[str, torch.Tensor]:
         """Text encoder's name -> (1, L)."""
-        ids = {name: tensor for segment in self.segments for name, tensor in segment.ids.items()}
-        return {**ids, **self.summary_ids}
+        return {name: ids for segment in (*self.segments, *self.summaries) for name, ids in segment.ids.items()}
+
+    def read_by(self, name: str) -> Segment:
+        """What the text encoder ``name`` reads: its segment, or its summary.
+
+        Raises:
+            ValueError: there is no such encoder.
+        """
+        for segment in (*self.segments, *self.summaries):
+            if name in segment.ids:
+                return segment
+        raise ValueError(f"{name!r} is none of the prompt's text encoders: {', '.join(self.ids)}.")
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -264,8 +274,13 @@ def one_after_another(prompts: Sequence[TokenizedPrompt]) -> TokenizedPrompt:
     for segment in (segment for prompt in prompts for segment in prompt.segments):
         offset = segments[-1].columns.stop if segments else 0
         segments.append(replace(segment, offset=offset))
-    summaries = {name: tensor for prompt in prompts for name, tensor in prompt.summary_ids.items()}
+    summaries = tuple(summary for prompt in prompts for summary in prompt.summaries)
     return TokenizedPrompt(prompts[0].text, tuple(segments), _all_learned(prompts), summaries)
+
+
+def with_summary(prompt: TokenizedPrompt, summary: TokenizedPrompt) -> TokenizedPrompt:
+    """``prompt`` with what an encoder reads of it that gives a summary and no columns, as FLUX's CLIP."""
+    return replace(prompt, summaries=(*prompt.summaries, *summary.segments))
 
 
 def _all_learned(prompts: Sequence[TokenizedPrompt]) -> tuple[str, ...]:

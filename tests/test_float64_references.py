@@ -14,13 +14,19 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from diffusers.models.attention_processor import Attention
 
-from s2edit_pipeline.attention_controls import ControlledAttnProcessor, Controllers, PromptToPrompt, Reweighting, SpatialControl
+from s2edit_pipeline.attention_controls import (
+    ControlledAttnProcessor,
+    Controllers,
+    PromptToPrompt,
+    Reweighting,
+    SpatialControl,
+)
 from s2edit_pipeline.attention_seam import AttentionSite
 from s2edit_pipeline.attention_source import AttentionKeeper, KeepAttention
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.fit_losses import reconstruction_loss, semantic_loss
 from s2edit_pipeline.inversion_record import INVERSIONS
-from s2edit_pipeline.noise_schedule import NoiseSchedule, ddim_move, diffusion_schedule
+from s2edit_pipeline.noise_schedule import NoiseSchedule, ddim_move
 from s2edit_pipeline.prompt_alignment import align_prompts
 from s2edit_pipeline.prompt_columns import TokenizedPrompt
 from s2edit_pipeline.prompt_tokenizing import tokenize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import unicodedata
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import AddedToken, CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
-from s2edit_pipeline.identity_token import with_tokens
-from s2edit_pipeline.prompt_columns import TokenizedPrompt, one_after_another, side_by_side
-from s2edit_pipeline.prompt_tokenizing import learned_tokens, tokenize, unknown_words
+from s2edit_pipeline.prompt_columns import TokenizedPrompt, one_after_another, side_by_side, with_summary
+from s2edit_pipeline.prompt_tokenizing import PromptTemplate, learned_tokens, tokenize, unknown_words
+from s2edit_pipeline.prompt_tokens import with_tokens
 from s2edit_pipeline.prompt_words import find_phrase, words_of
 
 LIMIT = 40
@@ -242,20 +243,22 @@ def test_what_one_encoder_reads_is_not_lost(tokenizers: dict[str, Any]) -> None:
 
 
 def test_a_template_is_around_the_prompt_and_its_start_may_be_dropped(qwen_tokenizer: Qwen2Tokenizer) -> None:
-    template = "<|im_start|>user\n{}<|im_end|>\n"
+    template = PromptTemplate("<|im_start|>user\n{}<|im_end|>\n")
     bare = tokenize(qwen_tokenizer, "a lady {}", limit=60, pad=False)
     count = len(qwen_tokenizer("<|im_start|>user\n").input_ids)
     whole = tokenize(qwen_tokenizer, "a lady {}", limit=60, template=template, pad=False)
     assert whole.input_ids.tolist() == [qwen_tokenizer("<|im_start|>user\na lady {}<|im_end|>\n").input_ids]
     assert whole.find("lady") == tuple(count + column for column in bare.find("lady"))
-    part = tokenize(qwen_tokenizer, "a lady {}", limit=60, template=template, pad=False, dropped=range(count - 1))
+    part = tokenize(
+        qwen_tokenizer, "a lady {}", limit=60, template=replace(template, dropped=range(count - 1)), pad=False
+    )
     (segment,) = part.segments
     assert part.find("lady") == tuple(1 + column for column in bare.find("lady"))
     assert segment.kept == tuple(range(count - 1, whole.num_columns)) and segment.start == 1
     assert part.input_ids.tolist() == whole.input_ids.tolist()  # the encoder still reads all of it
     assert tokenize(qwen_tokenizer, "", limit=60, template=template).segments[0].start == count
     with pytest.raises(ValueError, match=r"has no '{}'"):
-        tokenize(qwen_tokenizer, "a", limit=60, template="a photo")
+        tokenize(qwen_tokenizer, "a", limit=60, template=PromptTemplate("a photo"))
 
 
 # ---------------------------------------------------------------------------- several encoders
@@ -267,6 +270,30 @@ def test_encoders_side_by_side_share_columns(clip: Any) -> None:
     assert list(prompt.ids) == ["text_encoder", "text_encoder_2"] and prompt.num_columns == 77
     assert prompt.input_ids_2 is second.ids["text_encoder_2"] and first.input_ids_2 is None
     assert prompt.words == first.words
+
+
+def test_an_encoder_may_give_a_summary_alone(tokenizers: dict[str, Any]) -> None:
+    """FLUX's CLIP, which reads the beginning, while T5 gives the columns."""
+    text = "a lady " * 20
+    columns = tokenize(tokenizers["t5"], text, name="text_encoder_2", limit=200)
+    clip = tokenize(tokenizers["clip"], text, name="text_encoder", limit=12, truncate=True)
+    prompt = with_summary(columns, clip)
+    assert prompt.words == columns.words and prompt.num_columns == 200 and prompt.lost == ""
+    assert prompt.ids == {"text_encoder_2": columns.input_ids, "text_encoder": clip.input_ids}
+    assert (prompt.read_by("text_encoder").eos, prompt.read_by("text_encoder_2").eos) == (11, columns.eos)
+    with pytest.raises(ValueError, match=r"'vae' is none of .*: text_encoder_2, text_encoder"):
+        prompt.read_by("vae")
+
+
+def test_a_token_may_swallow_the_space_before_it(qwen_tokenizer: Qwen2Tokenizer) -> None:
+    """Then what it is put into keeps its tokens (families whose tokens begin with their space)."""
+    tokenizer = copy.deepcopy(qwen_tokenizer)
+    tokenizer.add_tokens([AddedToken("[I]", normalized=False, lstrip=True)])
+    plain, learned = (tokenize(tokenizer, text, limit=LIMIT) for text in ("a photo of a lady", "a photo of a [I] lady"))
+    (column,) = learned.find("[I]")
+    ids = learned.input_ids[0].tolist()
+    assert ids[:column] + ids[column + 1 :] == plain.input_ids[0, :-1].tolist()
+    assert [word.text for word in learned.words] == "a photo of a [I] lady".split()
 
 
 def test_a_second_tokenizer_may_pad_with_a_mark(clip: Any) -> None:

@@ -13,8 +13,8 @@ CURVES: Mapping[str, tuple[str, ...]] = {"autoencoder": ("loss", "psnr"), "denoi
 def read_curve(log: Path, name: str) -> tuple[list[int], list[float]]:
     """The steps at which ``log``, JSON lines, holds ``name``, and its values there."""
     records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-    held = {record["step"]: record[name] for record in records if name in record}  # a step done again counts once
-    return sorted(held), [held[step] for step in sorted(held)]
+    values = {record["step"]: record[name] for record in records if name in record}  # a step done again counts once
+    return sorted(values), [values[step] for step in sorted(values)]
 
 
 def plot_training(folder: str | Path, out: str | Path) -> None:

@@ -33,12 +33,12 @@ class Report:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Measurements, plots and sheets so far; none is made."""
-    made: list[tuple[str, Any]] = []
+    events: list[tuple[str, Any]] = []
 
     def stand_in(module: types.ModuleType, name: str) -> None:
         def measure(*args: Any, **more: Any) -> Report:
-            made.append((name, {"args": [len(a) if isinstance(a, (range, list)) else a for a in args[1:]], **more}))
-            return Report(made[-1][1])
+            events.append((name, {"args": [len(a) if isinstance(a, (range, list)) else a for a in args[1:]], **more}))
+            return Report(events[-1][1])
 
         monkeypatch.setattr(module, name, measure)
 
@@ -50,9 +50,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         stand_in(module, name)
     monkeypatch.setattr(cuda, "measure_cuda_costs", lambda names, **more: Report({"names": names, **more}))
     for module in (fits, scaling):
-        monkeypatch.setattr(module, "plot", lambda report, path: made.append(("plot", path)))
+        monkeypatch.setattr(module, "plot", lambda report, path: events.append(("plot", path)))
     monkeypatch.setattr(avatars, "load_avatars", lambda: types.SimpleNamespace(set_progress_bar_config=lambda **_: 0))
-    return made
+    return events
 
 
 @pytest.mark.parametrize(

@@ -66,15 +66,15 @@ def folder(tmp_path: Path) -> Path:
 class Shade:
     """Darkens by as many levels as a prompt has letters, and by one more for each unit of the seed."""
 
-    def __init__(self, name: str, told: list[Sequence[str]], takes_instructions: bool) -> None:
-        self.name, self.told, self.takes_instructions = name, told, takes_instructions
+    def __init__(self, name: str, prompts_seen: list[Sequence[str]], takes_instructions: bool) -> None:
+        self.name, self.prompts_seen, self.takes_instructions = name, prompts_seen, takes_instructions
 
     def resolved(self) -> dict[str, Any]:
         return {}
 
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Any:
         def edit(targets: Sequence[str]) -> list[Image.Image]:
-            self.told.append((self.name, *targets))
+            self.prompts_seen.append((self.name, *targets))
             levels = [np.asarray(picture).astype(int) - len(target) - seed for target in targets]
             return [Image.fromarray(level.clip(0).astype(np.uint8)) for level in levels]
 
@@ -82,7 +82,7 @@ class Shade:
 
 
 @pytest.fixture
-def told(make_pipe: Callable[[], S2EditPipeline], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def prompts_seen(make_pipe: Callable[[], S2EditPipeline], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What "shade" and "instructed" were told so far; the model is a tiny one."""
     monkeypatch.setattr(runner, "load_model", lambda run: make_pipe())
     heard: list[Any] = []
@@ -109,7 +109,7 @@ def _naive(a: Image.Image, b: Image.Image, mask: np.ndarray) -> tuple[float, flo
     return 10 * np.log10(255**2 * 3 * mask.size / total), similarity
 
 
-def test_records_and_report_hold_what_the_pictures_say(folder: Path, told: list[Any]) -> None:
+def test_records_and_report_hold_what_the_pictures_say(folder: Path, prompts_seen: list[Any]) -> None:
     run = _run(folder, "unedited", "shade", "instructed", seed=3)
     assert run_benchmark(run) == {}
     report = json.loads(write_dataset_report(run, {}).with_suffix(".json").read_text())
@@ -128,7 +128,7 @@ def test_records_and_report_hold_what_the_pictures_say(folder: Path, told: list[
     same = report["methods"]["unedited"]
     assert same["psnr_outside"]["mean"] == 60 and same["ssim_outside"]["mean"] == 1
     # an instruction is of one edit
-    assert told == [
+    assert prompts_seen == [
         ("shade", *ROWS[0]["target_prompts"]), ("instructed", *ROWS[0]["target_prompts"]),
         ("shade", "a photo of a dog"), ("instructed", "make it a dog"),
     ]  # fmt: skip
@@ -145,12 +145,12 @@ def test_a_mask_that_tells_nothing_or_does_not_fit() -> None:
         preservation(a, b, np.zeros((40, 24), bool))
 
 
-def test_a_run_goes_on_and_refuses_other_entries(folder: Path, told: list[Any]) -> None:
+def test_a_run_goes_on_and_refuses_other_entries(folder: Path, prompts_seen: list[Any]) -> None:
     run = _run(folder, "shade")
     run_benchmark(replace(run, subjects=run.subjects[:1]))
     run_benchmark(run)
     run_benchmark(run)
-    assert len(told) == 2  # each picture once
+    assert len(prompts_seen) == 2  # each picture once
     with pytest.raises(ValueError, match="seed 0, not 1"):
         run_benchmark(replace(run, seed=1))
     for change in (
@@ -162,10 +162,10 @@ def test_a_run_goes_on_and_refuses_other_entries(folder: Path, told: list[Any]) 
     ):
         with pytest.raises(ValueError, match="'shade' with other edits"):
             run_benchmark(replace(run, subjects=(run.subjects[0], replace(run.subjects[1], **change))))
-    assert len(told) == 2
+    assert len(prompts_seen) == 2
 
 
-def test_an_entry_that_fails_is_named_and_the_run_goes_on(folder: Path, told: list[Any]) -> None:
+def test_an_entry_that_fails_is_named_and_the_run_goes_on(folder: Path, prompts_seen: list[Any]) -> None:
     whole = (folder / "faces" / "ada.png").read_bytes()
     (folder / "faces" / "ada.png").write_bytes(whole[: len(whole) // 2])
     run = _run(folder, "shade")
@@ -183,14 +183,14 @@ def test_an_entry_that_fails_is_named_and_the_run_goes_on(folder: Path, told: li
 
 
 def test_a_target_without_the_subject_goes_without_the_token(
-    folder: Path, told: list[Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, prompts_seen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two targets one has the token. The pictures are edited smaller, and come back at their own size."""
-    asked: list[list[str]] = []
+    prompts_of_calls: list[list[str]] = []
     call = S2EditPipeline.__call__
 
     def spy(pipe: S2EditPipeline, prompt: list[str], *args: Any, **kwargs: Any) -> Any:
-        asked.append(prompt)
+        prompts_of_calls.append(prompt)
         return call(pipe, prompt, *args, **kwargs)
 
     monkeypatch.setattr(S2EditPipeline, "__call__", spy)
@@ -202,7 +202,9 @@ def test_a_target_without_the_subject_goes_without_the_token(
     run_benchmark(run)
     report = dataset_report(run, {})["methods"]
     assert [row["failures"] for row in report.values()] == [[], [], []]
-    assert asked[0] == ["a photo of a dog", "a photo of a sad [I] cat"] and asked[1] == list(cat.target_prompts)
+    assert prompts_of_calls[0] == ["a photo of a dog", "a photo of a sad [I] cat"] and prompts_of_calls[1] == list(
+        cat.target_prompts
+    )
     assert report["S2Edit"]["token_left_out"] == [{"picture": "tom.png", "prompt": "a photo of a dog"}]
     assert report["direct + P2P"]["token_left_out"] == []
     assert "S2Edit left its token out of 'a photo of a dog' (tom.png)" in write_dataset_report(run, {}).read_text()
@@ -214,7 +216,7 @@ def test_a_target_without_the_subject_goes_without_the_token(
 
 
 def test_standard_metrics_are_numbers_or_say_why_not(
-    folder: Path, told: list[Any], monkeypatch: pytest.MonkeyPatch
+    folder: Path, prompts_seen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = _run(folder, "instructed")
     run_benchmark(run)

@@ -42,8 +42,8 @@ def test_a_few_are_one_of_each_category_and_the_same_every_time() -> None:
 
 
 def test_creatures_have_kinds_of_their_own() -> None:
-    found = {edit.category for subject in SUBJECTS[3:] for edit in drawn_edits(subject, 8)}
-    assert found >= {"glasses", "fur colour", "pattern", "hat", "background", "two at once"}
+    categories = {edit.category for subject in SUBJECTS[3:] for edit in drawn_edits(subject, 8)}
+    assert categories >= {"glasses", "fur colour", "pattern", "hat", "background", "two at once"}
 
 
 def test_what_the_picture_hides_is_not_asked_for() -> None:

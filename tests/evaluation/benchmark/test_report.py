@@ -44,8 +44,8 @@ def _row(rng: np.random.Generator, subject: int, number: int, shift: float) -> d
 
 def _records(run: DrawnRun, name: str) -> dict[int, dict[str, Any]]:
     spec = next(e for e in run.methods if e.name == name)
-    found = {n: json.loads((run.folder(spec, (k, n)) / "record.json").read_text()) for k, n in SUBJECTS}
-    return {n: record for n, record in found.items() if record["error"] is None}
+    values = {n: json.loads((run.folder(spec, (k, n)) / "record.json").read_text()) for k, n in SUBJECTS}
+    return {n: record for n, record in values.items() if record["error"] is None}
 
 
 def test_means_are_over_edits(run: DrawnRun) -> None:
@@ -72,13 +72,13 @@ def test_differences_are_paired_and_their_intervals_draw_subjects(run: DrawnRun)
         n: [b["psnr"] - a["psnr"] for a, b in zip(ours[n]["edits"], theirs[n]["edits"], strict=True)] for n in ours
     }
     flat = [d for some in differences.values() for d in some]
-    found = report["theirs"]["paired"]["psnr"]
-    assert found["mean"] == pytest.approx(np.mean(flat)) and len(flat) == 9  # the failed subject has no pair
+    values = report["theirs"]["paired"]["psnr"]
+    assert values["mean"] == pytest.approx(np.mean(flat)) and len(flat) == 9  # the failed subject has no pair
     keys, means = list(differences), []
     for draw in np.random.default_rng(0).integers(0, 5, (10_000, 5)):
         means.append(np.mean([d for i in draw for d in differences[keys[i]]]))
     low, high = np.percentile(means, [2.5, 97.5])
-    assert (found["low"], found["high"]) == pytest.approx((low, high))
+    assert (values["low"], values["high"]) == pytest.approx((low, high))
     assert "paired" not in report["ours"]
     # subjects differ by more than the methods, and pairs don't feel it
     unpaired = report["theirs"]["means"]["psnr"]

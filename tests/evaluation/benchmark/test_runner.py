@@ -46,7 +46,7 @@ class Blur:
 
 
 @pytest.fixture
-def made(make_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+def preparations(make_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Preparations made so far; the methods "soft", "blind" and "absent" are known besides, and the model is tiny."""
     monkeypatch.setattr(runner, "load_model", lambda run: make_pipe())
     prepared: list[tuple[str, str, int]] = []
@@ -84,7 +84,7 @@ def _run(out: Path, *names: str, subjects: Sequence[tuple[str, int]] = SUBJECTS,
     return DrawnRun(out, method_specs(names), tuple(subjects), **{"edits": 2, "num_inference_steps": 2, **more})
 
 
-def test_records_hold_the_scores_of_the_pictures(tmp_path: Path, made: list[Any]) -> None:
+def test_records_hold_the_scores_of_the_pictures(tmp_path: Path, preparations: list[Any]) -> None:
     run = _run(tmp_path, "unedited", "soft", subjects=SUBJECTS[1:])
     assert run_benchmark(run) == {}
     assert len(list(run.records())) == 4
@@ -109,10 +109,10 @@ def _classifier(kind: str) -> Any:
     return load_attribute_classifier(kind)
 
 
-def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path, made: list[Any], monkeypatch) -> None:
+def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path, preparations: list[Any], monkeypatch) -> None:
     whole = _run(tmp_path / "whole", "soft", subjects=SUBJECTS[:2])
     run_benchmark(whole)
-    assert [seed for *_, seed in made] == [1000, 1001]
+    assert [seed for *_, seed in preparations] == [1000, 1001]
     parts = replace(whole, out=tmp_path / "parts")
     real, calls = drawn_subjects.score_edit, []
 
@@ -126,12 +126,12 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path, made: list[Any]
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(parts)
     assert len(list(parts.records())) == 1
-    made.clear()
+    preparations.clear()
     run_benchmark(parts)
-    assert [seed for *_, seed in made] == [1001]  # the first isn't made again
-    made.clear()
+    assert [seed for *_, seed in preparations] == [1001]  # the first isn't made again
+    preparations.clear()
     run_benchmark(replace(parts, subjects=SUBJECTS))
-    assert [seed for *_, seed in made] == [1000]  # more subjects are only added
+    assert [seed for *_, seed in preparations] == [1000]  # more subjects are only added
     assert _without_seconds(parts) == _without_seconds(whole)
 
 
@@ -155,24 +155,26 @@ def _without_seconds(run: DrawnRun) -> str:
         ),
     ],
 )
-def test_records_of_other_settings_are_refused(tmp_path: Path, made: list[Any], change: Any, message: str) -> None:
+def test_records_of_other_settings_are_refused(
+    tmp_path: Path, preparations: list[Any], change: Any, message: str
+) -> None:
     run = _run(tmp_path, "soft", subjects=SUBJECTS[:1])
     run_benchmark(run)
     with pytest.raises(ValueError, match=f"records of 'soft' made with {message}.*another --out"):
         run_benchmark(replace(run, **change))
-    assert len(made) == 1
+    assert len(preparations) == 1
 
 
-def test_records_of_other_defaults_are_refused(tmp_path: Path, made: list[Any], monkeypatch) -> None:
+def test_records_of_other_defaults_are_refused(tmp_path: Path, preparations: list[Any], monkeypatch) -> None:
     run = _run(tmp_path, "soft", subjects=SUBJECTS[:1])
     run_benchmark(run)
     monkeypatch.setattr(Blur, "resolved", lambda self: {"radius": self.radius, "grain": 3})
     with pytest.raises(ValueError, match=r"records of 'soft' made with resolved \{'radius': 1.0\}, not .*'grain': 3"):
         run_benchmark(run)
-    assert len(made) == 1
+    assert len(preparations) == 1
 
 
-def test_records_of_other_edits_are_refused(tmp_path: Path, made: list[Any], monkeypatch) -> None:
+def test_records_of_other_edits_are_refused(tmp_path: Path, preparations: list[Any], monkeypatch) -> None:
     run = _run(tmp_path, "soft", subjects=SUBJECTS[:1])
     run_benchmark(run)
     monkeypatch.setattr(drawn_subjects, "edits_of", lambda run, subject: edits_of(run, subject)[::-1])
@@ -180,19 +182,19 @@ def test_records_of_other_edits_are_refused(tmp_path: Path, made: list[Any], mon
         run_benchmark(run)
 
 
-def test_a_failure_is_recorded_and_tried_once_more(tmp_path: Path, made: list[Any]) -> None:
+def test_a_failure_is_recorded_and_tried_once_more(tmp_path: Path, preparations: list[Any]) -> None:
     run = _run(tmp_path, "blind", "soft", "absent")
     unavailable = run_benchmark(run)
     assert unavailable == {"absent": "FileNotFoundError: its weights are not here; pass --method-model absent=FOLDER"}
     errors = {(e.name, *s): r["error"] for e, s, r in run.records()}
     assert errors.pop(("blind", "creature", 1000)) == "RuntimeError: no eyes for it"
     assert len(errors) == 5 and not any(errors.values())
-    made.clear()
+    preparations.clear()
     run_benchmark(run)
-    assert [(name, seed) for name, _, seed in made] == [("blind", 1000)]
+    assert [(name, seed) for name, _, seed in preparations] == [("blind", 1000)]
 
 
-def test_a_method_that_leaves_other_weights_is_found_out(tmp_path: Path, made: list[Any]) -> None:
+def test_a_method_that_leaves_other_weights_is_found_out(tmp_path: Path, preparations: list[Any]) -> None:
     run = _run(tmp_path, "spoiler", "soft", subjects=SUBJECTS[:1])
     run_benchmark(run)
     spoiler, after = (read_record(run.folder(e, SUBJECTS[0])) for e in run.methods)

@@ -25,8 +25,8 @@ def test_every_item_beside_the_stock_pipeline(avatars: Any) -> None:
     rows = {row.item: row for row in costs.rows}
     assert list(rows) == list(ITEMS)
     # guided: two branches a step; edited: 3 up, the source once more, and down 2 guided steps of 2 rows and one of one
-    asked = {"stock": 6, "first": 3 + 1 + 5, "inverted_first": 4 + 5, "further": 5, "three": 3 + 1 + 3 * 5}
-    assert {item: rows[item].evaluations for item in asked} == asked
+    evaluations = {"stock": 6, "first": 3 + 1 + 5, "inverted_first": 4 + 5, "further": 5, "three": 3 + 1 + 3 * 5}
+    assert {item: rows[item].evaluations for item in evaluations} == evaluations
     null_text = rows["null_text"]
     assert 3 * (1 + 1 + 1 + 1) + 12 < null_text.evaluations <= 3 * 13 + 12
     assert 3 <= null_text.backward_evaluations <= 30 and rows["first"].backward_evaluations == 0

@@ -55,15 +55,15 @@ def test_null_text_where_nothing_stops_early(pipe: Any, picture: Image.Image, nu
 
 def test_a_line_is_found_and_how_far_off_it_is() -> None:
     x = np.array([14.0, 26.0, 51.0, 126.0])
-    found = fit_line(x, 0.2 + 0.03 * x)
-    assert (found.intercept, found.slope) == pytest.approx((0.2, 0.03)) and found.residual < 1e-9
-    assert found.at(1000) == pytest.approx(30.2)
+    fit = fit_line(x, 0.2 + 0.03 * x)
+    assert (fit.intercept, fit.slope) == pytest.approx((0.2, 0.03)) and fit.residual < 1e-9
+    assert fit.at(1000) == pytest.approx(30.2)
     # two points at each end, 10 % above and below: of relative distances the line between them is the best
-    found = fit_line([1.0, 1.0, 10.0, 10.0], [1.1, 0.9, 11.0, 9.0])
+    fit = fit_line([1.0, 1.0, 10.0, 10.0], [1.1, 0.9, 11.0, 9.0])
     weights = 1 / np.array([1.1, 0.9, 11.0, 9.0]) ** 2
     ends = [np.average([1.1, 0.9], weights=weights[:2]), np.average([11.0, 9.0], weights=weights[2:])]
-    assert found.at(1) == pytest.approx(ends[0]) and found.at(10) == pytest.approx(ends[1])
-    assert found.residual == pytest.approx((1.1 - ends[0]) / 1.1)
+    assert fit.at(1) == pytest.approx(ends[0]) and fit.at(10) == pytest.approx(ends[1])
+    assert fit.residual == pytest.approx((1.1 - ends[0]) / 1.1)
 
 
 def test_a_power_is_found_under_noise() -> None:

@@ -38,11 +38,13 @@ def test_an_edit_takes_hardly_more_than_stock_sampling() -> None:
     pipe.set_progress_bar_config(disable=True)
     rows = measure_edit_memory(pipe, num_inference_steps=2)
     assert len(rows) == 6
-    for n, (lean, kept, free) in zip((1, 3), (rows[:3], rows[3:]), strict=True):
+    for n, (lean, keeping, free) in zip((1, 3), (rows[:3], rows[3:]), strict=True):
         # activations grow with the batch: megabytes, and no less than the skip connections' share of it
-        assert lean.stock == kept.stock == free.stock > 4e6 * n
-        assert lean.attention == free.attention == 0 < kept.attention and lean.ratio <= 1.2 and free.ratio <= 1.2, rows
-        assert lean.edit <= kept.edit <= lean.edit + 1.1 * kept.attention
+        assert lean.stock == keeping.stock == free.stock > 4e6 * n
+        assert lean.attention == free.attention == 0 < keeping.attention and lean.ratio <= 1.2 and free.ratio <= 1.2, (
+            rows
+        )
+        assert lean.edit <= keeping.edit <= lean.edit + 1.1 * keeping.attention
     shown = MemoryReport(tuple(rows), ()).table().splitlines()
     sizes = (rows[1].edit, rows[1].attention, rows[1].stock)
     assert shown[3].startswith(f"| {rows[1].name} | " + " | ".join(f"{size / 1e6:.1f}" for size in sizes))

@@ -24,7 +24,7 @@ from s2edit_pipeline.inversion_record import inversion_method
 def test_every_argument_is_one_that_the_pipeline_takes() -> None:
     fit, call = (inspect.signature(f).parameters for f in (S2EditPipeline.fit_identity, S2EditPipeline.__call__))
     for arguments in (*PIPELINE_METHODS.values(), *ABLATION.values()):
-        check_method(arguments.inversion)
+        inversion_method(arguments.inversion)
         assert set(arguments.edit) <= set(call) and set(arguments.fit or {}) <= set(fit)
 
 

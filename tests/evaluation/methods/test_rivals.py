@@ -100,9 +100,9 @@ def test_a_saved_folder_is_loaded_and_a_missing_one_explained(
     instructed: Any, picture: Image.Image, tmp_path: Any
 ) -> None:
     instructed.save_pretrained(str(tmp_path / "model"))
-    held = InstructPix2Pix(instructed, num_inference_steps=2)
+    given_model = InstructPix2Pix(instructed, num_inference_steps=2)
     loaded = InstructPix2Pix.from_folder(tmp_path / "model", num_inference_steps=2)
-    images = [m.prepare(picture, SOURCE, "lady", 0)(TARGETS[:1])[0] for m in (held, loaded)]
+    images = [m.prepare(picture, SOURCE, "lady", 0)(TARGETS[:1])[0] for m in (given_model, loaded)]
     assert _same(*images)
     with pytest.raises(FileNotFoundError, match="s2edit train-instruct --out OUT"):
         InstructPix2Pix.from_folder(tmp_path)
@@ -135,6 +135,12 @@ def test_without_the_fine_tuned_model_sine_draws_the_target(pipe: S2EditPipeline
         assert _same(edited, drawn)
 
 
+def _encode(pipe: S2EditPipeline, prompt: str) -> torch.Tensor:
+    """(1, T, D) with the identity that is loaded."""
+    embeds: torch.Tensor = pipe._encode_prompts([pipe._tokenize(prompt)]).embeds
+    return embeds
+
+
 def test_with_the_fine_tuned_model_alone_the_targets_words_have_no_say(
     pipe: S2EditPipeline, picture: Image.Image
 ) -> None:
@@ -154,8 +160,8 @@ def test_with_the_fine_tuned_model_alone_the_targets_words_have_no_say(
         for t in (751, 501, 251, 1):
             plain = pipe.unet(x, t, null).sample
             pipe.load_identity(identity)
-            own = pipe._encode_prompts([pipe._tokenize(SOURCE.replace("lady", f"{identity.token} lady"))]).embeds
-            told = pipe.unet(x, t, own).sample
+            tuned_embeds = _encode(pipe, SOURCE.replace("lady", f"{identity.token} lady"))
+            told = pipe.unet(x, t, tuned_embeds).sample
             pipe.unload_identity()
             epsilon = plain + 3.0 * (told - plain)
             now, after = abar[t], abar[max(t - 250, 0)]

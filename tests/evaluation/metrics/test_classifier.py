@@ -58,12 +58,12 @@ def held_out() -> tuple[list[Person], np.ndarray]:
 class _Said(AttributeClassifier):
     """Finds what it was told, whatever the pictures."""
 
-    def __init__(self, found: list[dict[str, str]]) -> None:
+    def __init__(self, predicted: list[dict[str, str]]) -> None:
         super().__init__()
-        self.found = found
+        self.predicted = predicted
 
     def predict(self, images: np.ndarray, batch_size: int = 64) -> list[dict[str, str]]:
-        return self.found
+        return self.predicted
 
 
 def _blank(count: int) -> np.ndarray:
@@ -106,8 +106,8 @@ def test_pictures_agree_with_their_own_captions_and_not_with_others(
     people, images = held_out
     rng = random.Random(0)
     captions = [describe(person, rng) for person in people]
-    own, by_attribute = agreement_with_captions(shipped, images, captions)
-    assert own >= 0.98 and min(by_attribute.values()) >= 0.97, by_attribute
+    agreement, by_attribute = agreement_with_captions(shipped, images, captions)
+    assert agreement >= 0.98 and min(by_attribute.values()) >= 0.97, by_attribute
     other, others_by_attribute = agreement_with_captions(shipped, images, captions[1:] + captions[:1])
     assert other < 0.6
     assert all(others_by_attribute[name] < by_attribute[name] - 0.2 for name in PERSON_ATTRIBUTES)
@@ -120,10 +120,10 @@ def test_an_edit_changes_what_is_read(shipped: AttributeClassifier) -> None:
     before, *after = shipped.predict(
         np.stack([render_array(person), *(render_array(person.edited(**{n: v})) for n, v in changes.items())])
     )
-    told = [name for name in before if person.shows(name)]
-    for (name, value), found in zip(changes.items(), after, strict=True):
-        assert [n for n in told if found[n] != before[n]] == [name]
-        assert found[name] == value
+    shown_names = [name for name in before if person.shows(name)]
+    for (name, value), predicted in zip(changes.items(), after, strict=True):
+        assert [n for n in shown_names if predicted[n] != before[n]] == [name]
+        assert predicted[name] == value
 
 
 def test_the_weights_are_small_and_say_what_they_are(shipped: AttributeClassifier) -> None:
@@ -161,7 +161,7 @@ def test_hair_color_needs_hair() -> None:
 
 
 def test_agreement_is_the_share_of_what_captions_say() -> None:
-    found = [
+    predicted = [
         {name: values[0] for name, values in PERSON_ATTRIBUTES.items()},
         {name: values[1] for name, values in PERSON_ATTRIBUTES.items()},
         {name: values[0] for name, values in PERSON_ATTRIBUTES.items()},
@@ -171,7 +171,7 @@ def test_agreement_is_the_share_of_what_captions_say() -> None:
         Caption(("b",), (None,), {"glasses": "none", "clothes_color": "orange"}),  # 1 of 2
         Caption(("c",), (None,), {"glasses": "sunglasses", "clothes": "shirt"}),  # 1 of 2
     ]
-    overall, by_attribute = agreement_with_captions(_Said(found), _blank(3), captions)
+    overall, by_attribute = agreement_with_captions(_Said(predicted), _blank(3), captions)
     assert overall == 4 / 7
     assert by_attribute == {"hair": 1.0, "glasses": 1 / 3, "clothes": 1 / 2, "clothes_color": 1.0}
 
@@ -184,14 +184,14 @@ def test_accuracy_counts_only_those_who_show_it() -> None:
         replace(bare, hair="bald", hair_color="grey", glasses="none"),
         replace(bare, headwear="hat", headwear_color="blue", glasses="sunglasses"),
     ]
-    found = [{name: getattr(person, name) for name in PERSON_ATTRIBUTES} for person in people]
-    found[1]["hair_color"] = "brown"
-    found[2]["hair_color"] = "pink"  # nothing to be wrong about
-    found[3].update(hair="bald", glasses="none", headwear_color="green")
-    accuracy = accuracy_by_attribute(_Said(found), people, _blank(4))
+    predicted = [{name: getattr(person, name) for name in PERSON_ATTRIBUTES} for person in people]
+    predicted[1]["hair_color"] = "brown"
+    predicted[2]["hair_color"] = "pink"  # nothing to be wrong about
+    predicted[3].update(hair="bald", glasses="none", headwear_color="green")
+    accuracy = accuracy_by_attribute(_Said(predicted), people, _blank(4))
     wrong = {"hair_color": 1 / 2, "glasses": 3 / 4, "headwear_color": 0.0}
     assert accuracy == {name: wrong.get(name, 1.0) for name in PERSON_ATTRIBUTES}
-    assert "headwear_color" not in accuracy_by_attribute(_Said(found[:3]), people[:3], _blank(3))
+    assert "headwear_color" not in accuracy_by_attribute(_Said(predicted[:3]), people[:3], _blank(3))
 
 
 def test_measures_that_mean_nothing_are_refused(shipped: AttributeClassifier) -> None:
@@ -209,14 +209,14 @@ def test_measures_that_mean_nothing_are_refused(shipped: AttributeClassifier) ->
 
 def test_prediction_is_each_pictures_own(shipped: AttributeClassifier) -> None:
     images = np.stack([render_array(sample_person(seed)) for seed in range(5)])
-    held = images.copy()
+    before_call = images.copy()
     together = shipped.predict(images)
     assert together == shipped.predict(images, batch_size=2) == [shipped.predict(i[None])[0] for i in images]
     logits = shipped(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
     for name, values in PERSON_ATTRIBUTES.items():
         best = [max(range(len(values)), key=row.__getitem__) for row in logits[name].tolist()]
-        assert [found[name] for found in together] == [values[i] for i in best]
-    assert np.array_equal(images, held) and shipped.predict(images[:0]) == []
+        assert [predicted[name] for predicted in together] == [values[i] for i in best]
+    assert np.array_equal(images, before_call) and shipped.predict(images[:0]) == []
 
 
 def test_prediction_leaves_the_mode_and_the_statistics_as_they_were() -> None:
@@ -224,8 +224,8 @@ def test_prediction_leaves_the_mode_and_the_statistics_as_they_were() -> None:
     model = AttributeClassifier().train()
     state = {name: t.clone() for name, t in model.state_dict().items()}
     images = np.stack([render_array(sample_person(seed)) for seed in range(3)])
-    found = model.predict(images)
-    assert model.training and found == model.eval().predict(images) and not model.training
+    predicted = model.predict(images)
+    assert model.training and predicted == model.eval().predict(images) and not model.training
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     with pytest.raises(ValueError, match=r"\(N, 128, 128, 3\) uint8, not \(128, 128, 3\) uint8; put one picture"):
         model.predict(images[0])
@@ -280,15 +280,15 @@ def test_augmentation_keeps_colors_their_words() -> None:
     generator = torch.Generator().manual_seed(0)
     flat = torch.tensor([0.75, 0.35, 0.2])
     x = flat.view(1, 3, 1, 1).repeat(200, 1, 128, 128)
-    held = x.clone()
+    before_call = x.clone()
     changed = augment(x, generator)
-    assert torch.equal(x, held) and changed.min() >= 0 and changed.max() <= 1
+    assert torch.equal(x, before_call) and changed.min() >= 0 and changed.max() <= 1
     hue, saturation, value = colorsys.rgb_to_hsv(*flat.tolist())
-    found = np.array([colorsys.rgb_to_hsv(*c) for c in changed[:, :, :90].mean((2, 3)).tolist()])
+    hsv = np.array([colorsys.rgb_to_hsv(*c) for c in changed[:, :, :90].mean((2, 3)).tolist()])
     # 0.012 turns, then at most 0.03 between two channels that lie 0.5 apart: a sixth of a turn times 0.06
-    assert np.abs(found[:, 0] - hue).max() < 0.012 + 0.01 + 0.003
-    assert np.abs(found[:, 1] - saturation).max() < 0.08 and np.abs(found[:, 2] - value).max() < 0.07
-    assert found[:, 0].std() > 0.005 and found[:, 2].std() > 0.01
+    assert np.abs(hsv[:, 0] - hue).max() < 0.012 + 0.01 + 0.003
+    assert np.abs(hsv[:, 1] - saturation).max() < 0.08 and np.abs(hsv[:, 2] - value).max() < 0.07
+    assert hsv[:, 0].std() > 0.005 and hsv[:, 2].std() > 0.01
     # and prints white on the chest of about half of them, nowhere else
     white = (changed.amin(1) > 0.75).flatten(1).any(1)
     assert 0.3 < white.float().mean() < 0.6
@@ -311,8 +311,8 @@ def test_augmentation_turns_hue_as_hsv_does() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", _Draws(at).rand)
             out = augment(x, torch.Generator().manual_seed(0))
-        found = colorsys.rgb_to_hsv(*out[0, :, :90].mean((1, 2)).tolist())[0]
-        assert found - hue == pytest.approx(turns, abs=0.004)
+        turned = colorsys.rgb_to_hsv(*out[0, :, :90].mean((1, 2)).tolist())[0]
+        assert turned - hue == pytest.approx(turns, abs=0.004)
 
 
 @pytest.fixture(scope="module")
@@ -359,14 +359,14 @@ def test_saving_and_loading_keeps_the_network(tmp_path: Path) -> None:
     for name, t in model.state_dict().items():
         if t.is_floating_point():
             t.copy_(t + 0.1 * torch.rand(t.shape) if "var" in name else t + 0.1 * torch.randn(t.shape))
-    held = {name: t.clone() for name, t in model.state_dict().items()}
+    before_saving = {name: t.clone() for name, t in model.state_dict().items()}
     save_attribute_classifier(model, tmp_path / "new" / "weights.safetensors")
     loaded = load_attribute_classifier(path=tmp_path / "new" / "weights.safetensors")
     assert loaded.widths == (8, 16, 24) and not loaded.training
     for name, t in loaded.state_dict().items():
-        assert torch.equal(model.state_dict()[name], held[name])
-        assert t.dtype == held[name].dtype
-        torch.testing.assert_close(t, held[name], rtol=2**-11, atol=2**-24)
+        assert torch.equal(model.state_dict()[name], before_saving[name])
+        assert t.dtype == before_saving[name].dtype
+        torch.testing.assert_close(t, before_saving[name], rtol=2**-11, atol=2**-24)
 
 
 def test_files_of_something_else_are_refused(tmp_path: Path) -> None:

@@ -73,10 +73,10 @@ def test_equal_pictures_are_infinitely_near(pair: tuple[np.ndarray, np.ndarray])
 
 def test_the_arguments_stay_as_they_are(pair: tuple[np.ndarray, np.ndarray]) -> None:
     a, b = pair
-    held = a.copy(), b.copy()
+    copies = a.copy(), b.copy()
     psnr(a, b, a[..., 0] > 100)
     ssim(a, b)
-    assert np.array_equal(a, held[0]) and np.array_equal(b, held[1])
+    assert np.array_equal(a, copies[0]) and np.array_equal(b, copies[1])
 
 
 def test_ssim_is_scikit_images(pair: tuple[np.ndarray, np.ndarray]) -> None:

@@ -64,9 +64,9 @@ def test_a_caption_fits_who_is_all_that_it_says() -> None:
 
 
 def test_captions_of_unseen_pairs_say_what_no_training_caption_does() -> None:
-    found = list(islice(captions_with_unseen_pairs(random.Random(0)), 40))
+    results = list(islice(captions_with_unseen_pairs(random.Random(0)), 40))
     trained = [describe(sample_creature(seed), random.Random(seed)).said for seed in range(3000)]
-    for caption in found:
+    for caption in results:
         pairs = [pair for pair in UNSEEN_PAIRS if pair.items() <= caption.said.items()]
         assert pairs and not any(pair.items() <= said.items() for pair in pairs for said in trained)
 
@@ -83,10 +83,10 @@ def test_grounding_is_the_overlap_with_the_true_pixels() -> None:
                 return part_masks(person)["person"].astype(np.uint8) * 255
             return np.full((128, 128), 255, np.uint8)
 
-    found = grounding_overlaps(Answers(), people)
-    assert found["person"] == 1
-    assert found["hair"] == pytest.approx(np.mean([part_masks(p)["hair"].mean() for p in people]))
-    assert found[people[0].facial_hair] == pytest.approx(
+    results = grounding_overlaps(Answers(), people)
+    assert results["person"] == 1
+    assert results["hair"] == pytest.approx(np.mean([part_masks(p)["hair"].mean() for p in people]))
+    assert results[people[0].facial_hair] == pytest.approx(
         part_masks(people[0])["facial_hair"].mean()
     )  # hers is not counted
 

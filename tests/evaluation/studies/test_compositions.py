@@ -37,10 +37,10 @@ def test_prompts_leave_to_the_token_what_it_has_to_carry(pair: CompositionPair) 
         assert pair.noun == "glasses" and "sunglasses" not in (*words, *target)
     # but for the part's adjectives, the target says what the true picture's caption says, in its order
     articles = ("a", "an")
-    said = [word for word in describe(pair.truth).text.split() if word not in articles]
+    words_of_truth = [word for word in describe(pair.truth).text.split() if word not in articles]
     if pair.part == "glasses":
-        said = [word.replace("sunglasses", "glasses") for word in said]
-    truth = iter(said)
+        words_of_truth = [word.replace("sunglasses", "glasses") for word in words_of_truth]
+    truth = iter(words_of_truth)
     assert all(word in truth for word in target if word not in ("[A]", *articles))
 
 
@@ -83,8 +83,8 @@ def test_agreement_is_of_the_parts_own_words() -> None:
         if pair.part == "mark":
             assert np.isnan(of_truth)
         else:
-            told = any(getattr(pair.truth, name) != getattr(pair.source, name) for name in PERSON_ATTRIBUTES)
-            assert of_truth == 1.0 and (of_source < 1.0) is told
+            named = any(getattr(pair.truth, name) != getattr(pair.source, name) for name in PERSON_ATTRIBUTES)
+            assert of_truth == 1.0 and (of_source < 1.0) is named
 
 
 def test_measuring_makes_a_row_for_each_setting() -> None:
@@ -112,5 +112,5 @@ def test_measuring_makes_a_row_for_each_setting() -> None:
 
 def test_each_control_is_off_alone_and_both_are() -> None:
     off = {"semantic_weight": 0.0, "spatial_control": False}
-    found = [dict(setting.fit) for setting in SETTINGS.values()]
-    assert found == [{}, {"semantic_weight": 0.0}, {"spatial_control": False}, off]
+    fits_of_settings = [dict(setting.fit) for setting in SETTINGS.values()]
+    assert fits_of_settings == [{}, {"semantic_weight": 0.0}, {"spatial_control": False}, off]

@@ -56,7 +56,7 @@ def test_rows_are_graded_against_the_drawings_and_share_their_fits(monkeypatch: 
 def test_every_setting_is_one_that_the_pipeline_takes() -> None:
     fit, call = (inspect.signature(f).parameters for f in (S2EditPipeline.fit_identity, S2EditPipeline.__call__))
     for setting in SETTINGS.values():
-        check_method(setting.inversion)
+        inversion_method(setting.inversion)
         assert set(setting.edit) <= set(call) and set(setting.fit or {}) <= set(fit)
     assert len(set(PEOPLE)) == len(PEOPLE)
     assert set(CONFINEMENT) <= set(SETTINGS)

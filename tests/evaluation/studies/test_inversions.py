@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from s2edit_pipeline import load_avatars
-from s2edit_pipeline.noise_schedule import split_prediction
 from s2edit_pipeline.evaluation.studies.inversions import measure_inversions, seen_as
+from s2edit_pipeline.noise_schedule import split_prediction
 
 
 def test_seen_as_the_other_prediction_is_the_same_model() -> None:
