@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from diffusers.utils import logging
 
-from .family_base import ModelFamily, family_of
+from .family_base import ModelFamily, family_of, known_family
 from .identity_adapter import IdentityAdapter
 from .identity_overlay import IdentityOverlay
 from .picture_inputs import load_mask
@@ -208,7 +208,8 @@ class IdentityLoaders:
         """As every pipeline's, to make others of: without those that are None and that the stock pipeline of this kind
         of model doesn't know, so that ``StableDiffusionPipeline(**pipe.components)`` works, or SDXL's."""
         every: dict[str, Any] = super().components  # type: ignore[misc]
-        known = self.family.stock_components
+        family = known_family(self)  # none where the denoiser is missing yet
+        known = frozenset() if family is None else family.stock_components
         return {name: one for name, one in every.items() if one is not None or name in known}
 
     @classmethod
