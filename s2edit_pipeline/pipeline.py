@@ -52,9 +52,13 @@ from .lora_start import start_along_gradient  # noqa: F401
 from .low_rank import compress  # noqa: F401
 from .noise_drawing import NoiseDrawing
 from .object_masks import mask_to_picture
+from .picture_arrays import pixel_array  # noqa: F401
 from .picture_editing import PictureEditing
+from .picture_files import read_picture  # noqa: F401
 from .picture_fitting import MASK_THRESHOLD, PictureFitting
 from .picture_inputs import load_picture
+from .picture_metadata import upright_exif  # noqa: F401
+from .picture_modes import paint  # noqa: F401
 from .pipeline_output import S2EditPipelineOutput
 from .pipeline_parts import PipelineParts  # noqa: F401
 from .presets import with_preset
