@@ -10,9 +10,7 @@ from PIL import Image
 
 from .picture_files import read_picture
 from .picture_modes import has_alpha, rgb_of
-
-MAX_ASPECT_RATIO = 4.0
-"""Longer side over shorter side, at most: the models have seen nothing thinner."""
+from .picture_placement import MAX_ASPECT_RATIO
 
 
 def load_picture(image: Any, name: str = "image") -> Image.Image:
