@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .picture_modes import check_size
+
 
 def pixel_array(image: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
     """(H, W), (H, W, 3) or (H, W, 4), uint8 or uint16, of what ``picture_files.read_picture`` takes.
@@ -56,6 +58,7 @@ def _latents_message(name: str, array: np.ndarray, channels: int) -> str:
 def _plain_numbers(array: np.ndarray, name: str) -> np.ndarray:
     if array.size == 0:
         raise ValueError(f"{name} has no pixels: its shape is {array.shape}.")
+    check_size(array.shape[1::-1], name)
     if np.issubdtype(array.dtype, np.floating):
         array = _from_unit_range(array, name)
     elif array.dtype == bool:
@@ -80,4 +83,4 @@ def _from_unit_range(array: np.ndarray, name: str) -> np.ndarray:
             f"{name} is floating point and must lie in [0, 1]; it runs from {low:g} to {high:g}. "
             "Divide by 255, or for [-1, 1] use (image + 1) / 2."
         )
-    return np.round(array.astype(np.float64).clip(0, 1) * 255).astype(np.uint8)
+    return np.round(array.astype(np.float32).clip(0, 1) * np.float32(255)).astype(np.uint8)

@@ -12,30 +12,32 @@ that drifted along that border.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from .picture_files import SourcePicture, read_picture
-from .picture_modes import Box
+from .picture_modes import Box, strips
 from .picture_placement import Placement
 
-UNCHANGED, CHANGED = 0.02, 0.12
-"""Differences between edit and reconstruction, of [0, 1]: up to the first the source's detail is given back whole, from
-the second on not at all."""
+UNCHANGED, CHANGED = 0.02, 0.17
+"""Changes of the structure, of [0, 1]: up to the first the source's detail is given back whole, from the second on not
+at all."""
 
-MOST_DRIFT = 0.06
-"""More of a difference along the border than this is no drift of the tone, but an edit that goes on beyond it."""
+TONE_SHARE = 0.25
+"""How much a change of the tone counts beside one of the structure: tanned skin and dyed hair keep their grain."""
 
-FEATHER_SHARE = 1 / 64
+MOST_DRIFT = 0.05
+"""A difference along the border that is much larger than this is no drift of the tone, but the edit itself."""
+
+FEATHER_SHARE = 1 / 32
 """The width of the border in which an edit fades in, of the canvas's shorter side."""
 
 SMALL_MASK, LARGE_MASK = 0.001, 0.9
 """Shares of the picture below and above which a mask is seldom what was meant."""
-
-_STRIP_PIXELS = 1 << 19
 
 
 def compose(
@@ -57,7 +59,7 @@ def compose(
         region: (h, w) in [0, 1] or PIL "L": where the edit may change the picture; of the canvas's shape, such as the
             latents' cells, or of the whole picture's size. None: all of the box.
         placement: where the box lies on the canvas.
-        feather: how far the edit takes to fade in from the region's border, in canvas pixels. None: 1/64 of its
+        feather: how far the edit takes to fade in from the region's border, in canvas pixels. None: 1/32 of its
             shorter side. Along the picture's own border there is nothing to fade from.
 
     Returns:
@@ -78,11 +80,12 @@ def compose(
     limit, inside = _region_on_canvas(region, placement)
     if feather is None:
         feather = max(1, round(min(placement.canvas_size) * FEATHER_SHARE))
-    depth = _depth_inside(inside > 0, placement, feather)
-    weight = np.minimum(_fade(depth, feather), inside)
+    weight = _fade(inside > 0, placement, feather)
+    ring = (inside > 0) & (weight < 0.999)
+    weight = np.minimum(weight, inside)
 
     difference = edit - unedited
-    difference -= _drift(difference, depth, feather)
+    difference -= _drift(difference, ring) * (inside > 0)[..., None]
     loss = _change(difference)  # 1 - g
     return _blend(source, (difference, unedited, loss, weight), placement, limit)
 
@@ -168,104 +171,99 @@ def _region_on_canvas(region: Any, placement: Placement) -> tuple[np.ndarray | N
             f"The region is {across} x {down}; it must have the picture's size {placement.picture_size}, the canvas's "
             f"{placement.canvas_size}, or that divided by a whole number."
         )
-    return None, plane.repeat(height // down, 0).repeat(width // across, 1) * content
+    cells = Image.fromarray((plane > 0).astype(np.float32))
+    whole = np.asarray(cells.resize((width, height), Image.Resampling.NEAREST))
+    soft = np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR))
+    return None, whole * soft * content
 
 
-def _depth_inside(inside: np.ndarray, placement: Placement, feather: int) -> np.ndarray:
-    """(height, width): how many pixels deep each lies in the region, from 1 at its border to ``feather`` + 1, and 0
-    outside. The picture's own border is none of the region's."""
+def _fade(region: np.ndarray, placement: Placement, feather: int) -> np.ndarray:
+    """(height, width): the weight of the edit, 0 outside the region (bool) and at its border, 1 from ``feather`` pixels
+    deeper on; the stairs that a border has are smoothed. The picture's own border is none of the region's.
+
+    What the region keeps when half of ``feather`` is cut off all around it is blurred by the other half. Parts too
+    thin for that are done again with a narrower border.
+    """
     left, top, right, bottom = placement.content
-    open_sides = [a == b for a, b in zip(placement.box, (0, 0, *placement.picture_size), strict=True)]
-    width = feather + 1
-    before_after = [(0, 0), (0, 0)]
-    before_after = [(width, width), (width, width)]
-    region = np.pad(inside[top:bottom, left:right], before_after)
-    for axis, (before, after) in enumerate(((open_sides[1], open_sides[3]), (open_sides[0], open_sides[2]))):
-        lines = np.moveaxis(region, axis, 0)
-        if before:
-            lines[:width] = lines[width]
-        if after:
-            lines[-width:] = lines[-width - 1]
-    layer = Image.fromarray(region.astype(np.uint8) * 255)
-    depth = np.zeros(region.shape, np.float32)
-    for _ in range(feather + 1):
-        depth += np.asarray(layer) > 0
-        layer = layer.filter(ImageFilter.MinFilter(3))
-    result = np.zeros(inside.shape, np.float32)
-    result[top:bottom, left:right] = depth[width:-width, width:-width]
-    return result
+    width, height = placement.picture_size
+    at_border = [a == b for a, b in zip(placement.box, (0, 0, width, height), strict=True)]
+    rest = region[top:bottom, left:right]
+    around = feather + 1
+    for axis, ends in enumerate(((at_border[1], at_border[3]), (at_border[0], at_border[2]))):
+        for end, repeated in enumerate(ends):
+            sides = [(0, 0), (0, 0)]
+            sides[axis] = (around, 0) if end == 0 else (0, around)
+            rest = np.pad(rest, sides, mode="edge") if repeated else np.pad(rest, sides)
+    weight = np.zeros(rest.shape, np.float32)
+    half = feather // 2
+    while rest.any():
+        core = ~_grown(~rest, half)
+        blurred = core.astype(np.float32)
+        for radius in (half // 2, half - half // 2):
+            blurred = _blurred(blurred, radius)
+        weight = np.maximum(weight, blurred)
+        rest = rest & ~_grown(core, 2 * half + 1)
+        if half == 0:
+            break
+        half //= 2
+    result = np.zeros(region.shape, np.float32)
+    result[top:bottom, left:right] = weight[around:-around, around:-around]
+    return np.where(region & (result > 1e-3), result, np.float32(0))  # nothing but rounding errors is smaller
 
 
-def _fade(depth: np.ndarray, feather: int) -> np.ndarray:
-    """The weight of the edit: 0 in the outermost pixels of the region, 1 from ``feather`` deeper on. Where the region
-    is thinner than that it rises faster, so that its middle has the edit too."""
-    steps = np.maximum(depth - 1, 0)
-    layer = Image.fromarray(steps)
-    thickness = steps
-    for _ in range(feather):
-        layer = Image.fromarray(np.where(depth > 0, _largest_beside(thickness), 0))
-        thickness = np.asarray(layer)
-    share = np.where(thickness > 0, steps / np.maximum(thickness, 1), 1) * (depth > 0)
-    return _smoothstep(share)
+def _grown(values: np.ndarray, steps: int) -> np.ndarray:
+    """(h, w): the largest value within ``steps`` pixels, in octagons, which are nearly circles."""
+    for step in range(steps):
+        values = _grow(values, diagonally=step % 2 == 1)
+    return values
 
 
-def _largest_beside(values: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(values.astype(np.uint8)).filter(ImageFilter.MaxFilter(3))).astype(np.float32)
-
-
-def _smoothstep(share: np.ndarray) -> np.ndarray:
-    share = share.clip(0, 1)
-    return (share * share * (3 - 2 * share)).astype(np.float32)
+def _grow(values: np.ndarray, diagonally: bool) -> np.ndarray:
+    """The largest value of each pixel and its four neighbours, or all eight."""
+    padded = np.pad(values, 1, mode="edge")
+    across = np.maximum(padded[:, :-2], padded[:, 2:])
+    if diagonally:
+        across = np.maximum(across, padded[:, 1:-1])
+        return np.maximum(np.maximum(across[:-2], across[2:]), across[1:-1])
+    down = np.maximum(padded[:-2, 1:-1], padded[2:, 1:-1])
+    return np.maximum(np.maximum(across[1:-1], down), values)
 
 
 def _change(difference: np.ndarray) -> np.ndarray:
-    """1 - g: how much of the source's detail the edit has done away with, from the largest difference nearby."""
-    most = np.abs(difference).max(-1)
-    spread = Image.fromarray(most)
-    for _ in range(2):
-        spread = Image.fromarray(_largest_of_nine(np.asarray(spread)))
-    return _smoothstep((_blurred(np.asarray(spread), 1) - UNCHANGED) / (CHANGED - UNCHANGED))
-
-
-def _largest_of_nine(values: np.ndarray) -> np.ndarray:
-    padded = np.pad(values, 1, mode="edge")
-    rows = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])
-    return np.maximum(np.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+    """(H, W): 1 - g, how much of the source's detail the edit has done away with, from its largest change nearby."""
+    tone = np.stack([_blurred(_blurred(difference[..., channel], 4), 4) for channel in range(3)], -1)
+    structure = _grown(np.abs(difference - tone).max(-1), 3)
+    change = _blurred(structure + TONE_SHARE * np.abs(tone).max(-1), 1)
+    share = ((change - UNCHANGED) / (CHANGED - UNCHANGED)).clip(0, 1)
+    return (share * share * (3 - 2 * share)).astype(np.float32)  # no edge where it begins and ends
 
 
 def _blurred(values: np.ndarray, radius: int) -> np.ndarray:
     """(h, w) averaged over squares of 2 ``radius`` + 1, edges repeated."""
-    for axis in (0, 1):
-        padded = np.pad(values, [(radius + 1, radius) if axis == a else (0, 0) for a in (0, 1)], mode="edge")
-        sums = np.cumsum(padded, axis, dtype=np.float64)
-        count = 2 * radius + 1
-        values = np.take(sums, range(count, sums.shape[axis]), axis) - np.take(
-            sums, range(sums.shape[axis] - count), axis
-        )
-        values = (values / count).astype(np.float32)
+    count = 2 * radius + 1
+    for _ in range(2):  # down the columns, then across
+        sums = np.pad(values, ((radius + 1, radius), (0, 0)), mode="edge").cumsum(0, dtype=np.float64)
+        values = ((sums[count:] - sums[:-count]) / count).astype(np.float32).T
     return values
 
 
-def _drift(difference: np.ndarray, depth: np.ndarray, feather: int) -> np.ndarray:
-    """(H, W, 3): the low-frequency offset of the tone along the region's border, spread inwards.
+def _drift(difference: np.ndarray, ring: np.ndarray) -> np.ndarray:
+    """(H, W, 3): the low-frequency offset of the tone in the ring (bool) along the region's border, spread from there.
 
-    Each pixel's offset is the mean of the border's, weighted by about the square of one over the distance (Shepard's
-    interpolation), as a sum of means over squares of 2, 4, 8 ... pixels. A difference larger than ``MOST_DRIFT`` counts
-    little, and the offset never exceeds it.
+    Each pixel's offset is the mean of the ring's, weighted by about the square of one over the distance (Shepard's
+    interpolation), as a sum of means over squares of 2, 4, 8 ... pixels. A difference counts the less the larger it is
+    beside ``MOST_DRIFT``, and all of them are held against a tenth of belief that there is no drift.
     """
-    ring = (depth > 0) & (depth <= feather)
-    size = np.abs(difference).max(-1)
-    belief = ring * np.exp(-((size / MOST_DRIFT) ** 2)).astype(np.float32)
-    total = np.full(depth.shape, 1e-6, np.float32)
+    belief = ring * np.exp(-np.square(np.abs(difference).max(-1) / MOST_DRIFT)).astype(np.float32)
+    total = np.full(ring.shape, 1e-12, np.float32)
     offset = np.zeros_like(difference)
     side = 2
-    while side <= 2 * max(depth.shape):
-        total += _mean_over(belief, side)
+    while side <= 2 * max(ring.shape):
+        total += _mean_over(belief + np.float32(0.1) * ring, side)
         for channel in range(3):
             offset[..., channel] += _mean_over(belief * difference[..., channel], side)
         side *= 2
-    offset = (offset / total[..., None]).clip(-MOST_DRIFT, MOST_DRIFT)
-    return offset * (depth > 0)[..., None]
+    return offset / total[..., None]
 
 
 def _mean_over(values: np.ndarray, side: int) -> np.ndarray:
@@ -294,17 +292,15 @@ def _blend(
     if part is None:
         return source, mask
     left, top, right, bottom = part
-    colors = source.colors(part).copy()
+    colors = np.empty((bottom - top, right - left, 3), source.color_type)
     most = np.iinfo(colors.dtype).max
-    rows = max(1, _STRIP_PIXELS // (right - left))
-    for start in range(top, bottom, rows):
-        strip = (left, start, right, min(bottom, start + rows))
+    for strip in strips(part):
         w = placement.from_canvas(weight, strip, Image.Resampling.BILINEAR)
         if limit is not None:
             w = np.minimum(w, limit[strip[1] : strip[3], left:right])
         shown = np.where(w > 0, np.maximum(np.round(w * 255), 1), 0).astype(np.uint8)
         mask.paste(Image.fromarray(shown), strip)
-        s = colors[start - top : strip[3] - top].astype(np.float32)
+        s = source.colors(strip).astype(np.float32)
         change = placement.from_canvas(difference, strip)
         change *= most
         k = placement.from_canvas(loss, strip, Image.Resampling.BILINEAR)
@@ -315,7 +311,7 @@ def _blend(
         change -= lost
         change *= w[..., None]
         s += change
-        colors[start - top : strip[3] - top] = np.rint(s).clip(0, most)
+        colors[strip[1] - top : strip[3] - top] = np.rint(s).clip(0, most)
     return source.with_colors(part, colors), mask
 
 
@@ -324,8 +320,9 @@ def _part_with_weight(weight: np.ndarray, placement: Placement) -> Box | None:
     rows, columns = np.flatnonzero(weight.any(1)), np.flatnonzero(weight.any(0))
     if not len(rows):
         return None
-    # the bilinear filter reaches one canvas pixel further
-    corners = placement.picture_points([(columns[0] - 1, rows[0] - 1), (columns[-1] + 2, rows[-1] + 2)])
+    reach = math.ceil(max(1.0, *placement.scale))  # of the bilinear filter, in canvas pixels
+    first, last = (columns[0] - reach, rows[0] - reach), (columns[-1] + 1 + reach, rows[-1] + 1 + reach)
+    corners = placement.picture_points([first, last])
     left, top = np.floor(corners[0]).astype(int).tolist()
     right, bottom = np.ceil(corners[1]).astype(int).tolist()
     box = placement.box

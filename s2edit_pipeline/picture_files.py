@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,10 +20,20 @@ from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, features
 
 from .picture_arrays import pixel_array
 from .picture_metadata import exif_of, profile_for, upright_exif, upright_xmp, xmp_of
-from .picture_modes import Box, alpha_of, deep_gray, flat_deep, is_deep_gray, paint, paint_deep, plain_mode, rgb_of
-
-MAX_PIXELS = 178_956_970
-"""A picture may have so many pixels at most, here as in Pillow: more is refused from the header alone."""
+from .picture_modes import (
+    Box,
+    alpha_of,
+    check_size,
+    deep_gray,
+    flat_deep,
+    is_deep_gray,
+    paint,
+    paint_deep,
+    plain_mode,
+    rgb_of,
+    rgba_of,
+    strips,
+)
 
 MAX_FILE_BYTES = 1 << 30
 """A file may be as long as this."""
@@ -87,9 +98,14 @@ class SourcePicture:
         left, top, right, bottom = box
         if self.deep is not None:
             return flat_deep(self.deep[top:bottom, left:right])
-        if is_deep_gray(self.native):
+        if self.color_type == np.uint16:
             return np.repeat(deep_gray(self.native.crop(box))[..., None], 3, -1)
         return np.asarray(self.rgb.crop(box))
+
+    @cached_property
+    def color_type(self) -> np.dtype[Any]:
+        """Of what :meth:`colors` gives: uint16 where the picture has more than 8 bits, else uint8."""
+        return np.dtype(np.uint8 if self.deep is None and not is_deep_gray(self.native) else np.uint16)
 
     def with_colors(self, box: Box, colors: np.ndarray) -> SourcePicture:
         """A picture like this one with other colours in ``box``: its own mode, its transparency, what its file said.
@@ -98,12 +114,16 @@ class SourcePicture:
         Args:
             colors: (h, w, 3) of the type that :meth:`colors` gives.
         """
-        present = self.colors(box)
-        if colors.shape != present.shape or colors.dtype != present.dtype:
+        left, top, right, bottom = box
+        shape = (bottom - top, right - left, 3)
+        if colors.shape != shape or colors.dtype != self.color_type:
             raise ValueError(
-                f"colors must be {present.dtype} {present.shape} for this box, not {colors.dtype} {colors.shape}."
+                f"colors must be {self.color_type} {shape} for this box, not {colors.dtype} {colors.shape}."
             )
-        changed = (colors != present).any(-1)
+        changed = np.empty(shape[:2], bool)
+        for strip in strips(box):
+            rows = slice(strip[1] - top, strip[3] - top)
+            changed[rows] = (colors[rows] != self.colors(strip)).any(-1)
         if self.deep is None:
             native = paint(self.native, box, colors, changed)
             return replace(self, native=native, rgb=rgb_of(native))
@@ -118,8 +138,7 @@ class SourcePicture:
         mode = {"1": "L", "P": "RGB" if self.alpha is None else "RGBA"}.get(self.native.mode)
         if mode is None:
             return self
-        native = self.native.convert(mode)
-        native.info.pop("transparency", None)
+        native = rgba_of(self.native) if mode == "RGBA" else self.native.convert(mode)
         return replace(self, native=native)
 
 
@@ -157,7 +176,6 @@ def read_picture(image: Any, name: str = "image") -> SourcePicture:
         return _read_file(_stream_bytes(image, name), name)
     if isinstance(image, (torch.Tensor, np.ndarray)):
         array = pixel_array(image, name)
-        _check_size(array.shape[1::-1], name)
         if array.dtype == np.uint16 and array.ndim == 3:
             return _picture(_upper_bytes(array), name, deep=array)
         return _picture(Image.fromarray(array), name)
@@ -218,17 +236,6 @@ def _check_length(length: int, name: str) -> None:
         raise ValueError(f"{name} is {length:,} bytes long; a picture's file may have {MAX_FILE_BYTES:,} at most.")
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
-    width, height = size
-    if width <= 0 or height <= 0:
-        raise ValueError(f"{name} has no pixels: it is {width} x {height}.")
-    if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"{name} is {width} x {height}, {width * height / 1e6:,.0f} megapixels; at most "
-            f"{MAX_PIXELS / 1e6:,.0f} can be worked on. Make it smaller, or crop it, first."
-        )
-
-
 def _read_file(data: bytes, name: str) -> SourcePicture:
     _check_length(len(data), name)
     if not data:
@@ -265,7 +272,7 @@ def _opened(data: bytes, name: str) -> ImageFile.ImageFile:
     Image.init()  # else Pillow doesn't know all of its formats yet
     image = Image.open(io.BytesIO(data), formats=[known for known in FORMATS if known in Image.OPEN])
     try:
-        _check_size(image.size, name)
+        check_size(image.size, name)
     except ValueError as error:
         raise _Refusal(str(error)) from None
     return image
@@ -329,7 +336,7 @@ def _read_heif(data: bytes, name: str, file_format: str) -> SourcePicture:
     try:
         opened = pillow_heif.open_heif(io.BytesIO(data))
         try:
-            _check_size(opened.size, name)
+            check_size(opened.size, name)
         except ValueError as error:
             raise _Refusal(str(error)) from None
         image = opened.to_pillow()
@@ -339,6 +346,17 @@ def _read_heif(data: bytes, name: str, file_format: str) -> SourcePicture:
         raise ValueError(str(refusal)) from None
     except Exception as error:
         raise ValueError(f"{name} can't be read as a picture: {error or type(error).__name__}") from error
+
+
+def _is_lossless_webp(data: bytes) -> bool:
+    """Whether the first chunk of pixels is VP8L."""
+    start = 12
+    while start + 8 <= len(data):
+        if data[start : start + 4] in (b"VP8 ", b"VP8L", b"ANMF"):
+            return data[start : start + 4] == b"VP8L"
+        length = int.from_bytes(data[start + 4 : start + 8], "little")
+        start += 8 + length + length % 2
+    return False
 
 
 def _save_options(image: Image.Image, data: bytes) -> dict[str, Any]:
@@ -352,7 +370,7 @@ def _save_options(image: Image.Image, data: bytes) -> dict[str, Any]:
         if sampling >= 0:
             options["subsampling"] = sampling
     elif image.format == "WEBP":
-        options["lossless"] = b"VP8L" in data[12:64]
+        options["lossless"] = _is_lossless_webp(data)
     elif image.format == "TIFF":
         options["compression"] = image.info.get("compression")
     resolution = image.info.get("dpi")
@@ -395,7 +413,7 @@ def _picture(
 
 
 def _read_pil(image: Image.Image, name: str) -> SourcePicture:
-    _check_size(image.size, name)
+    check_size(image.size, name)
     try:
         options = _save_options(image, b"")
         options.pop("lossless", None)

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 Box = tuple[int, int, int, int]
 
+MAX_PIXELS = 178_956_970
+"""A picture may have so many pixels at most, here as in Pillow: more is refused from the header alone."""
+
 _SAME_AS = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA", "RGBX": "RGB", "I;16B": "I;16", "I;16L": "I;16", "I;16N": "I;16"}
+_STRIP_PIXELS = 1 << 19
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def check_size(size: tuple[int, int], name: str) -> None:
+    """Raises:
+    ValueError: a picture of ``size`` (width, height) has no pixels, or more than ``MAX_PIXELS``.
+    """
+    width, height = size
+    if width <= 0 or height <= 0:
+        raise ValueError(f"{name} has no pixels: it is {width} x {height}.")
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{name} is {width} x {height}, {width * height / 1e6:,.0f} megapixels; at most "
+            f"{MAX_PIXELS / 1e6:,.0f} can be worked on. Make it smaller, or crop it, first."
+        )
+
+
+def strips(box: Box) -> Iterator[Box]:
+    """``box`` from top to bottom in pieces that don't take much memory."""
+    left, top, right, bottom = box
+    rows = max(1, _STRIP_PIXELS // (right - left))
+    for start in range(top, bottom, rows):
+        yield left, start, right, min(bottom, start + rows)
 
 
 def plain_mode(image: Image.Image, name: str) -> Image.Image:
@@ -23,8 +50,10 @@ def plain_mode(image: Image.Image, name: str) -> Image.Image:
     """
     if image.mode in ("1", "L", "RGB") and "transparency" in image.info:
         return image.convert("RGBA" if image.mode == "RGB" else "LA")
-    if image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A"):
-        return image.convert("RGBA")
+    if image.mode == "P":
+        if "transparency" not in image.info and image.palette is not None and image.palette.mode.endswith("A"):
+            return image.convert("RGBA")
+        return _palette_picture(image.size, image.tobytes(), image.getpalette() or [], image.info)
     if image.mode in _SAME_AS:
         mode = _SAME_AS[image.mode]
         if mode == "I;16":
@@ -52,7 +81,12 @@ def has_alpha(image: Image.Image) -> bool:
 
 def alpha_of(image: Image.Image) -> Image.Image | None:
     """The transparency of a picture of a plain mode, "L"; None where all of it is opaque by its kind."""
-    return image.convert("RGBA").getchannel("A") if has_alpha(image) else None
+    return rgba_of(image).getchannel("A") if has_alpha(image) else None
+
+
+def rgba_of(image: Image.Image) -> Image.Image:
+    """A picture of a plain mode as 8-bit RGBA."""
+    return image.copy().convert("RGBA")  # of a palette with transparency Pillow changes what it converts
 
 
 def rgb_of(image: Image.Image) -> Image.Image:
@@ -60,8 +94,8 @@ def rgb_of(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if has_alpha(image):
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba_of(image)).convert("RGB")
     if image.mode in ("I;16", "I", "F"):
         gray = np.round(deep_gray(image) / np.float32(257)) if is_deep_gray(image) else np.asarray(image)
         image = Image.fromarray(gray.astype(np.uint8))
@@ -111,22 +145,22 @@ def paint(image: Image.Image, box: Box, colors: np.ndarray, changed: np.ndarray)
         return result
     if image.mode == "P":
         return _paint_palette(result, box, colors, changed)
-    left, top, right, bottom = box
-    patch = np.array(image.crop(box))
-    patch[changed] = _PAINTERS[image.mode](patch, colors)[changed]
-    if image.mode in ("I;16", "I", "F"):
-        values = np.array(image)
-        values[top:bottom, left:right] = patch
+    left, top, right, _ = box
+    is_wide = image.mode in ("I;16", "I", "F")
+    values = np.array(image) if is_wide else np.empty(0)
+    for strip in strips(box):
+        rows = slice(strip[1] - top, strip[3] - top)
+        patch = np.array(image.crop(strip))
+        patch[changed[rows]] = _PAINTERS[image.mode](patch, colors[rows])[changed[rows]]
+        if is_wide:
+            values[strip[1] : strip[3], left:right] = patch
+        elif image.mode == "1":  # numpy shows one bit as bool
+            result.paste(Image.fromarray(patch), strip)
+        else:
+            result.paste(Image.frombytes(image.mode, patch.shape[1::-1], patch.tobytes()), strip)
+    if is_wide:
         result = Image.fromarray(values)
         result.info = dict(image.info)
-        return result
-    # numpy shows one bit as bool and the rest as bytes
-    piece = (
-        Image.fromarray(patch)
-        if image.mode == "1"
-        else Image.frombytes(image.mode, patch.shape[1::-1], patch.tobytes())
-    )
-    result.paste(piece, box)
     return result
 
 
@@ -135,7 +169,10 @@ def paint_deep(deep: np.ndarray, box: Box, colors: np.ndarray, changed: np.ndarr
     left, top, right, bottom = box
     result = deep.copy()
     patch = result[top:bottom, left:right]
-    patch[changed, :3] = (colors if deep.shape[-1] == 3 else _straight(patch, colors, 65535))[changed]
+    for strip in strips(box):
+        rows = slice(strip[1] - top, strip[3] - top)
+        piece, new = patch[rows], colors[rows]
+        piece[changed[rows], :3] = (new if deep.shape[-1] == 3 else _straight(piece, new, 65535))[changed[rows]]
     return result
 
 
@@ -214,10 +251,16 @@ def _paint_palette(result: Image.Image, box: Box, colors: np.ndarray, changed: n
     chart.putpalette(palette[places].tobytes())
     nearest = np.asarray(Image.fromarray(colors).quantize(palette=chart, dither=Image.Dither.FLOYDSTEINBERG))
     patch[changed] = places[np.minimum(nearest, len(places) - 1)][changed]
-    painted = Image.frombytes("P", result.size, indices.tobytes())
-    painted.putpalette(palette.tobytes())
-    painted.info = dict(result.info)
-    return painted
+    return _palette_picture(result.size, indices.tobytes(), palette.tobytes(), result.info)
+
+
+def _palette_picture(
+    size: tuple[int, int], indices: bytes, palette: list[int] | bytes, info: Mapping[Any, Any]
+) -> Image.Image:
+    image = Image.frombytes("P", size, indices)
+    image.putpalette(palette)
+    image.info = dict(info)
+    return image
 
 
 _PAINTERS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {

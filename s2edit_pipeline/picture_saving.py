@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .picture_files import SourcePicture
 from .picture_metadata import EXIF_PREFIX, profile_for
+from .picture_modes import plain_mode, rgba_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,9 @@ def picture_bytes(picture: SourcePicture, file_format: str | None = None, qualit
     if quality is not None and not 1 <= quality <= 100:
         raise ValueError(f"quality must be from 1 to 100, not {quality!r}.")
     mode = picture.mode
-    if mode not in _MODES[file_format]:
+    if mode not in _MODES[file_format] or (
+        mode == "P" and picture.alpha is not None and file_format not in ("PNG", "GIF")
+    ):
         mode = _nearest_mode(picture, file_format)
     if mode.endswith(";16") and mode != "I;16":
         return _deep_png(picture) if file_format == "PNG" else _deep_tiff(picture)
@@ -118,9 +121,9 @@ def _nearest_mode(picture: SourcePicture, file_format: str) -> str:
 def _in_mode(picture: SourcePicture, mode: str) -> Image.Image:
     """The picture in a mode that may not be its own, its ``info`` without what ``save`` is told by itself."""
     if picture.mode == mode:
-        image = picture.native.copy()
+        image = plain_mode(picture.native.copy(), "picture")
     elif mode in ("RGBA", "LA"):
-        image = picture.native.convert(mode)
+        image = rgba_of(picture.native).convert(mode)
     elif mode == "P":
         image = _palette(picture)
     else:
@@ -159,7 +162,9 @@ def _options(picture: SourcePicture, file_format: str, mode: str, quality: int |
         else:
             options |= {"quality": QUALITY if quality is None else quality, "subsampling": 0}
     elif file_format == "WEBP":
-        is_lossless = quality is None and (source.get("lossless", False) or picture.format in ("PNG", "BMP", "TIFF"))
+        is_lossless = quality is None and (
+            source.get("lossless", False) or picture.format in ("PNG", "GIF", "BMP", "TIFF")
+        )
         options |= {"lossless": is_lossless, "quality": QUALITY if quality is None else quality, "exact": True}
     elif file_format in ("AVIF", "HEIF"):
         options["quality"] = QUALITY if quality is None else quality
@@ -170,8 +175,6 @@ def _options(picture: SourcePicture, file_format: str, mode: str, quality: int |
         if compression in ("group3", "group4", "tiff_ccitt") and mode != "1":
             compression = "tiff_adobe_deflate"
         options["compression"] = compression
-    elif file_format == "GIF":
-        options["optimize"] = False
     return options
 
 
