@@ -221,7 +221,7 @@ def test_other_programs_read_our_sixteen_bits(mode: str, channels: int) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "deep"])
 def test_the_cameras_rotation_is_applied_and_taken_back(file_format: str, orientation: int, tmp_path: Path) -> None:
-    if not features.check(file_format.lower()) and file_format == "AVIF":
+    if file_format == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
     turn: Callable[[np.ndarray], np.ndarray] = {
         1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
@@ -473,7 +473,8 @@ def test_what_is_no_picture_is_refused_in_words(image: Any, error: type[Exceptio
         warnings.simplefilter("error")  # a coroutine that nobody awaited
         with pytest.raises(error, match=message):
             read_picture(image)
-        gc.collect()
+        if isinstance(image, Upload):
+            gc.collect()
     assert asyncio.run(Upload().read()) == b""
 
 
