@@ -22,15 +22,7 @@ from diffusers.loaders import (
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 # diffusers copies only the files that this one names, see publishing.unfollowed: so every module is named here
 from .attention_controls import Controllers  # noqa: F401
@@ -68,7 +60,12 @@ from .inversion_record import DEFAULT_INVERSION, Inversion
 from .inversion_stage import InversionCall, invert_words
 from .noise_schedule import NoiseSchedule  # noqa: F401
 from .object_masks import mask_to_picture  # noqa: F401
+from .picture_arrays import pixel_array  # noqa: F401
+from .picture_files import read_picture  # noqa: F401
 from .picture_inputs import load_picture  # noqa: F401
+from .picture_metadata import exif_of  # noqa: F401
+from .picture_modes import rgb_of  # noqa: F401
+from .picture_placement import place_picture  # noqa: F401
 from .pipeline_arguments import (
     BOTH,
     DRAWING,
@@ -141,12 +138,12 @@ class S2EditPipeline(
         scheduler: KarrasDiffusionSchedulers = None,
         safety_checker: StableDiffusionSafetyChecker = None,
         feature_extractor: CLIPImageProcessor = None,
-        image_encoder: CLIPVisionModelWithProjection = None,
+        image_encoder: PreTrainedModel = None,
         text_encoder_2: CLIPTextModelWithProjection = None,
         tokenizer_2: CLIPTokenizer = None,
         transformer: ModelMixin = None,
         text_encoder_3: PreTrainedModel = None,
-        tokenizer_3: PreTrainedTokenizerBase = None,
+        tokenizer_3: Any = None,
         requires_safety_checker: bool = False,
         force_zeros_for_empty_prompt: bool = True,
     ) -> None:
