@@ -309,7 +309,7 @@ def test_going_on_gives_the_same_as_going_through(train, tmp_path):
 def test_the_average_forgets_its_youth(train, tmp_path):
     averages, weights = [], []
     for stop in (1, 2, 3):
-        train(tmp_path, stop_at=stop)
+        train(tmp_path, stop_at=stop, learning_rate=0.3)  # of which the warm-up leaves little
         state = _state(tmp_path)
         averages.append([p.clone() for p in state["average"]["shadow_params"]])
         weights.append(list(state["transformer"][n] for n, _ in small_transformer().named_parameters()))
@@ -319,7 +319,7 @@ def test_the_average_forgets_its_youth(train, tmp_path):
         for before, after, new in zip(averages[max(i - 1, 0)], averages[i], weights[i], strict=True):
             assert (after - (kept * before + (1 - kept) * new)).abs().max() < 1e-6
     assert kept > 0.5
-    assert any((a - w).abs().max() > 1e-6 for a, w in zip(averages[2], weights[2], strict=True))
+    assert any((a - w).abs().max() > 1e-4 for a, w in zip(averages[2], weights[2], strict=True))
 
 
 def test_more_steps_are_no_other_way_but_other_settings_are(train, tmp_path):
