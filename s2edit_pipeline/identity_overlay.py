@@ -166,10 +166,10 @@ class IdentityOverlay:
             return {}
         self._check_components(components)
         check_present(components)
-        plain = self._plain_tokenizers
-        for name in leaving:
+        *others, last = leaving
+        for name in others:
             self._remove(name)
-        return {name: with_tokens(t, self.tokens) for name, t in plain.items()} if self._identities else plain
+        return self._remove(last)
 
     def ensure(self, components: Components) -> None:
         """Put the identities back where the user's doings with LoRAs have taken or switched them off; cheap where
@@ -302,8 +302,9 @@ class IdentityOverlay:
             hook.remove()
         self._row_hooks, self._tables = laid, tables
 
-    def _remove(self, token: str) -> None:
-        """Take out what there is of the identity ``token``, be it laid whole or in part; the others stay."""
+    def _remove(self, token: str) -> dict[str, Any]:
+        """Take out what there is of the identity ``token``, be it laid whole or in part; the others stay. Gives the
+        tokenizers that know these."""
         gone, peft_name = self._identities.pop(token), self._adapter_names.pop(token)
         for key, layer in list(self._layers.items()):
             layer.remove(peft_name)
@@ -314,11 +315,14 @@ class IdentityOverlay:
             for loaded in self._identities.values():
                 for component in self._modules:
                     self._add_differences(component, loaded)
-        if not self._identities:
+        tokenizers = self._plain_tokenizers
+        if self._identities:
+            tokenizers = {name: with_tokens(tokenizer, self.tokens) for name, tokenizer in tokenizers.items()}
+            self._lay_rows(tokenizers)
+        else:
             self._lay_rows({})
             self._plain_tokenizers, self._modules = {}, {}
-        else:
-            self._lay_rows({name: with_tokens(t, self.tokens) for name, t in self._plain_tokenizers.items()})
+        return tokenizers
 
 
 # ------------------------------------------------------------------------------ one layer
