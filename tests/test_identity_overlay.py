@@ -405,10 +405,11 @@ def test_theirs_goes_and_ours_stays(both: Story, call: Callable[[Any], None]) ->
 
 
 def assert_as_before_but_flags(story: Story) -> None:
-    """diffusers leaves ``_hf_peft_config_loaded`` behind, and emptied layers that nothing of ours was in."""
+    """diffusers and transformers leave flags of theirs behind, and emptied layers that nothing of ours was in."""
     story.stock.unload_lora_weights()
     for module in story.components.values():
-        vars(module).pop("_hf_peft_config_loaded", None)
+        for flag in ("_hf_peft_config_loaded", "_weight_conversions"):
+            vars(module).pop(flag, None)
         module.requires_grad_(True)
     assert_as_before(condition(story.components), story.before)
 
