@@ -159,7 +159,7 @@ class IdentityOverlay:
             when none is left. Nothing where nothing was loaded.
 
         Raises:
-            ValueError: no identity of that token is loaded, or the weights are offloaded.
+            ValueError: no identity of that token is loaded, the weights are offloaded, or a LoRA is fused into them.
         """
         leaving = list(self._identities) if token is None else [token]
         for name in leaving:
@@ -171,10 +171,11 @@ class IdentityOverlay:
             return {}
         self._check_components(components)
         check_present(components)
-        plain = self._plain_tokenizers
-        for name in leaving:
+        self._check_unfused()
+        *others, last = leaving
+        for name in others:
             self._remove(name)
-        return {name: with_tokens(t, self.tokens) for name, t in plain.items()} if self._identities else plain
+        return self._remove(last)
 
     def ensure(self, components: Components) -> None:
         """Put the identities back where the user's doings with LoRAs have taken or switched them off; cheap where
@@ -262,14 +263,18 @@ class IdentityOverlay:
             self._attach(component, loaded, self._adapter_names[token])
 
     def _settle(self) -> None:
+        self._check_unfused()
+        for layer in self._layers.values():
+            if not layer.is_settled():
+                layer.settle()
+
+    def _check_unfused(self) -> None:
         for layer in self._layers.values():
             if layer.wrapper.merged_adapters:
                 raise ValueError(
                     f"A LoRA was fused into the {layer.component} while identities ({', '.join(self._identities)}) are "
                     "loaded. Call pipe.unfuse_lora(): LoRAs that aren't fused work beside identities."
                 )
-            if not layer.is_settled():
-                layer.settle()
 
     # -------------------------------------------------------------------- plain differences and rows
 
@@ -281,7 +286,8 @@ class IdentityOverlay:
             parameter = _parameter(module, name)
             assert parameter is not None
             self._originals.setdefault((component, name), parameter.data)
-            changed = parameter.data.float() + loaded.scale * difference.to(parameter.device, torch.float32)
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            changed = parameter.data.to(wide) + loaded.scale * difference.to(parameter.device, wide)
             parameter.data = changed.to(parameter.dtype)
 
     def _put_originals_back(self) -> None:
@@ -307,8 +313,9 @@ class IdentityOverlay:
             hook.remove()
         self._row_hooks, self._tables = laid, tables
 
-    def _remove(self, token: str) -> None:
-        """Take out what there is of the identity ``token``, be it laid whole or in part; the others stay."""
+    def _remove(self, token: str) -> dict[str, Any]:
+        """Take out what there is of the identity ``token``, be it laid whole or in part; the others stay. Gives the
+        tokenizers that know these."""
         gone, peft_name = self._identities.pop(token), self._adapter_names.pop(token)
         for key, layer in list(self._layers.items()):
             layer.remove(peft_name)
@@ -319,11 +326,14 @@ class IdentityOverlay:
             for loaded in self._identities.values():
                 for component in self._modules:
                     self._add_differences(component, loaded)
-        if not self._identities:
+        tokenizers = self._plain_tokenizers
+        if self._identities:
+            tokenizers = {name: with_tokens(tokenizer, self.tokens) for name, tokenizer in tokenizers.items()}
+            self._lay_rows(tokenizers)
+        else:
             self._lay_rows({})
             self._plain_tokenizers, self._modules = {}, {}
-        else:
-            self._lay_rows({name: with_tokens(t, self.tokens) for name, t in self._plain_tokenizers.items()})
+        return tokenizers
 
 
 # ------------------------------------------------------------------------------ one layer
@@ -422,6 +432,7 @@ class _Layer:
     def add(self, name: str, fresh: LoraLayer, factors: Any, scale: float) -> None:
         """Give the layer the adapter ``name``, which PEFT has made in ``fresh``, with ``factors`` for its weights."""
         wrapper, rank = self.wrapper, len(factors.down)
+        self.scalings[name] = scaling = scale * factors.scale  # first: what isn't finished can be removed
         if wrapper is not fresh:
             for part in (*fresh.adapter_layer_names, *fresh.other_param_names):
                 if name in getattr(fresh, part):
@@ -434,7 +445,6 @@ class _Layer:
         ends = ("out_features", "in_features") if factors.down.ndim == 2 else ("out_channels", "in_channels")
         setattr(wrapper.lora_A[name], ends[0], rank)
         setattr(wrapper.lora_B[name], ends[1], rank)
-        self.scalings[name] = scaling = scale * factors.scale
         # so that PEFT's own way back to "1" is our scale
         wrapper.r[name], wrapper.lora_alpha[name], wrapper.scaling[name] = rank, scaling * rank, scaling
 

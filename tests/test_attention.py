@@ -9,17 +9,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
-from s2edit_pipeline.attention_controls import (
-    ControlledAttnProcessor,
-    Controllers,
-    LayerAttention,
-    MapRecorder,
-    PromptToPrompt,
-    Reweighting,
-    SpatialControl,
-    layer_sizes,
-    mask_at,
-)
+from s2edit_pipeline.attention_controls import ControlledAttnProcessor, Controllers, LayerAttention, MapRecorder, PromptToPrompt, Reweighting, SpatialControl, layer_sizes, mask_at
 from s2edit_pipeline.attention_seam import AttentionController, AttentionSite, attention_control
 from s2edit_pipeline.inversion_record import INVERSIONS
 from s2edit_pipeline.pipeline import S2EditPipeline

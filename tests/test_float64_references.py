@@ -14,13 +14,7 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 from diffusers.models.attention_processor import Attention
 
-from s2edit_pipeline.attention_controls import (
-    ControlledAttnProcessor,
-    Controllers,
-    PromptToPrompt,
-    Reweighting,
-    SpatialControl,
-)
+from s2edit_pipeline.attention_controls import ControlledAttnProcessor, Controllers, PromptToPrompt, Reweighting, SpatialControl
 from s2edit_pipeline.attention_seam import AttentionSite
 from s2edit_pipeline.attention_source import AttentionKeeper, KeepAttention
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer

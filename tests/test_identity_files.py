@@ -23,15 +23,7 @@ from safetensors.torch import load, save
 
 from s2edit_pipeline import identity_files
 from s2edit_pipeline.identity_adapter import IdentityAdapter, LearnedAttribute
-from s2edit_pipeline.identity_schema import (
-    CONFIG_FILE,
-    DIFFERENCES_FILE,
-    LORA_FILE,
-    MASK_FILES,
-    TOKEN_FILES,
-    checksum_of,
-    sha256_of,
-)
+from s2edit_pipeline.identity_schema import CONFIG_FILE, DIFFERENCES_FILE, LORA_FILE, MASK_FILES, TOKEN_FILES, checksum_of, sha256_of
 from s2edit_pipeline.pipeline import S2EditPipeline
 
 Files = dict[str, bytes]
@@ -221,12 +213,12 @@ ATTACKS: list[tuple[str, Callable[[Files], Files], str]] = [
     (
         "a newer format",
         lambda f: with_config(f, format_version=99),
-        "format version 99 and this release reads 2: pip install --upgrade",
+        "format version 99 and this release reads 2 and 3: pip install --upgrade",
     ),
     (
         "an older format",
         lambda f: with_config(f, format_version=1),
-        "format version 1 and this release reads 2: fit the identity again",
+        "format version 1 and this release reads 2 and 3: fit the identity again",
     ),
     (
         "a later field",

@@ -14,16 +14,7 @@ from scipy import ndimage
 
 from s2edit_pipeline.attention_controls import MapRecorder
 from s2edit_pipeline.noise_schedule import NoiseSchedule
-from s2edit_pipeline.object_masks import (
-    changed_cells,
-    edit_region,
-    feather,
-    gaussian_smooth,
-    largest_component,
-    mask_to_picture,
-    record_maps,
-    threshold_map,
-)
+from s2edit_pipeline.object_masks import changed_cells, edit_region, feather, gaussian_smooth, largest_component, mask_to_picture, record_maps, threshold_map
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
