@@ -20,6 +20,7 @@ from .edit_words import TargetPlan, plan_edits
 from .identity_prompts import (
     branches,
     check_prompt,
+    check_takes_part,
     check_tokens,
     encode_each,
     identities_in,
@@ -145,6 +146,7 @@ def edit_words(work: Work, request: EditRequest) -> EditWords:
     check_tokens(source_prompt, family, overlay)
     if parse_weights(source_prompt)[1]:
         raise ValueError(f"source_prompt={source_prompt!r} holds weights; they belong in the target prompt.")
+    check_takes_part(request.identity_token, [*prompts, source_prompt], overlay)
     warn_of_words(source_prompt, prompts, family)
     source = family.tokenize(with_identities(source_prompt, present, overlay))
     targets = [family.tokenize(text) for text in prompts]

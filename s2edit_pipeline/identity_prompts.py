@@ -69,6 +69,19 @@ def identities_in(prompts: Sequence[str], overlay: IdentityOverlay) -> list[str]
     return [token for token in overlay.identities if any(token in split_words(prompt, [token]) for prompt in prompts)]
 
 
+def check_takes_part(token: str | None, prompts: Sequence[str], overlay: IdentityOverlay) -> None:
+    """Raises:
+    ValueError: the identity ``token`` is passed for this call, has no weights, and no prompt has a token of it.
+    """
+    if token is None or (adapter := overlay.identities[token].adapter).weights:
+        return
+    if not any(name in split_words(prompt, [name]) for prompt in prompts for name in adapter.learned):
+        raise ValueError(
+            f"The identity {token!r} is a token alone, without weights, and no prompt has it: write {token} before "
+            f"{adapter.subject!r}, or leave identity= out."
+        )
+
+
 def with_identities(prompt: str, tokens: Sequence[str], overlay: IdentityOverlay) -> str:
     """``prompt`` with each loaded identity of ``tokens`` put before its subject.
 

@@ -426,8 +426,8 @@ class S2EditPipeline(
             steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
             drawn = {**stock_arguments, **given.only((*BOTH, *DRAWING)), "num_inference_steps": steps}
             drawn["guidance_scale"] = guidance_scale
-            with self._at_work(identity, stop, lambda call: None) as (work, _):
-                output = draw(work, drawn, callback_on_step_end, names)
+            with self._at_work(identity, stop, lambda call: None) as (work, token):
+                output = draw(work, drawn, callback_on_step_end, names, token)
         else:
             method = chosen.get("inversion", DEFAULT_INVERSION)
             names = check_editing(given, stock_arguments, self._callback_tensor_inputs)

@@ -16,7 +16,7 @@ import torch
 from .attention_controls import SpatialControl
 from .attention_seam import AttentionAccess, AttentionController, AttentionSite, Cuts
 from .edit_output import S2EditPipelineOutput
-from .identity_prompts import check_prompt, check_tokens, encode_each, spatial_control
+from .identity_prompts import check_prompt, check_takes_part, check_tokens, encode_each, spatial_control
 from .noise_schedule import check_finite
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
@@ -29,13 +29,18 @@ EMBEDDINGS = (
 
 
 def draw(
-    work: Work, arguments: Mapping[str, Any], callback: Callable[..., Any] | None, callback_tensors: Sequence[str]
+    work: Work,
+    arguments: Mapping[str, Any],
+    callback: Callable[..., Any] | None,
+    callback_tensors: Sequence[str],
+    identity_token: str | None = None,
 ) -> S2EditPipelineOutput:
     """Draw as the stock pipeline would with ``arguments``.
 
     Args:
         arguments: of the stock pipeline's call, by its names; a None is left to its default.
         callback: ``f(pipe, step, timestep, tensors)``, shown the tensors ``callback_tensors``.
+        identity_token: the identity that the call was made with, or None.
 
     Raises:
         TypeError: the stock pipeline has no such argument.
@@ -48,7 +53,11 @@ def draw(
     unknown = sorted(given.keys() - inspect.signature(stock.__call__).parameters.keys())
     if unknown:
         raise TypeError(f"{type(stock).__name__}, which draws this model's pictures, has no argument {unknown[0]!r}.")
-    names_token = _names_token(work, given)
+    texts = _prompts(given)
+    for text in texts:
+        check_tokens(text, work.family, work.overlay)
+    check_takes_part(identity_token, texts, work.overlay)
+    names_token = any(token in split_words(text, [token]) for text in texts for token in work.overlay.tokens)
     if names_token or given.get("height") or given.get("width"):
         # of a single side Stable Diffusion's pipeline takes no notice
         given |= {name: given.get(name) or work.family.native_size for name in ("height", "width")}
@@ -80,18 +89,11 @@ def draw(
     )
 
 
-def _names_token(work: Work, given: Mapping[str, Any]) -> bool:
-    """Whether a prompt names a learned token.
-
-    Raises:
-        ValueError: one looks like a learned token, and none of that name is loaded.
-    """
+def _prompts(given: Mapping[str, Any]) -> list[str]:
+    """All of them; what is no text the stock pipeline refuses."""
     prompts = [given.get(name) for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")]
-    each = [text for one in prompts for text in (one if isinstance(one, (list, tuple)) else [one])]
-    texts = [text for text in each if isinstance(text, str)]  # what is none the stock pipeline refuses
-    for text in texts:
-        check_tokens(text, work.family, work.overlay)
-    return any(token in split_words(text, [token]) for text in texts for token in work.overlay.tokens)
+    texts = [text for one in prompts for text in (one if isinstance(one, (list, tuple)) else [one])]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _with_own_embeddings(work: Work, given: dict[str, Any]) -> tuple[dict[str, Any], list[TokenizedPrompt]]:

@@ -362,6 +362,17 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def test_a_token_that_no_prompt_has_is_refused(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    """Without weights the identity would change nothing; with weights it does."""
+    identity = pipe.fit_identity(picture, SOURCE, "lady", num_steps=1, method="token")
+    message = r"'\[I\]' is a token alone, without weights, and no prompt has it: write \[I\] before 'lady'"
+    for arguments in ({"image": picture, "source_prompt": SOURCE}, {}):
+        with pytest.raises(ValueError, match=message):
+            pipe(TARGET, identity=identity, num_inference_steps=1, **arguments)
+        assert pipe(WITH, identity=identity, num_inference_steps=1, **arguments).images
+    assert pipe.invert(picture, SOURCE, identity=identity, num_inference_steps=1).prompt.count("[I]") == 1
+
+
 def test_a_mask_is_previewed_on_the_bare_model_alone(
     pipe: S2EditPipeline, picture: Image.Image, identity: IdentityAdapter
 ) -> None:
