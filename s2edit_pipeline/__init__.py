@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .identity_adapter import IdentityAdapter
     from .inversion_record import Inversion
     from .pipeline import S2EditPipeline
+    from .prompt_changes import change_words
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ReferenceAttribute",
     "S2EditPipeline",
     "S2EditPipelineOutput",
+    "change_words",
     "load_avatars",
 ]
 
@@ -31,6 +33,7 @@ _WHERE = {
     "ReferenceAttribute": "fit_settings",
     "S2EditPipeline": "pipeline",
     "S2EditPipelineOutput": "edit_output",
+    "change_words": "prompt_changes",
     "load_avatars": "avatars",
 }
 
@@ -41,3 +44,7 @@ def __getattr__(name: str) -> Any:  # diffusers and transformers take seconds to
 
         return getattr(import_module(f".{_WHERE[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

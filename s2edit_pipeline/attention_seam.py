@@ -203,7 +203,7 @@ class _Wrappers:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.installed: list[tuple[nn.Module, Any]] = []
+        self.installed: list[tuple[Any, Any]] = []
         self.controls: list[_Control] = []
 
     def enter(self, control: _Control) -> None:
@@ -214,7 +214,8 @@ class _Wrappers:
                 for name, layer in layers.items():
                     processor = layer.processor
                     self.installed.append((layer, processor))
-                    _set_processor(layer, _wrapper_class(type(processor))(name, processor, self))
+                    kind: Any = type(processor)
+                    layer.set_processor(_wrapper_class(kind)(name, processor, self))
             self.controls.append(control)
 
     def leave(self, control: _Control) -> None:
@@ -222,7 +223,7 @@ class _Wrappers:
             self.controls.remove(control)
             if not self.controls:
                 for layer, processor in self.installed:
-                    _set_processor(layer, processor)
+                    layer.set_processor(processor)
                 self.installed.clear()
 
     def current(self) -> _Control | None:
@@ -308,10 +309,6 @@ def check_processors(layers: dict[str, Any]) -> None:
                 f"{name} holds {kind.__name__}, whose attention can't be edited. Take it out first: "
                 "pipe.unload_ip_adapter(), or unet.set_default_attn_processor()."
             )
-
-
-def _set_processor(layer: Any, processor: Any) -> None:
-    layer.set_processor(processor)
 
 
 @contextmanager

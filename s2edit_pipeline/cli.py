@@ -41,7 +41,7 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
 
     def run(args: argparse.Namespace) -> int:
         if args.curves:
-            from .evaluation.training_curves import plot_training
+            from .avatars.training_curves import plot_training
 
             plot_training(args.out, args.curves)
             return 0

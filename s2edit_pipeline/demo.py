@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .evaluation.counterfactual import CounterfactualEdit
+    from .evaluation.metrics.counterfactual import CounterfactualEdit
 
 DEFAULT_PERSON = 3
 
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
     else:
         from .avatars.captions import describe
         from .avatars.world import render, sample
-        from .evaluation.counterfactual import demo_edits
+        from .evaluation.metrics.counterfactual import demo_edits
 
         avatar = sample(args.kind, args.person, "held_out")
         picture, prompt, subject = render(avatar), describe(avatar).text, avatar.noun
@@ -149,7 +149,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
         line = f"{clock():6.1f} s  {name}: {took:.1f} s"
         truth = None
         if edit is not None:
-            from .evaluation.counterfactual import grade
+            from .evaluation.metrics.counterfactual import grade
 
             score, truth = grade(edit, edited), edit.truth()
             record |= asdict(score)

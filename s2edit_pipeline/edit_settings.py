@@ -86,6 +86,19 @@ class EditSettings:
         check_choice("edit", self.edit, ("auto", "replace", "refine"))
         if not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength!r}.")
+        if self.blend_words is False:
+            self.check_region("with blend_words=False, which has none")
+
+    def check_region(self, why: str) -> None:
+        """For an edit that looks for no region of its own.
+
+        Raises:
+            ValueError: a threshold of that region is changed all the same.
+        """
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name in ("blend_threshold", "change_threshold") and value != one.default:
+                raise ValueError(f"{one.name}={value!r} is of the words' region and has no effect {why}; leave it out.")
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], preset: Mapping[str, Any]) -> EditSettings:

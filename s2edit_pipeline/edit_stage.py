@@ -17,9 +17,18 @@ from .edit_loop import EDITS, EditedLatents, EditTask
 from .edit_output import S2EditPipelineOutput
 from .edit_settings import EditRequest
 from .edit_words import TargetPlan, plan_edits
-from .identity_prompts import branches, check_prompt, encode_each, identities_in, spatial_control, with_identities
+from .identity_prompts import (
+    branches,
+    check_prompt,
+    check_tokens,
+    encode_each,
+    identities_in,
+    spatial_control,
+    warn_of_words,
+    with_identities,
+)
 from .inversion_origin import check_inversion
-from .inversion_record import DEFAULT_INVERSION, INVERSIONS, Inversion, inversion_method
+from .inversion_record import DEFAULT_INVERSION, INVERSIONS, Inversion, check_keeping, inversion_method
 from .inversion_stage import InversionRequest, invert_picture
 from .noise_schedule import NoiseSchedule
 from .object_masks import feather, mask_to_picture
@@ -27,16 +36,19 @@ from .picture_inputs import load_mask, load_picture, picture_to_tensor
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import Batch, Branch
+from .prompt_words import parse_weights
 
 DEFAULT_STEPS = 50
 
 
 @dataclass(frozen=True)
 class EditWords:
-    """The prompts of an edit, with the identities' tokens in their places."""
+    """The prompts of an edit, with the identities' tokens in their places, and for each target the weights that were
+    written into it, "(smiling:1.4)"."""
 
     source: TokenizedPrompt
     targets: Sequence[TokenizedPrompt]
+    weights: Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,9 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
     words = edit_words(work, request)
     canvas = edit_canvas(work, request, words)
     region = _given_region(work, request, canvas)
-    plans = plan_edits(words.source, words.targets, settings, num_steps=canvas.schedule.num_steps, region=region)
+    plans = plan_edits(
+        words.source, words.targets, settings, num_steps=canvas.schedule.num_steps, region=region, weights=words.weights
+    )
 
     encoded_source = encode_each(family, [words.source], request.clip_skip)
     encoded_targets = encode_each(family, words.targets, request.clip_skip)
@@ -111,11 +125,13 @@ def edit_words(work: Work, request: EditRequest) -> EditWords:
     Raises:
         TypeError, ValueError: a prompt is missing, empty or too long.
     """
-    overlay, prompts = work.overlay, list(request.prompts)
-    if not prompts:
+    overlay, family = work.overlay, work.family
+    if not request.prompts:
         raise ValueError("Pass the target prompt: pipe('a photo of a [I] lady', image=image, source_prompt=...).")
-    for text in prompts:
+    for text in request.prompts:
         check_prompt(text, "prompt")
+        check_tokens(text, family, overlay)
+    prompts, weights = zip(*(parse_weights(text) for text in request.prompts), strict=True)
     inverted_prompt = str(getattr(request.inversion, "prompt", ""))
     present = identities_in([*prompts, inverted_prompt], overlay)
     source_prompt = request.source_prompt
@@ -126,12 +142,15 @@ def edit_words(work: Work, request: EditRequest) -> EditWords:
         if source_prompt is None:
             raise ValueError("Pass source_prompt=, what the picture shows now: 'a photo of a lady with glasses'.")
     check_prompt(source_prompt, "source_prompt")
-    family = work.family
+    check_tokens(source_prompt, family, overlay)
+    if parse_weights(source_prompt)[1]:
+        raise ValueError(f"source_prompt={source_prompt!r} holds weights; they belong in the target prompt.")
+    warn_of_words(source_prompt, prompts, family)
     source = family.tokenize(with_identities(source_prompt, present, overlay))
     targets = [family.tokenize(text) for text in prompts]
     if request.negative_prompt is not None:
         family.tokenize(request.negative_prompt)  # refused here if it is too long
-    return EditWords(source, targets)
+    return EditWords(source, targets, weights)
 
 
 def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
@@ -150,6 +169,7 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
         return Canvas(picture, height, width, schedule)
     assert picture is not None  # else it would have been drawn from noise
     method = inversion_method(inversion or DEFAULT_INVERSION)
+    check_keeping(inversion or DEFAULT_INVERSION, request.keep_attention)
     if method.null_is_source and request.negative_prompt is not None:
         raise ValueError(
             f"negative_prompt has no effect with inversion={inversion!r}, which takes the source prompt in its place; "

@@ -62,12 +62,14 @@ def plan_edits(
     *,
     num_steps: int,
     region: torch.Tensor | None,
+    weights: Sequence[Mapping[str, float]] = (),
 ) -> list[TargetPlan]:
     """One plan for each target.
 
     Args:
         num_steps: of the edit.
         region: (h, w) of 0 and 1 where the caller says where the edit may reach.
+        weights: for each target, word -> factor, as ``settings.reweight`` has it for all of them; these win.
 
     Raises:
         ValueError: a number out of its range, or a word that no prompt holds.
@@ -88,14 +90,20 @@ def plan_edits(
             f"keep_words={keep_words!r} takes words out of the words' region, and edit_mask is taken as it is: leave "
             "their place out of it yourself."
         )
+    if region is not None:
+        settings.check_region("beside edit_mask, which is taken as it is")
+        if blend_words not in (None, False):
+            raise ValueError(
+                f"blend_words={blend_words!r} says where the edit may reach, and so does edit_mask; leave one out."
+            )
     if keep_words and blend_words is False:
         raise ValueError(f"keep_words={keep_words!r} takes words out of the edit's region; blend_words=False has none.")
     for name in keep_words:
         _find_in_any([source, *targets], name, "keep_words")
     plans = []
-    for target in targets:
+    for i, target in enumerate(targets):
         alignment = align_prompts(source, target, settings.edit)
-        weights = _weights(target, reweight)
+        factors = _weights(target, {**(reweight or {}), **(weights[i] if weights else {})})
         confinement = None
         if region is not None or blend_words is not False:
             if isinstance(blend_words, (list, tuple)):
@@ -107,8 +115,8 @@ def plan_edits(
                     )
             else:
                 changed = set(alignment.changed_target)
-                if weights is not None:
-                    changed |= set(torch.nonzero(weights != 1)[:, 0].tolist())
+                if factors is not None:
+                    changed |= set(torch.nonzero(factors != 1)[:, 0].tolist())
                 looks = [content_words(source, set(alignment.changed_source)), content_words(target, changed)]
             kept = [tuple(_positions(prompt, word) for word in keep_words) for prompt in (source, target)]
             kept_source, kept_target = (tuple(found for found in side if found) for side in kept)
@@ -123,7 +131,7 @@ def plan_edits(
                 settings.change_threshold if region is None else 0.0,  # a caller's own region is taken as it is
             )
         until = _cross_until(target, cross_replace_steps, num_steps)
-        plans.append(TargetPlan(target, alignment, until, weights, confinement))
+        plans.append(TargetPlan(target, alignment, until, factors, confinement))
     return plans
 
 

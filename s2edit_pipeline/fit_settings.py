@@ -60,7 +60,7 @@ def fit_preset(preset: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     presets = FIT_PRESETS
     method = given.get("method")
-    if preset in FIT_PRESETS and method not in (None, FIT_PRESETS[preset]["method"]):
+    if preset is not None and preset in FIT_PRESETS and method not in (None, FIT_PRESETS[preset]["method"]):
         others = {name: value for name, value in FIT_PRESETS[preset].items() if name not in _OF_THE_METHOD}
         presets = {preset: others}
     return with_preset(preset, presets, given)
@@ -157,8 +157,8 @@ class FitSettings:
             if hasattr(value, "item"):  # numpy's and torch's numbers, which JSON doesn't know
                 object.__setattr__(self, name, value.item())
         check_choice("method", self.method, tuple(RECIPES))
-        if self.method == "token" and self.learning_rate is not None and self.token_learning_rate is None:
-            object.__setattr__(self, "token_learning_rate", self.learning_rate)  # the row is all that is trained
+        if self.method == "token":
+            self._give_the_row_the_one_rate()
         for name, default in (vars(RECIPES[self.method]) | {"early_stop": False}).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -179,6 +179,44 @@ class FitSettings:
         check_share("mask_threshold", self.mask_threshold, open_ended=True)
         if not self.semantic_weight >= 0:
             raise ValueError(f"semantic_weight must be 0 or more, not {self.semantic_weight!r}.")
+        self._refuse_what_has_no_effect()
+
+    def _give_the_row_the_one_rate(self) -> None:
+        """Where the token's row is all that is trained, both rates are the one that is given.
+
+        Raises:
+            ValueError: two are given.
+        """
+        rates = [rate for rate in (self.learning_rate, self.token_learning_rate) if rate is not None]
+        if len(set(rates)) > 1:
+            raise ValueError(
+                f"learning_rate={self.learning_rate!r} and token_learning_rate={self.token_learning_rate!r}: with "
+                "method='token' the token's row is all that is trained. Give one of them."
+            )
+        for name in ("learning_rate", "token_learning_rate"):
+            object.__setattr__(self, name, rates[0] if rates else None)
+
+    def _refuse_what_has_no_effect(self) -> None:
+        """Raises:
+        ValueError: a setting is changed that another one leaves nothing to do.
+        """
+        without = {
+            "lora_rank": (self.method != "lora", f"with method={self.method!r}, which has no adapters"),
+            "lora_layers": (self.method != "lora", f"with method={self.method!r}, which has no adapters"),
+            "lora_init": (self.method != "lora", f"with method={self.method!r}, which has no adapters"),
+            "detach_sentence": (
+                self.method == "token" or self.semantic_weight == 0,
+                "where the sentence's encoding gets no gradient: with method='token' or semantic_weight=0",
+            ),
+            "renormalize": (not self.spatial_control, "with spatial_control=False"),
+            "mask_after": (not self.spatial_control, "with spatial_control=False"),
+            "mask_threshold": (not self.spatial_control, "with spatial_control=False"),
+        }
+        for field in fields(self):
+            is_idle, reason = without.get(field.name, (False, ""))
+            value = getattr(self, field.name)
+            if is_idle and value != field.default:
+                raise ValueError(f"{field.name}={value!r} has no effect {reason}; leave it out.")
 
 
 @dataclass(frozen=True)
@@ -209,9 +247,21 @@ class FitRequest:
         settings: how to fit.
         generator: makes the fit repeatable.
         size: (height, width) to work at; None is the model's own.
+
+    Raises:
+        ValueError: a mask that the settings leave nothing to do, or a threshold where no mask is made.
     """
 
     pictures: tuple[ReferenceAttribute, ...]
     settings: FitSettings
     generator: Any = None
     size: tuple[int | None, int | None] = (None, None)
+
+    def __post_init__(self) -> None:
+        if self.pictures[0].mask is not None and not self.settings.spatial_control:
+            raise ValueError("mask= has no effect with spatial_control=False; leave one of them out.")
+        threshold = self.settings.mask_threshold
+        if threshold != MASK_THRESHOLD and all(picture.mask is not None for picture in self.pictures):
+            raise ValueError(
+                f"mask_threshold={threshold!r} has no effect beside mask=, which is taken as it is; leave it out."
+            )

@@ -88,8 +88,8 @@ def lora_weights(
         return weights, metadata
 
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU: no other generator is touched
+            torch.default_generator.manual_seed(seed)
             for name, module in components.items():
                 before = [(p, n, c) for p in module.modules() for n, c in p.named_children()]
                 replaced += before

@@ -23,10 +23,9 @@ from .identity_card import identity_card
 from .identity_compression import compress
 from .identity_files import IdentityFiles, fetch_identity, read_identity, write_identity
 from .identity_folder import atomic_folder
-from .identity_lora_names import lora_metadata, pattern_name
+from .identity_lora_names import is_lora, lora_metadata, pattern_name
 from .identity_schema import CARD_FILE, CONFIG_FILE, MASK_FILES, WEIGHT_FILES
 from .picture_inputs import load_picture
-from .prompt_words import insert_token
 
 KEPT_ENERGY = 0.99
 MOST_BYTES = 4_800_000
@@ -186,7 +185,7 @@ class IdentityAdapter:
         return {
             name.removeprefix(prefix): tensor
             for name, tensor in self.weights.items()
-            if name.startswith(prefix) and not _is_lora(name)
+            if name.startswith(prefix) and not is_lora(name)
         }
 
     def weight_differences(self, component: str) -> dict[str, torch.Tensor]:
@@ -293,7 +292,7 @@ class IdentityAdapter:
             "measures": dict(self.measures),
             "library_versions": dict(self.library_versions),
         }
-        lora = {name: t for name, t in self.weights.items() if _is_lora(name)}
+        lora = {name: t for name, t in self.weights.items() if is_lora(name)}
         files = IdentityFiles(
             config=config,
             rows=tuple(rows for rows, _ in self.learned.values()),
@@ -303,32 +302,8 @@ class IdentityAdapter:
             differences={name: t for name, t in self.weights.items() if name not in lora},
         )
         pictures = {f"preview_{i}.png": load_picture(p, "previews") for i, p in enumerate(previews.values(), 1)}
-        card = self._card(dict(zip(previews, pictures, strict=True)), license, repository)
+        card = identity_card(self, dict(zip(previews, pictures, strict=True)), license, repository)
         write_identity(folder, files, card, pictures)
-
-    def _card(self, previews: Mapping[str, str], license: str, repository: str | None = None) -> str:
-        measured = {name.replace("_", " "): f"{value:.4g}" for name, value in self.measures.items()}
-        tokens = {self.token: self.subject}
-        if self.reference is not None:
-            tokens[self.reference.token] = self.reference.subject
-        return identity_card(
-            tokens=tokens,
-            source_prompt=self.source_prompt,
-            example=insert_token(self.source_prompt, self.subject, self.token),
-            method=self.method,
-            base_model=self.base_model,
-            facts=measured | {"fitted with": ", ".join(f"{n} {v}" for n, v in self.library_versions.items())},
-            masks={
-                token: file
-                for file, (token, (_, mask)) in zip(MASK_FILES, self.learned.items(), strict=False)
-                if mask is not None
-            },
-            previews=previews,
-            reads_as_lora=any(map(_is_lora, self.weights)),
-            has_two_text_encoders=len(self.rows) > 1,
-            license=license,
-            repository=repository,
-        )
 
     @classmethod
     def from_pretrained(
@@ -421,10 +396,6 @@ def _are_same(known: list[tuple[torch.Tensor, int]], present: list[tuple[torch.T
 
 def _is_of_scale(name: str) -> bool:
     return name.endswith((".r", ".lora_alpha", ".rank_pattern", ".alpha_pattern"))
-
-
-def _is_lora(name: str) -> bool:
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def _is_ours(file: str) -> bool:

@@ -15,6 +15,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from .identity_lora_names import is_lora
+from .identity_schema import MASK_FILES
+from .prompt_words import insert_token
+
 TEMPLATE = Template("""\
 ---
 $front_matter
@@ -67,43 +71,39 @@ other, and brings that model's limits and biases along. The longer a fit, the mo
 *S²Edit: Text-Guided Image Editing with Precise Semantic and Spatial Control* (2025).
 """)
 
-SDXL_NOTE = """\
+SECOND_ENCODER_NOTE = """\
 Once for each text encoder, with the keys `clip_l` and `clip_g`. Then tell the second one where prompts end, or it takes
 the learned word for the end: set `text_encoder_2.config.eos_token_id` and `text_encoder_2.text_model.eos_token_id` to
 `tokenizer_2.eos_token_id`."""
-"""What plain diffusers has to be told beside."""
+"""What plain SDXL needs besides."""
 
 
 def identity_card(
-    *,
-    tokens: Mapping[str, str],
-    source_prompt: str,
-    example: str,
-    method: str,
-    base_model: str,
-    facts: Mapping[str, Any],
-    masks: Mapping[str, str],
-    previews: Mapping[str, str],
-    reads_as_lora: bool,
-    has_two_text_encoders: bool,
-    license: str,
-    repository: str | None = None,
+    identity: Any, previews: Mapping[str, str] | None = None, license: str = "other", repository: str | None = None
 ) -> str:
     """The card's text.
 
     Args:
-        tokens: token -> its noun; the identity's own first, then the reference attribute's.
-        example: a prompt with the token.
-        facts: further rows of the table.
-        masks: token -> its mask's file.
+        identity: an ``IdentityAdapter``.
         previews: prompt -> its picture's file.
-        reads_as_lora: ``load_lora_weights`` reads it, not ``load_textual_inversion`` alone.
-        has_two_text_encoders: it is SDXL's.
         license: as the Hub names licences.
         repository: its name on the Hub, if known.
     """
+    previews = previews or {}
+    tokens = {identity.token: identity.subject}
+    if identity.reference is not None:
+        tokens[identity.reference.token] = identity.reference.subject
+    example = insert_token(identity.source_prompt, identity.subject, identity.token)
+    masks = {
+        name: file
+        for file, (name, (_, mask)) in zip(MASK_FILES, identity.learned.items(), strict=False)
+        if mask is not None
+    }
+    facts = {name.replace("_", " "): f"{value:.4g}" for name, value in identity.measures.items()}
+    facts["fitted with"] = ", ".join(f"{name} {version}" for name, version in identity.library_versions.items())
+    reads_as_lora, base_model = any(map(is_lora, identity.weights)), identity.base_model
     token, subject = next(iter(tokens.items()))
-    source_prompt, example = (" ".join(text.split()) for text in (source_prompt, example))
+    source_prompt, example = (" ".join(text.split()) for text in (identity.source_prompt, example))
     pictures = [f"![{prompt}]({file})\n\n*{prompt}*" for prompt, file in previews.items()]
     pictures += [  # a cell of the latents a pixel: shown larger
         f'<img src="{file}" width="256" alt="where {html.escape(name)} looks">\n\n*Where `{name}` looks*'
@@ -111,9 +111,9 @@ def identity_card(
     ]
     loads = ["`load_lora_weights`"] if reads_as_lora else []
     plain_diffusers = " and ".join([*loads, "`load_textual_inversion`"]) + "."
-    if has_two_text_encoders:
-        plain_diffusers += f" {SDXL_NOTE}"
-    rows = {f"token `{name}`": f'before "{noun}"' for name, noun in list(tokens.items())[1:]} | dict(facts)
+    if len(identity.rows) > 1:
+        plain_diffusers += f" {SECOND_ENCODER_NOTE}"
+    rows = {f"token `{name}`": f'before "{noun}"' for name, noun in list(tokens.items())[1:]} | facts
     return TEMPLATE.substitute(
         front_matter=_front_matter(source_prompt, base_model, previews, reads_as_lora, license),
         # here, not in the template: diffusers' loader takes a line that begins so for an import of ours, and says that
@@ -129,7 +129,7 @@ def identity_card(
         repository=repository or "this folder or repository",
         example=_quoted(example),
         plain_diffusers=plain_diffusers,
-        method=method,
+        method=identity.method,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
 

@@ -8,6 +8,11 @@ from typing import Any
 from torch import nn
 
 
+def is_lora(name: str) -> bool:
+    """Whether ``name`` is of a LoRA's factor."""
+    return name.endswith((".lora_A.weight", ".lora_B.weight"))
+
+
 def published_name(component: str, name: str) -> str:
     """``component.name``, in a text encoder with the ``text_model`` between them that transformers 5 took out of
     ``CLIPTextModel``: older releases look for it, and newer ones put up with it."""

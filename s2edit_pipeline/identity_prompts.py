@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 
 from .attention_controls import SpatialControl
 from .family_base import ModelFamily
 from .identity_overlay import IdentityOverlay
+from .prompt_changes import prompt_warning
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import Branch, PromptEmbeds, join
-from .prompt_words import insert_token, split_words
+from .prompt_tokenizing import learned_tokens, unknown_words
+from .prompt_words import insert_token, split_words, unknown_tokens
+
+logger = logging.get_logger(__name__)
+
+SMALL_VOCABULARY = 5000
+"""A tokenizer of fewer words was made for one small world: what it doesn't know, its model has never seen."""
 
 
 def check_prompt(prompt: Any, name: str) -> None:
@@ -23,6 +31,37 @@ def check_prompt(prompt: Any, name: str) -> None:
         raise TypeError(f"{name} must be a string, not {type(prompt).__name__}.")
     if not prompt.strip():
         raise ValueError(f"{name} is empty; say what the picture shows, such as 'a photo of a lady with glasses'.")
+
+
+def check_tokens(prompt: str, family: ModelFamily, overlay: IdentityOverlay) -> None:
+    """Raises:
+    ValueError: ``prompt`` says something that looks like a learned token, and nothing that is loaded stands for it.
+    """
+    known = [*overlay.tokens, *(name for one in family.tokenizers.values() for name in learned_tokens(one))]
+    unknown = unknown_tokens(prompt, known)
+    if unknown:
+        loaded = ", ".join(overlay.identities) or "none"
+        raise ValueError(
+            f"{unknown[0]!r} in {prompt!r} looks like a learned token, and none of that name is loaded (identities "
+            f"loaded: {loaded}). Load it first, pipe.load_identity(identity), pass identity=identity, or take the "
+            "brackets out of the prompt."
+        )
+
+
+def warn_of_words(source: str, targets: Sequence[str], family: ModelFamily) -> None:
+    """Say what about the words will disappoint: a target that isn't the source prompt with some words changed, or words
+    that a small vocabulary doesn't have."""
+    warnings = [prompt_warning(source, target) for target in targets]
+    for tokenizer in family.tokenizers.values():
+        if len(tokenizer) < SMALL_VOCABULARY:
+            for text in (source, *targets):
+                warnings += [
+                    f"This model doesn't know the word {word!r}{f' (did you mean {near[0]!r}?)' if near else ''}."
+                    for word, near in unknown_words(text, tokenizer).items()
+                ]
+    for warning in dict.fromkeys(warnings):
+        if warning is not None:
+            logger.warning(warning)
 
 
 def identities_in(prompts: Sequence[str], overlay: IdentityOverlay) -> list[str]:

@@ -94,6 +94,18 @@ def inversion_method(name: Any) -> InversionMethod:
     return INVERSIONS[name]
 
 
+def check_keeping(name: str, keep_attention: Any) -> None:
+    """Raises:
+    ValueError: an inversion of this kind keeps no attention.
+    """
+    if keep_attention is not None and not inversion_method(name).pinned:
+        pinned = ", ".join(repr(other) for other, method in INVERSIONS.items() if method.pinned)
+        raise ValueError(
+            f"keep_attention has no effect with the inversion {name!r}, whose edits ask for the source anew at every "
+            f"step; leave it out, or use one of {pinned}."
+        )
+
+
 @dataclass(frozen=True)
 class MadeWith:
     """What an inversion's latents depend on besides the picture and the words; with another it isn't the same walk.

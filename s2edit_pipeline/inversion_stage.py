@@ -15,9 +15,17 @@ from .attention_controls import Controllers, SpatialControl
 from .attention_seam import AttentionController
 from .attention_source import AttentionKeeper, KeepAttention
 from .edit_settings import DEFAULT_GUIDANCE
-from .identity_prompts import branches, check_prompt, encode_each, fitting_identities, spatial_control, with_identities
+from .identity_prompts import (
+    branches,
+    check_prompt,
+    check_tokens,
+    encode_each,
+    fitting_identities,
+    spatial_control,
+    with_identities,
+)
 from .inversion_origin import made_with, picture_digest
-from .inversion_record import Inversion, InversionTask, inversion_method
+from .inversion_record import Inversion, InversionTask, check_keeping, inversion_method
 from .noise_schedule import NoiseSchedule
 from .picture_inputs import load_picture
 from .pipeline_turns import Interrupted
@@ -68,7 +76,7 @@ class InversionCall:
     size: tuple[int | None, int | None]
     clip_skip: int | None
     generator: Any
-    keep: KeepAttention
+    keep: KeepAttention | None
 
 
 def invert_words(work: Work, call: InversionCall) -> Inversion:
@@ -84,12 +92,16 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
                 f"{name} has no effect on the inversion {call.method!r}, which serves any; leave it out here and pass "
                 "it to the edit."
             )
+    check_keeping(call.method, call.keep)
     check_prompt(call.prompt, "prompt")
+    check_tokens(call.prompt, family, work.overlay)
     picture = load_picture(call.image)
     size = family.working_size(picture, *call.size)
     schedule = family.schedule(call.num_inference_steps, size)
     tokens = fitting_identities(call.prompt, call.identity_token, work.overlay)
     prompt = family.tokenize(with_identities(call.prompt, tokens, work.overlay))
+    if call.negative_prompt is not None:
+        family.tokenize(call.negative_prompt)  # refused here if it is too long
     encoded = encode_each(family, [prompt], call.clip_skip)
     with torch.no_grad():
         null = Branch("unconditional", family.encode_negative(call.negative_prompt, encoded, call.clip_skip))
@@ -97,8 +109,9 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     scale = DEFAULT_GUIDANCE if call.guidance_scale is None else call.guidance_scale
     latents = family.encode_picture(picture, *size)
     request = InversionRequest(
-        picture, latents, source, null, call.method, schedule, scale, call.generator, call.clip_skip, call.keep
-    )
+        picture, latents, source, null, call.method, schedule, scale, call.generator, call.clip_skip,
+        call.keep or KeepAttention(),
+    )  # fmt: skip
     return invert_picture(work, request)
 
 
@@ -120,7 +133,7 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
         sides.begin(is_source=False, level=level)
         return family.denoise(x, timesteps[level - 1], request.null.embeds.with_embeds(embeds), dtype)
 
-    facts = {
+    facts: dict[str, Any] = {
         "method": request.method,
         "prompt": request.source.prompt.text,
         "guidance_scale": request.guidance_scale if method.binds_guidance else None,

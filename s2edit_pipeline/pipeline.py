@@ -1,7 +1,7 @@
 """S2EditPipeline: fit an identity to one picture, and edit the picture by words without losing it.
 
 S2Edit: Text-Guided Image Editing with Precise Semantic and Spatial Control (2025). The formulas are in the modules
-beside this one; here a call's arguments become a request, and the request goes to its stage.
+beside this one; here arguments become a request, which goes to its stage.
 """
 
 # no `from __future__ import annotations` here: diffusers' from_pipe reads the types of __init__'s parameters
@@ -32,8 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-# diffusers copies only the files that this one names, so the stages' own modules are named here as well; in what is
-# published this is the only list that its loader follows, see publishing.unfollowed
+# diffusers copies only the files that this one names, see publishing.unfollowed: so every module is named here
 from .attention_controls import Controllers  # noqa: F401
 from .attention_seam import attention_control  # noqa: F401
 from .attention_source import KeepAttention
@@ -85,8 +84,10 @@ from .pipeline_loaders import IdentityLoaders, without_component_defaults
 from .pipeline_turns import Turns  # noqa: F401
 from .pipeline_work import Work  # noqa: F401
 from .prompt_alignment import align_prompts  # noqa: F401
+from .prompt_changes import change_words  # noqa: F401
 from .prompt_columns import TokenizedPrompt  # noqa: F401
 from .prompt_embeds import PromptEmbeds  # noqa: F401
+from .prompt_parts import pieces_of  # noqa: F401
 from .prompt_tokenizing import tokenize  # noqa: F401
 from .prompt_tokens import token_rows  # noqa: F401
 from .prompt_words import insert_token  # noqa: F401
@@ -264,8 +265,7 @@ class S2EditPipeline(
             The identity, to be saved, loaded, or passed to the pipeline.
 
         Raises:
-            TypeError, ValueError: an input that can't be used; nothing has been done then.
-            ImportError: the optimizer's package is missing.
+            TypeError, ValueError, ImportError: an input that can't be used; nothing has been done then.
             FloatingPointError: the loss ran away; the message names the step.
         """
         settings = FitSettings.of(locals())
@@ -326,7 +326,7 @@ class S2EditPipeline(
         with self._at_work(identity, stop, report, alone) as (work, token):
             call = InversionCall(
                 image, prompt, method, token, num_inference_steps, guidance_scale, negative_prompt, (height, width),
-                clip_skip, generator, keep_attention or KeepAttention(),
+                clip_skip, generator, keep_attention,
             )  # fmt: skip
             return invert_words(work, call)
 
@@ -425,7 +425,7 @@ class S2EditPipeline(
         chosen = with_preset(preset, EDIT_PRESETS, given.only(("inversion", "guidance_stop", "blend_words")))
         settings = EditSettings.of(given.values, chosen)
         if image is None and not hasattr(inversion, "trajectory"):
-            names = check_drawing(given, self._callback_tensor_inputs)
+            names = check_drawing(given)
             steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
             drawn = {**stock_arguments, **given.only((*BOTH, *DRAWING)), "num_inference_steps": steps}
             drawn["guidance_scale"] = guidance_scale

@@ -108,6 +108,13 @@ def _check_callback(callback: Any) -> None:
             f"{type(callback).__name__} steers Stable Diffusion's own loop, which an edit's isn't. To stop guidance "
             "early pass guidance_stop=; other callbacks are functions (pipe, step, timestep, tensors)."
         )
+    _check_callable(callback)
+
+
+def _check_callable(callback: Any) -> None:
+    """Raises:
+    TypeError: it is no function.
+    """
     if callback is not None and not callable(callback):
         raise TypeError(f"callback_on_step_end must be a function, not {type(callback).__name__}.")
 
@@ -240,14 +247,18 @@ def check_call(arguments: Arguments, what: str, method: Any = None) -> str:
     if arguments["guidance_scale"] is not None:
         check_guidance(arguments["guidance_scale"])
     method = arguments["method"] if method is None else method
+    if not isinstance(method, str) and not hasattr(method, "trajectory"):
+        raise TypeError(
+            f"An inversion is a method's name, such as 'direct', or what pipe.invert returned, not {method!r}."
+        )
     if hasattr(method, "trajectory") or not inversion_method(method).needs_gradients:
         return ""
     _check_autograd()
     return str(method)
 
 
-def check_drawing(arguments: Arguments, tensors: Sequence[str]) -> tuple[str, ...]:
-    """The tensors that the callback is shown.
+def check_drawing(arguments: Arguments) -> tuple[str, ...]:
+    """The tensors that the callback is shown, which the stock pipeline checks.
 
     Raises:
         TypeError, ValueError: an argument that drawing can't use.
@@ -255,7 +266,11 @@ def check_drawing(arguments: Arguments, tensors: Sequence[str]) -> tuple[str, ..
     arguments["self"].family.check()
     _check_output_type(arguments["output_type"])
     _refuse_for_drawing(arguments)
-    return _checked_tensor_inputs(arguments["callback_on_step_end_tensor_inputs"], tensors)
+    callback = arguments["callback_on_step_end"]
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        return tuple(callback.tensor_inputs)
+    _check_callable(callback)
+    return tuple(arguments["callback_on_step_end_tensor_inputs"] or ("latents",))
 
 
 def check_editing(arguments: Arguments, stock_arguments: Mapping[str, Any], tensors: Sequence[str]) -> tuple[str, ...]:

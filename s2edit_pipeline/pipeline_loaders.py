@@ -109,6 +109,8 @@ class IdentityLoaders:
     def _adapter(self, identity: Any, **kwargs: Any) -> Any:
         """``identity`` itself, or the one that its folder or repository holds."""
         if hasattr(identity, "weight_differences"):
+            if kwargs:
+                raise TypeError(f"{next(iter(kwargs))}= is for an identity that is read from a folder or the Hub.")
             return identity
         if isinstance(identity, str) and identity[:1] in ("[", "<"):
             raise ValueError(
@@ -131,11 +133,11 @@ class IdentityLoaders:
         Raises:
             ValueError: it is loaded more than once.
         """
-        digest = getattr(identity, "digest", None)  # the same fit under whatever name, mask or strength it was loaded
+        digest = getattr(identity, "fit_digest", None)  # whatever name, mask or strength it was loaded with
         tokens = [
             token
             for token, loaded in self._overlay.identities.items()
-            if loaded.adapter.digest == digest or (isinstance(identity, str) and identity == token)
+            if loaded.adapter.fit_digest == digest or (isinstance(identity, str) and identity == token)
         ]
         if len(tokens) > 1:
             raise ValueError(
@@ -159,7 +161,7 @@ class IdentityLoaders:
                 self._set_tokenizers(self._overlay.lift(adapter.token, self.family.tuned_components))
             self.maybe_free_model_hooks()
 
-        key = None if adapter is None else (adapter.digest, adapter.token)
+        key = None if adapter is None else (adapter.fit_digest, adapter.token)
         with self._turns.shared(key, enter, leave):
             token = loaded if adapter is None else adapter.token
             if token is not None and token not in self._overlay.identities:

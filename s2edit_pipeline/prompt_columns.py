@@ -6,13 +6,14 @@ prompts' words are brought together in ``prompt_alignment``.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-from .prompt_words import TextWord, close_words, find_phrase, listed, vector_names, words_of
+from .prompt_words import TextWord, find_phrase, missing_phrase, vector_names, words_of
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,29 @@ class TokenizedPrompt:
         segments: their columns lie one after the other in the denoiser: one segment in a U-Net (SDXL's two encoders
             share it), CLIP and T5 in SD3.
         learned: names of learned tokens, whole words wherever they are.
-        summary_ids: encoder's name -> (1, L) of encoders that give a summary and no columns (FLUX's CLIP).
+        summaries: what encoders read that give a summary and no columns (FLUX's CLIP).
     """
 
     text: str
     segments: tuple[Segment, ...]
     learned: tuple[str, ...] = ()
-    summary_ids: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    summaries: tuple[Segment, ...] = ()
 
     @property
     def ids(self) -> dict[str, torch.Tensor]:
         """Text encoder's name -> (1, L)."""
-        ids = {name: tensor for segment in self.segments for name, tensor in segment.ids.items()}
-        return {**ids, **self.summary_ids}
+        return {name: ids for segment in (*self.segments, *self.summaries) for name, ids in segment.ids.items()}
+
+    def read_by(self, name: str) -> Segment:
+        """What the text encoder ``name`` reads: its segment, or its summary.
+
+        Raises:
+            ValueError: there is no such encoder.
+        """
+        for segment in (*self.segments, *self.summaries):
+            if name in segment.ids:
+                return segment
+        raise ValueError(f"{name!r} is none of the prompt's text encoders: {', '.join(self.ids)}.")
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -121,20 +132,16 @@ class TokenizedPrompt:
     def _owners(self) -> dict[int, tuple[int, ...]]:
         """Column -> the numbers of the words of ``text`` that it is part of; a column of blanks goes with the next
         word, or with the one before where the next is a learned token."""
-        words, owners = self._text_words, {}
-        for segment in self.segments:
-            for column, span in zip(segment.columns, segment.spans, strict=True):
-                if span is None or not words:
-                    continue
-                start, end = span
-                over = [i for i, word in enumerate(words) if start < word.end and word.start < end]
-                owners[column] = tuple(over or [self._beside(start)])
+        starts, ends = ([getattr(word, side) for word in self._text_words] for side in ("start", "end"))
+        owners = {}
+        for column, (start, end) in self._spans.items() if starts else ():
+            over = range(bisect_right(ends, start), bisect_left(starts, end))
+            owners[column] = tuple(over) or (self._beside(bisect_left(starts, start)),)
         return owners
 
-    def _beside(self, place: int) -> int:
-        """The number of the word that a column of blanks at ``place`` goes with."""
+    def _beside(self, after: int) -> int:
+        """The number of the word that blanks before the word ``after`` go with."""
         words = self._text_words
-        after = next((i for i, word in enumerate(words) if word.start >= place), len(words))
         takes_it = after < len(words) and words[after].kind != "learned"
         return after if takes_it or after == 0 else after - 1
 
@@ -143,23 +150,25 @@ class TokenizedPrompt:
         """In order; together they have every column of the prompt's, each once.
 
         Where tokens reach over several words of the text (Chinese characters, punctuation such as ``"),``) these are
-        one word here. A mark that shares its token with a letter's word has none of its own. So has what was cut off.
+        one word here. A mark that shares its tokens with letters has none of its own, and is no word here; nor is what
+        was cut off.
         """
         texts = self._text_words
-        group = list(range(len(texts)))
-        telling = {}
+        members = [[i] for i in range(len(texts))]  # of each text word's group, one list for all of them
+        columns: dict[int, list[int]] = {}
         for column, over in self._owners.items():
-            # a token of letters and marks is the letters'
-            telling[column] = [i for i in over if texts[i].kind != "mark"] or list(over)
-            first = group[telling[column][0]]
-            for i in telling[column][1:]:
-                group = [first if g == group[i] else g for g in group]
+            named = [i for i in over if texts[i].kind != "mark"] or list(over)
+            for i in range(named[0] + 1, named[-1] + 1):
+                if members[i] is not members[named[0]]:
+                    joined = sorted(members[named[0]] + members[i])
+                    for j in joined:
+                        members[j] = joined
+            columns.setdefault(named[0], []).append(column)
         words = []
-        for g in dict.fromkeys(group):
-            members = [i for i, other in enumerate(group) if other == g]
-            columns = tuple(c for c, over in telling.items() if over[0] in members)
-            if columns:
-                words.append(Word(self._spelled(members), columns, (texts[members[0]].start, texts[members[-1]].end)))
+        for i, group in enumerate(members):
+            its = sorted(column for j in group for column in columns.get(j, ()))
+            if group[0] == i and its:
+                words.append(Word(self._spelled(group), tuple(its), (texts[i].start, texts[group[-1]].end)))
         return tuple(self._with_all_vectors(words))
 
     def _spelled(self, members: Sequence[int]) -> str:
@@ -207,14 +216,10 @@ class TokenizedPrompt:
         if not chosen:
             raise ValueError(f"The segment {segment!r} is none of {', '.join(s.name for s in self.segments)}.")
         if spans and not found:
-            raise ValueError(f"{phrase!r} is in what was cut off the prompt: {self.lost!r}; shorten what is before it.")
+            why = f"it was cut off, with {self.lost[:40]!r}" if self.lost else "the tokenizer leaves it out"
+            raise ValueError(f"{phrase!r} is in the prompt {self.text[:80]!r} and has no token: {why}.")
         if not spans:
-            close = close_words(phrase, self.text, self.learned)
-            hint = f" Did you mean {' or '.join(repr(word) for word in close)}?" if close else ""
-            raise ValueError(
-                f"{phrase!r} is not in the prompt {self.text!r}; its words are: "
-                f"{', '.join(listed(self._text_words)) or '(none)'}.{hint}"
-            )
+            raise ValueError(missing_phrase(phrase, self.text, self.learned))
         return tuple(c for c in dict.fromkeys(found) if any(c in s.columns for s in chosen))
 
     @cached_property
@@ -269,8 +274,13 @@ def one_after_another(prompts: Sequence[TokenizedPrompt]) -> TokenizedPrompt:
     for segment in (segment for prompt in prompts for segment in prompt.segments):
         offset = segments[-1].columns.stop if segments else 0
         segments.append(replace(segment, offset=offset))
-    summaries = {name: tensor for prompt in prompts for name, tensor in prompt.summary_ids.items()}
+    summaries = tuple(summary for prompt in prompts for summary in prompt.summaries)
     return TokenizedPrompt(prompts[0].text, tuple(segments), _all_learned(prompts), summaries)
+
+
+def with_summary(prompt: TokenizedPrompt, summary: TokenizedPrompt) -> TokenizedPrompt:
+    """``prompt`` with what an encoder reads of it that gives a summary and no columns, as FLUX's CLIP."""
+    return replace(prompt, summaries=(*prompt.summaries, *summary.segments))
 
 
 def _all_learned(prompts: Sequence[TokenizedPrompt]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .prompt_columns import Segment, TokenizedPrompt
-from .prompt_words import TextWord, compared_form, vector_names, words_of
+from .prompt_words import TextWord, compared_form, names_something, vector_names, words_of
 
 _NO_LIMIT = 10**6
 """From here on a tokenizer's ``model_max_length`` is no limit: one without a limit says 1e30."""
@@ -22,7 +22,21 @@ _NO_LIMIT = 10**6
 
 def learned_tokens(tokenizer: Any) -> list[str]:
     """The names that were added to ``tokenizer``'s own vocabulary, special tokens aside."""
-    return [name for name in tokenizer.get_added_vocab() if name not in tokenizer.all_special_tokens]
+    special = set(tokenizer.all_special_tokens)
+    return [name for name in tokenizer.get_added_vocab() if name not in special]
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """What a prompt is put into before it is tokenized.
+
+    Attributes:
+        text: with "{}" where the prompt goes, such as a chat's.
+        dropped: positions of the ids whose columns the denoiser isn't given: those before the prompt, in Qwen-Image.
+    """
+
+    text: str = "{}"
+    dropped: range = range(0)
 
 
 def tokenize(
@@ -33,8 +47,7 @@ def tokenize(
     limit: int | None = None,
     truncate: bool = False,
     pad: bool = True,
-    template: str = "{}",
-    dropped: range = range(0),
+    template: PromptTemplate = PromptTemplate(),
     learned: Sequence[str] | None = None,
 ) -> TokenizedPrompt:
     """Tokenize ``prompt`` and find its words' columns, of one segment.
@@ -47,9 +60,7 @@ def tokenize(
         limit: the most tokens it is given, special tokens and template included; None: the tokenizer's own.
         truncate: cut a longer prompt; what was cut off is in ``lost``.
         pad: up to ``limit``; else the ids are as many as there are.
-        template: what the prompt is put into, at "{}".
-        dropped: positions of the ids whose columns the denoiser isn't given, such as those of the template before
-            the prompt.
+        template: what the prompt is put into.
         learned: names that are whole words even where this tokenizer doesn't know them; those that it does know are.
 
     Raises:
@@ -67,9 +78,9 @@ def tokenize(
         limit = tokenizer.model_max_length
         if limit >= _NO_LIMIT:
             raise ValueError("This tokenizer names no limit; say how many tokens its encoder reads: limit=512.")
-    before, found, after = template.partition("{}")
+    before, found, after = template.text.partition("{}")
     if not found:
-        raise ValueError(f"template={template!r} has no '{{}}' for the prompt.")
+        raise ValueError(f"The template {template.text!r} has no '{{}}' for the prompt.")
     names = tuple(dict.fromkeys([*learned_tokens(tokenizer), *(learned or ())]))
     read = _with_all_vectors(tokenizer, names, _encode(tokenizer, before, prompt, after))
     lost = ""
@@ -88,7 +99,7 @@ def tokenize(
         start = min(next((i for i, span in enumerate(probe) if span is not None), 0), len(read.ids) - read.num_after)
     else:
         start = next(i for i, span in enumerate(read.spans) if span is not None)
-    segment = _segment(tokenizer, read, start, name, limit if pad else len(read.ids), dropped)
+    segment = _segment(tokenizer, read, start, name, limit if pad else len(read.ids), template.dropped)
     return TokenizedPrompt(prompt, (replace(segment, lost=lost),), names)
 
 
@@ -185,7 +196,7 @@ def unknown_words(prompt: str, tokenizer: Any, known: Sequence[str] = ()) -> dic
 
     Returns:
         Each such word in order -> up to three words of the vocabulary that are spelled like it, the likest first.
-        Punctuation and single letters of English are never among them.
+        Punctuation, single letters and function words of English are never among them.
     """
     names = [*learned_tokens(tokenizer), *known]
     ending = "</w>"
@@ -196,9 +207,9 @@ def unknown_words(prompt: str, tokenizer: Any, known: Sequence[str] = ()) -> dic
     vocabulary = {word for word in vocabulary if len(word) > 1 and word.isalpha()}
     unknown: dict[str, list[str]] = {}
     for word in words_of(prompt, names):
-        for part in re.findall(r"[^\W_]+", word.text) if word.kind == "word" else [word.text]:
-            if word.kind == "learned" or (part.isascii() and (len(part) < 2 or not part.isalpha())):
-                continue
-            if part not in vocabulary:
-                unknown[part] = difflib.get_close_matches(part, sorted(vocabulary), n=3, cutoff=0.7)
+        plain = re.sub(r"(n't|'\w+)$", "", word.text)
+        for part in re.findall(r"[^\W_]+", plain) if word.kind == "word" else [word.text]:
+            short = part.isascii() and (len(part) < 2 or not part.isalpha())
+            if word.kind != "learned" and not short and names_something(part) and part not in vocabulary:
+                unknown[part] = difflib.get_close_matches(part, sorted(vocabulary), n=3, cutoff=0.75)
     return unknown

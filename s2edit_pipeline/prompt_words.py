@@ -244,6 +244,14 @@ def close_words(phrase: str, text: str, learned: Iterable[str] = ()) -> list[str
     return difflib.get_close_matches(" ".join(wanted), list(dict.fromkeys(spelled)), n=2, cutoff=0.7)
 
 
+def missing_phrase(phrase: str, text: str, learned: Iterable[str] = ()) -> str:
+    """The message that ``phrase`` isn't in ``text``: the words that are, and what may be meant."""
+    close = close_words(phrase, text, learned)
+    hint = f" Did you mean {' or '.join(repr(word) for word in close)}?" if close else ""
+    there = ", ".join(listed(words_of(text, learned))) or "(none)"
+    return f"{phrase!r} is not in the prompt {text!r}; its words are: {there}.{hint}"
+
+
 def insert_token(prompt: str, subject: str, token: str, *, fitted: bool = False) -> str:
     """``prompt`` with ``token`` put before each occurrence of ``subject`` (P to P~, "a photo of a [I] lady").
 
@@ -304,6 +312,11 @@ def names_something(word: str) -> bool:
 _TOKEN_LIKE = re.compile(r"\[[\w*][\w.*:+-]*\]|<[\w*][\w.*:+-]*>")
 
 
+def token_like(text: str) -> list[str]:
+    """What in ``text`` looks like a learned token: one word in square or angle brackets, "[I]" or "<ada>"."""
+    return _TOKEN_LIKE.findall(text)
+
+
 def unknown_tokens(prompt: str, known: Iterable[str] = ()) -> list[str]:
     """Token-like words of ``prompt``, such as ``[I]`` or ``<ada>``, that none of ``known`` is; each once, in order.
 
@@ -314,7 +327,7 @@ def unknown_tokens(prompt: str, known: Iterable[str] = ()) -> list[str]:
     for word in words:
         if word.kind == "learned":
             rest[word.start : word.end] = " " * (word.end - word.start)
-    return list(dict.fromkeys(_TOKEN_LIKE.findall("".join(rest))))
+    return list(dict.fromkeys(token_like("".join(rest))))
 
 
 # ---------------------------------------------------------------------------- weights
@@ -335,8 +348,8 @@ def parse_weights(prompt: str) -> tuple[str, dict[str, float]]:
         weight 1.
 
     Raises:
-        ValueError: a phrase is in the prompt several times and not with one weight in all places: ``reweight`` speaks
-            of a phrase wherever it is.
+        ValueError: a weight begins or ends within a word; a phrase is in the prompt several times and not with one
+            weight in all places: ``reweight`` speaks of a phrase wherever it is.
     """
     open_brackets: list[int] = []
     out: list[tuple[str, float]] = []  # characters, each with its weight
@@ -366,8 +379,12 @@ def parse_weights(prompt: str) -> tuple[str, dict[str, float]]:
 def _phrases(plain: str, weights: Sequence[float]) -> dict[str, float]:
     """Runs of words of one weight other than 1 -> that weight."""
     runs: list[tuple[int, int, float]] = []
-    for word in words_of(plain, _TOKEN_LIKE.findall(plain)):
+    for word in words_of(plain, token_like(plain)):
         weight = weights[word.start]
+        if set(weights[word.start : word.end]) != {weight}:
+            raise ValueError(
+                f"A weight is a whole word's; in {plain!r} it ends within {plain[word.start : word.end]!r}."
+            )
         if (
             runs
             and runs[-1][2] == weight
@@ -389,7 +406,7 @@ def _phrases(plain: str, weights: Sequence[float]) -> dict[str, float]:
             )
         places[phrase] = places.get(phrase, 0) + 1
     for phrase, count in places.items():
-        if len(find_phrase(plain, phrase, _TOKEN_LIKE.findall(plain))) > count:
+        if len(find_phrase(plain, phrase, token_like(plain))) > count:
             raise ValueError(
                 f"{phrase!r} is in {plain!r} with the weight {found[phrase]:g} and without; take a word beside it in, "
                 f"such as '({phrase} hat:{found[phrase]:g})', so that the phrase is there once."

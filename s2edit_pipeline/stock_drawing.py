@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ import torch
 from .attention_controls import SpatialControl
 from .attention_seam import AttentionAccess, AttentionController, AttentionSite, Cuts
 from .edit_output import S2EditPipelineOutput
-from .identity_prompts import encode_each, spatial_control
+from .identity_prompts import check_prompt, check_tokens, encode_each, spatial_control
+from .noise_schedule import check_finite
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import PromptEmbeds, join
@@ -39,6 +40,7 @@ def draw(
     Raises:
         TypeError: the stock pipeline has no such argument.
         ValueError: as it raises, or a learned token where it can't be served.
+        FloatingPointError: the latents are no numbers any more; the message names the step.
     """
     stock = work.family.stock()
     stock.set_progress_bar_config(**getattr(work.family.pipe, "_progress_bar_config", {}))
@@ -46,25 +48,31 @@ def draw(
     unknown = sorted(given.keys() - inspect.signature(stock.__call__).parameters.keys())
     if unknown:
         raise TypeError(f"{type(stock).__name__}, which draws this model's pictures, has no argument {unknown[0]!r}.")
-    seam = nullcontext()
-    if _says_learned(work, given.get("prompt")):
+    names_token = _names_token(work, given)
+    if names_token or given.get("height") or given.get("width"):
+        # of a single side Stable Diffusion's pipeline takes no notice
+        given |= {name: given.get(name) or work.family.native_size for name in ("height", "width")}
+    seam: AbstractContextManager[None] = nullcontext()
+    if names_token:
         given, prompts = _with_own_embeddings(work, given)
-        scale = work.family.pixels_per_latent
-        native = work.family.native_size
-        size = [(given.get(name) or native) // scale for name in ("height", "width")]
+        scale, latents = work.family.pixels_per_latent, given.get("latents")
+        size = (given["height"] // scale, given["width"] // scale) if latents is None else latents.shape[-2:]
         rows = [prompt for prompt in prompts for _ in range(given.get("num_images_per_prompt", 1))]
         seam = work.family.control_attention(_DrawnRows(work, rows), *size)
 
     def on_step(stock: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         facts = work.call.facts
         facts |= {"guidance_scale": stock._guidance_scale, "num_timesteps": stock.num_timesteps}
-        changed = (callback(work.family.pipe, step, timestep, tensors) if callback is not None else None) or {}
+        check_finite(tensors["latents"], "the drawing", step)
+        named = {name: tensors[name] for name in callback_tensors}
+        changed = (callback(work.family.pipe, step, timestep, named) if callback is not None else None) or {}
         stock._guidance_scale = facts["guidance_scale"]
         stock._interrupt = work.call.should_stop
         return dict(changed)
 
     with seam:
-        output = stock(**given, callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=list(callback_tensors))
+        names = list(dict.fromkeys(["latents", *callback_tensors]))
+        output = stock(**given, callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=names)
     return S2EditPipelineOutput(
         images=output.images,
         nsfw_content_detected=getattr(output, "nsfw_content_detected", None),
@@ -72,8 +80,17 @@ def draw(
     )
 
 
-def _says_learned(work: Work, prompt: Any) -> bool:
-    texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+def _names_token(work: Work, given: Mapping[str, Any]) -> bool:
+    """Whether a prompt names a learned token.
+
+    Raises:
+        ValueError: one looks like a learned token, and none of that name is loaded.
+    """
+    prompts = [given.get(name) for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")]
+    each = [text for one in prompts for text in (one if isinstance(one, (list, tuple)) else [one])]
+    texts = [text for text in each if isinstance(text, str)]  # what is none the stock pipeline refuses
+    for text in texts:
+        check_tokens(text, work.family, work.overlay)
     return any(token in split_words(text, [token]) for text in texts for token in work.overlay.tokens)
 
 
@@ -81,10 +98,14 @@ def _with_own_embeddings(work: Work, given: dict[str, Any]) -> tuple[dict[str, A
     """``given`` with embeddings in the words' place: the stock pipeline would take ``[I]``, the token that was added
     last, for the end of the prompt (SDXL pools at the highest id)."""
     family, clip_skip = work.family, given.pop("clip_skip", None)
-    texts = given.pop("prompt")
+    texts = given.pop("prompt", None)
     if any(given.get(name) is not None for name in (*EMBEDDINGS, "prompt_2", "negative_prompt_2")):
-        raise ValueError("A prompt that says a learned token can't be combined with embeddings or a second prompt.")
-    texts = [texts] if isinstance(texts, str) else list(texts)
+        raise ValueError(
+            "A learned token in a prompt can't be combined with embeddings or a second prompt: leave these out."
+        )
+    texts = list(texts) if isinstance(texts, (list, tuple)) else [texts]
+    for text in texts:
+        check_prompt(text, "prompt")
     prompts = [family.tokenize(text) for text in texts]
     encoded = encode_each(family, prompts, clip_skip)
     negative = given.pop("negative_prompt", None)

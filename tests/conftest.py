@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gzip
+import json
 import os
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.pipeline import S2EditPipeline
@@ -113,3 +118,84 @@ def half_mask() -> np.ndarray:
     mask = np.zeros((32, 32), bool)
     mask[:, :16] = True
     return mask
+
+
+# ---------------------------------------------------------------------------- tokenizers
+
+
+def clip_vocabulary() -> Path | None:
+    """CLIP's byte-pair merges, where open_clip_torch lies installed: a file of it, nothing of it is imported."""
+    try:
+        found = metadata.distribution("open_clip_torch").locate_file("open_clip/bpe_simple_vocab_16e6.txt.gz")
+    except metadata.PackageNotFoundError:
+        return None
+    return Path(str(found)) if Path(str(found)).is_file() else None
+
+
+def real_tokenizer(vocabulary: Path) -> CLIPTokenizer:
+    """CLIP's own 49,408 words (Radford et al. 2021), put together as OpenAI's tokenizer does."""
+    lines = gzip.decompress(vocabulary.read_bytes()).decode().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    words = [
+        *symbols,
+        *(s + "</w>" for s in symbols),
+        *("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, pad_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def clip_tokenizer() -> CLIPTokenizer:
+    """77 positions; CLIP's own words, or without open_clip_torch a small vocabulary of the same form."""
+    vocabulary = clip_vocabulary()
+    tokenizer = build_tokenizer(num_captions=200) if vocabulary is None else real_tokenizer(vocabulary)
+    tokenizer.model_max_length = 77
+    return tokenizer
+
+
+_SENTENCES = [
+    *['a photo of a smiling lady with glasses and a beard (man), "hello".'] * 20,
+    *["女性の写真 女性 一个女人的照片"] * 20,
+    *["the ladies, it's 5.3"] * 10,
+]
+
+
+@pytest.fixture(scope="session")
+def t5_tokenizer() -> T5Tokenizer:
+    """T5's class over a small vocabulary: no start token, "▁" for a space, no limit of its own."""
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150, special_tokens=special, unk_token="<unk>", show_progress=False, initial_alphabet=["▁"]
+    )
+    trained.train_from_iterator(_SENTENCES, trainer)
+    pieces = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=2)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Qwen's class over a small vocabulary: neither start nor end token, tokens begin with their space."""
+    pieces = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    trained = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(pieces), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    trained.train_from_iterator(_SENTENCES, trainer)
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return tokenizer

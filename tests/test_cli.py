@@ -1,7 +1,5 @@
-import json
 import sys
 import types
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -82,40 +80,3 @@ def test_arguments_are_taken_from_the_command_line(monkeypatch, capsys):
         main()
     shown = capsys.readouterr().out
     assert "usage: s2edit" in shown and "train-avatars" in shown
-
-
-def test_measured_costs_are_printed_and_saved(monkeypatch, capsys, tmp_path):
-    from s2edit_pipeline import avatars
-    from s2edit_pipeline.evaluation import cost_scaling, edit_costs, few_steps
-
-    @dataclass
-    class Report:
-        given: dict
-
-        def table(self):
-            return f"the table of {self.given}"
-
-    plots = []
-    monkeypatch.setattr(avatars, "load_avatars", lambda: types.SimpleNamespace(set_progress_bar_config=lambda **_: 0))
-    monkeypatch.setattr(
-        edit_costs, "measure_edit_costs", lambda pipe, steps, repeats, **more: Report({"steps": steps, **more})
-    )
-    monkeypatch.setattr(few_steps, "measure_steps", lambda pipe, **given: Report({"people": len(given["people"])}))
-    monkeypatch.setattr(cost_scaling, "measure_scaling", lambda pipe, **given: Report(given))
-    monkeypatch.setattr(cost_scaling, "plot", lambda report, path: plots.append((report.given, path)))
-    out = tmp_path / "measured.json"
-    for options, given in (
-        ("costs --steps 7 --items first further", {"steps": 7, "items": ["first", "further"], "side": None}),
-        ("costs --side 256", {"steps": 50, "items": list(edit_costs.ITEMS), "side": 256}),
-        ("steps --people 9", {"people": 9}),
-        ("scaling --repeats 3 --plot there.png", {"repeats": 3}),
-    ):
-        assert main(["measure", *options.split(), "--json", str(out)]) == 0
-        assert json.loads(out.read_text("utf-8")) == {"given": given}
-        assert capsys.readouterr().out.startswith("the table of {")
-    assert plots == [({"repeats": 3}, "there.png")]
-
-
-def test_an_item_that_there_is_not_is_said_so(capsys):
-    assert main(["measure", "costs", "--items", "edit"]) == 2
-    assert "The item 'edit' is unknown; choose from stock, first" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def test_a_picture_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--image", "there-is-none.png", "--prompt", "a man", "--subject", "man", "--edit", "a man"], "not a file"),
         (["--image", "x.png"], "--prompt"),
@@ -51,10 +51,10 @@ def test_a_picture_of_ones_own(tmp_path: Path) -> None:
     ],
 )
 def test_arguments_that_cannot_be_used(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["demo", "--out", str(tmp_path / "out"), *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_an_edit_without_the_subject_is_refused_before_the_fit(

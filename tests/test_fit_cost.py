@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from s2edit_pipeline import ReferenceAttribute, identity_fitting
-from s2edit_pipeline.fit_loop import CHECK_EVERY, TOKEN_LEARNING_RATE, Plateau, draw_levels
-from s2edit_pipeline.fit_settings import LR_SCHEDULERS, TIMESTEP_SAMPLING
+from s2edit_pipeline import ReferenceAttribute, fit_loop
+from s2edit_pipeline.fit_loop import CHECK_EVERY, Plateau, draw_levels
+from s2edit_pipeline.fit_settings import LR_SCHEDULERS, RECIPES, TIMESTEP_SAMPLING
 from s2edit_pipeline.fit_weights import checkpointed
 from s2edit_pipeline.pipeline import S2EditPipeline
 
@@ -40,11 +40,11 @@ def tensors(identity: Any) -> dict[str, torch.Tensor]:
 def test_the_sentence_is_encoded_once_where_no_text_weight_is_trained(
     pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, method: str, rows: list[int]
 ) -> None:
-    asked: list[int] = []
-    handle = pipe.text_encoder.register_forward_pre_hook(lambda module, ids: asked.append(len(ids[0])))
+    batches: list[int] = []
+    handle = pipe.text_encoder.register_forward_pre_hook(lambda module, ids: batches.append(len(ids[0])))
     fit(pipe, picture, method=method, mask=half_mask)
     handle.remove()
-    assert asked == rows
+    assert batches == rows
 
 
 FALLING: dict[str, Callable[[float], float]] = {  # the share of the steps made -> the share of the rate
@@ -55,42 +55,44 @@ FALLING: dict[str, Callable[[float], float]] = {  # the share of the steps made 
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULERS)
-def test_the_rates_go_as_they_say(
+def test_the_rates_fall_as_their_names_promise(
     pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The token's and the weights' alike, from the first step's on."""
-    seen: list[list[float]] = []
+    rates: list[list[float]] = []
     step = torch.optim.AdamW.step
 
     def look(optimizer: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
-        seen.append([group["lr"] for group in optimizer.param_groups])
+        rates.append([group["lr"] for group in optimizer.param_groups])
         return step(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", look)
-    fit(pipe, picture, mask=half_mask, num_steps=5, learning_rate=1e-3, lr_scheduler=name)
     shares = [FALLING[name](k / 5) for k in range(5)]
-    assert np.array(seen) == pytest.approx(np.outer(shares, [TOKEN_LEARNING_RATE, 1e-3]))
+    for changes, of_token in (({}, RECIPES["lora"].token_learning_rate), ({"token_learning_rate": 7e-4}, 7e-4)):
+        rates.clear()
+        fit(pipe, picture, mask=half_mask, num_steps=5, learning_rate=1e-3, lr_scheduler=name, **changes)
+        assert np.array(rates) == pytest.approx(np.outer(shares, [of_token, 1e-3]))
 
 
 def test_only_what_is_trained_gets_gradients(
     pipe: S2EditPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, tuple[set[int], set[int]]] = {}
+    parameters: dict[str, tuple[set[int], set[int]]] = {}
     step = torch.optim.AdamW.step
 
     def look(optimizer: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         models = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
         rows = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-        seen[method] = trained, {id(p) for p in [*models, *rows] if p.grad is not None}
+        parameters[method] = trained, {id(p) for p in [*models, *rows] if p.grad is not None}
         return step(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", look)
     for method in METHODS:
         fit(pipe, picture, method=method, num_steps=2)
-        trained, graded = seen[method]
+        trained, graded = parameters[method]
         assert graded == trained, method
-    assert len(seen["token"][0]) == 1
+    assert len(parameters["token"][0]) == 1
 
 
 # ------------------------------------------------------------------------------ noise levels
@@ -107,13 +109,14 @@ DENSITIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # the distribution
 @pytest.mark.parametrize("batch", [1, 4])
 def test_noise_levels_follow_their_density(name: str, batch: int) -> None:
     generator, cpu = torch.Generator().manual_seed(1), torch.device("cpu")
-    drawn = torch.stack([draw_levels(batch, name, 1000, generator, cpu) for _ in range(8000 // batch)])
-    assert drawn.shape == (8000 // batch, batch) and int(drawn.min()) >= 0 and int(drawn.max()) <= 999
+    levels = torch.stack([draw_levels(batch, name, 1000, generator, cpu) for _ in range(8000 // batch)])
+    assert levels.shape == (8000 // batch, batch) and int(levels.min()) >= 1 and int(levels.max()) <= 1000
+    timesteps = levels - 1
     edges = np.arange(1, 20) / 20
-    found = np.mean(drawn.flatten().numpy()[:, None] < 1000 * edges, 0)
-    assert np.abs(found - DENSITIES[name](edges)).max() < 0.02
+    shares = np.mean(timesteps.flatten().numpy()[:, None] < 1000 * edges, 0)
+    assert np.abs(shares - DENSITIES[name](edges)).max() < 0.02
     # one in each of as many equally likely stretches
-    stretches = np.floor(batch * DENSITIES[name](np.clip((drawn.numpy() + 0.5) / 1000, 1e-6, 1 - 1e-6)))
+    stretches = np.floor(batch * DENSITIES[name](np.clip((timesteps.numpy() + 0.5) / 1000, 1e-6, 1 - 1e-6)))
     assert np.mean(stretches == np.arange(batch)) > 0.99
 
 
@@ -149,11 +152,11 @@ def test_checkpointing_is_put_back(pipe: S2EditPipeline) -> None:
         return [{n: v for n, v in vars(m).items() if "checkpointing" in n} for m in pipe.unet.modules()]
 
     pipe.unet.down_blocks[0].gradient_checkpointing = True  # someone's own choice
-    wanted = switches()
+    before = switches()
     with pytest.raises(RuntimeError, match="stop"), checkpointed(pipe.unet):
         assert all(switch["gradient_checkpointing"] for switch in switches() if "gradient_checkpointing" in switch)
         raise RuntimeError("stop")
-    assert switches() == wanted
+    assert switches() == before
 
 
 # ------------------------------------------------------------------------------ optimizers
@@ -170,7 +173,7 @@ def test_the_fused_optimizer_makes_the_same_steps(
 
     monkeypatch.setattr(torch.optim, "AdamW", remember)
     fused = tensors(fit(pipe, picture, method="full", num_steps=4))
-    monkeypatch.setattr(identity_fitting, "FUSED_ON", ())
+    monkeypatch.setattr(fit_loop, "FUSED_ON", ())
     plain = tensors(fit(pipe, picture, method="full", num_steps=4))
     assert made == [True, False]
     # all at once: a bias of a key has no true gradient, and AdamW makes steps of its rounding
@@ -186,17 +189,17 @@ def test_eight_bits_need_bitsandbytes(
         fit(pipe, picture, optimizer="adamw_8bit")
     with pytest.raises(ValueError, match="optimizer='sgd' is unknown; choose 'adamw' or 'adamw_8bit'"):
         fit(pipe, picture, optimizer="sgd")
-    asked: list[dict[str, Any]] = []
+    made: list[dict[str, Any]] = []
 
     class AdamW8bit(torch.optim.AdamW):  # stands in for it: the name and the arguments are what is ours
         def __init__(self, groups: Any, **arguments: Any) -> None:
-            asked.append(arguments)
+            made.append(arguments)
             super().__init__(groups, **arguments)
 
     package = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit))
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     identity = fit(pipe, picture, optimizer="adamw_8bit")
-    assert asked == [{"weight_decay": 0.0}] and identity.settings["optimizer"] == "adamw_8bit"
+    assert made == [{"weight_decay": 0.0}] and identity.settings["optimizer"] == "adamw_8bit"
 
 
 # ------------------------------------------------------------------------------ early stop
@@ -224,14 +227,14 @@ def test_a_plateau_is_two_looks_without_gain(
 def test_the_look_is_at_the_same_noise_each_time_and_leaves_the_fit_alone(
     pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked: list[float] = []
+    values: list[float] = []
     loss = Plateau.loss
 
     def look(plateau: Plateau) -> float:
-        looked.append(loss(plateau))
-        assert loss(plateau) == looked[-1]
+        values.append(loss(plateau))
+        assert loss(plateau) == values[-1]
         assert sum(len(t) for _, (t, _) in plateau.draws) >= 4 * 2
-        return looked[-1]
+        return values[-1]
 
     monkeypatch.setattr(Plateau, "loss", look)
     reference = ReferenceAttribute(picture.rotate(90), "a lady with a hat", "hat", mask=half_mask)
@@ -239,7 +242,7 @@ def test_the_look_is_at_the_same_noise_each_time_and_leaves_the_fit_alone(
         "mask": half_mask, "reference": reference, "num_steps": 10, "batch_size": batch_size, "learning_rate": 1e-2,
     }  # fmt: skip
     watched, alone = fit(pipe, picture, early_stop=True, **common), fit(pipe, picture, **common)
-    assert len(looked) == 2 and looked[1] < looked[0]
+    assert len(values) == 2 and values[1] < values[0]
     assert all(torch.equal(tensors(watched)[name], tensor) for name, tensor in tensors(alone).items())
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from s2edit_pipeline import identity_fitting
-from s2edit_pipeline.fit_loop import Objective
+from s2edit_pipeline import fit_loop
+from s2edit_pipeline.fit_loop import FitExample, Objective
 from s2edit_pipeline.fit_lora_start import ROW_LENGTH, start_along_gradient
 from s2edit_pipeline.fit_settings import FitSettings
 from s2edit_pipeline.identity_lora_names import published_name
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.prompt_tokens import token_rows
 
-from .test_identity_fitting import example_of, fit
+from .test_fit_loop import example_of, fit
 
 
 def reach(rows: torch.Tensor) -> torch.Tensor:
@@ -47,10 +47,10 @@ def gradients(model: nn.Module, *backwards: Callable[[], None]) -> list[torch.Te
         weight.requires_grad_(True)
     for backward in backwards:
         backward()
-    found = [weight.grad.flatten(1).double() for weight in weights]
+    matrices = [weight.grad.flatten(1).double() for weight in weights]
     for parameter in model.parameters():
         parameter.grad = None
-    return found
+    return matrices
 
 
 def firsts(model: nn.Module) -> list[torch.Tensor]:
@@ -62,10 +62,10 @@ def test_the_first_matrices_have_most_of_the_gradient_in_reach(seeds: tuple[int,
     """Eckart and Young: of what two rows can reach, as much as the two largest singular values say. Of several parts of
     a loss it is their sum's gradient."""
     model, backward = adapted()
-    wanted = gradients(model, *map(backward, seeds))
+    whole = gradients(model, *map(backward, seeds))
     model.requires_grad_(False)
     assert start_along_gradient({"unet": model}, [*map(backward, seeds)])
-    for rows, gradient in zip(firsts(model), wanted, strict=True):
+    for rows, gradient in zip(firsts(model), whole, strict=True):
         values = torch.linalg.svdvals(gradient)
         reached = (gradient @ reach(rows)).square().sum()
         assert float(reached) == pytest.approx(float(values[:2].square().sum()), rel=1e-5)
@@ -124,39 +124,38 @@ def test_a_gradient_that_is_no_number_is_left_alone() -> None:
     assert start_along_gradient({"unet": model}, [backward(1)])
 
 
-def base_gradients(pipe: S2EditPipeline, example: Any, row: torch.Tensor, settings: FitSettings) -> dict[str, Any]:
+def base_gradients(
+    pipe: S2EditPipeline, example: FitExample, rows: dict[str, torch.Tensor], settings: FitSettings
+) -> dict[str, torch.Tensor]:
     """Of the model without adapters, at the noise that a fit of seed 0 draws first; (out, in * kh * kw) by the names
     that weights are saved under."""
     generator = torch.Generator().manual_seed(0)
     torch.randint(2**31, (1,), generator=generator)  # the adapters' seed
-    encoders = {"text_encoder": pipe.text_encoder}
-    alphas, kind = pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type
-    objective = Objective(pipe.unet, encoders, alphas, kind, example, settings)
-    components = {"unet": pipe.unet, **encoders}
-    found = {}
+    objective = Objective(pipe.family, example, settings)
+    components = pipe.family.tuned_components
+    matrices = {}
     for module in components.values():
         module.requires_grad_(True)
-    with token_rows(pipe.text_encoder, {example.token_id: nn.Parameter(row.float())}), objective.controlled():
+    row = nn.Parameter(rows["text_encoder"].float())
+    with token_rows(pipe.text_encoder, {example.token_id: row}), objective.controlled():
         reconstruction, semantic, _ = objective.losses(*objective.draw(generator, torch.device("cpu")))
         (reconstruction + settings.semantic_weight * semantic).backward()
     for component, module in components.items():
         weights = [(n, p) for n, p in module.named_parameters() if p.ndim > 1 and p.grad is not None]
-        found |= {published_name(component, name): p.grad.flatten(1).double() for name, p in weights}
+        matrices |= {published_name(component, name): p.grad.flatten(1).double() for name, p in weights}
         module.requires_grad_(False)
         module.zero_grad(set_to_none=True)
-    return found
+    return matrices
 
 
 @pytest.mark.parametrize("layers", ["all", "attention"])
-def test_a_fit_starts_along_its_own_first_gradient(
-    pipe: S2EditPipeline, picture: Any, half_mask: Any, layers: str
-) -> None:
+def test_a_fit_starts_along_its_own_first_gradient(pipe: S2EditPipeline, half_mask: Any, layers: str) -> None:
     """In every layer; with rates that move nothing, what is fitted is where it started."""
-    example, row = example_of(pipe, picture, half_mask)
-    asked = {"num_steps": 1, "learning_rate": 1e-12, "semantic_weight": 10.0, "lora_layers": layers}
-    gradient = base_gradients(pipe, example, row, FitSettings(**asked))
+    example, rows_at_start = example_of(pipe, half_mask)
+    settings = {"num_steps": 1, "learning_rate": 1e-12, "semantic_weight": 10.0, "lora_layers": layers}
+    gradient = base_gradients(pipe, example, rows_at_start, FitSettings(**settings))
     for init in ("gradient", "random"):
-        weights = fit(pipe, example, row, lora_init=init, **asked).weights
+        weights = fit(pipe, example, rows_at_start, lora_init=init, **settings).weights
         shares, best = [], []
         for name, rows in weights.items():
             if ".lora_A." in name:
@@ -174,17 +173,17 @@ def test_a_fit_starts_along_its_own_first_gradient(
             assert sum(shares) < 0.5 * sum(best)
 
 
-def test_float16_starts_along_it_too(pipe: S2EditPipeline, picture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float16_starts_along_it_too(pipe: S2EditPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that is scaled so far that every gradient overflows: the scale comes down until none does."""
-    example, row = example_of(pipe, picture)
-    asked = {"num_steps": 1, "learning_rate": 1e-12}
-    wanted = fit(pipe, example, row, **asked).weights
+    example, rows = example_of(pipe)
+    settings = {"num_steps": 1, "learning_rate": 1e-12}
+    exact = fit(pipe, example, rows, **settings).weights
     far = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    monkeypatch.setattr(identity_fitting, "gradient_scaler", lambda device, dtype: far)
-    found = fit(pipe.to(torch.float16), example, row, **asked).weights
-    apart = [
-        float((reach(found[n]) - reach(wanted[n])).square().sum().sqrt())
-        for n in wanted
+    monkeypatch.setattr(fit_loop, "gradient_scaler", lambda device, dtype: far)
+    rounded = fit(pipe.to(torch.float16), example, rows, **settings).weights
+    distances = [
+        float((reach(rounded[n]) - reach(exact[n])).square().sum().sqrt())
+        for n in exact
         if n.startswith("unet.") and ".lora_A." in n
     ]
-    assert sorted(apart)[len(apart) // 2] < 0.2
+    assert sorted(distances)[len(distances) // 2] < 0.2

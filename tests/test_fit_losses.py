@@ -22,10 +22,10 @@ def naive_cosine(a: list[float], b: list[float]) -> float:
 
 def test_the_semantic_loss_is_the_cosines_size() -> None:
     a, b = vectors(3, 7)
-    wanted = [naive_cosine(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
-    torch.testing.assert_close(cosine(a, b), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
-    assert semantic_loss(a, b).item() == pytest.approx(sum(map(abs, wanted)) / 3, rel=1e-5)
-    assert min(wanted) < 0 < max(wanted)  # so that the absolute value is seen
+    expected = [naive_cosine(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    torch.testing.assert_close(cosine(a, b), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    assert semantic_loss(a, b).item() == pytest.approx(sum(map(abs, expected)) / 3, rel=1e-5)
+    assert min(expected) < 0 < max(expected)  # so that the absolute value is seen
 
 
 def test_known_angles() -> None:
@@ -44,14 +44,14 @@ def test_descending_the_semantic_loss_turns_the_token_square_to_the_sentence() -
         step = torch.zeros(16)
         step[i] = 1e-3
         with torch.no_grad():
-            wanted = (semantic_loss(sentence, token + step) - semantic_loss(sentence, token - step)) / 2e-3
-        assert slope[i].item() == pytest.approx(wanted.item(), abs=2e-4)
+            expected = (semantic_loss(sentence, token + step) - semantic_loss(sentence, token - step)) / 2e-3
+        assert slope[i].item() == pytest.approx(expected.item(), abs=2e-4)
 
 
 def test_the_reconstruction_loss_is_the_mean_square() -> None:
     output, target = vectors(2, 3, 4, 5)
     flat = zip(output.flatten().tolist(), target.flatten().tolist(), strict=True)
-    wanted = sum((x - y) ** 2 for x, y in flat) / output.numel()
-    assert reconstruction_loss(output, target).item() == pytest.approx(wanted, rel=1e-5)
+    expected = sum((x - y) ** 2 for x, y in flat) / output.numel()
+    assert reconstruction_loss(output, target).item() == pytest.approx(expected, rel=1e-5)
     # half-precision models lose nothing more in the loss itself
     assert reconstruction_loss(output.bfloat16(), target.bfloat16()).dtype == torch.float32

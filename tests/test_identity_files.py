@@ -49,8 +49,8 @@ def folders(_tiny: Any, picture: Any, half_mask: Any) -> dict[str, Files]:
     for kind in ("lora", "full", "token", "composition"):
         method = "lora" if kind == "composition" else kind
         identity = pipe.fit_identity(
-            picture, "a photo of a sad lady", "lady", method=method, mask=half_mask, num_steps=1, lora_rank=1,
-            generator=torch.Generator().manual_seed(0),
+            picture, "a photo of a sad lady", "lady", method=method, mask=half_mask, num_steps=1,
+            generator=torch.Generator().manual_seed(0), **({"lora_rank": 1} if method == "lora" else {}),
         )  # fmt: skip
         if kind == "composition":
             hat = LearnedAttribute("[A]", "hat", "a hat", {"text_encoder": torch.ones(32)}, torch.ones(4, 4))

@@ -56,8 +56,8 @@ def test_what_a_line_names_is_there(row: tuple[str, ...]) -> None:
         else:
             inner = [first, *inner]  # of the module that was named last
         assert module is not None, name
-        found = reduce(getattr, inner, module)
-        assert not key or key in found, name
+        entry = reduce(getattr, inner, module)
+        assert not key or key in entry, name
     known: set[str] = set()
     for call in ("fit_identity", "invert", "__call__", "load_identity"):
         known |= set(inspect.signature(getattr(S2EditPipeline, call)).parameters)
@@ -79,7 +79,7 @@ NO_READINGS = {"confine_from", "settle_from", "optimizer", "gradient_checkpointi
 
 def test_every_switch_of_ours_is_in_the_tables() -> None:
     """What the method leaves to turn; sizes, generators and the like are no readings of the paper."""
-    said = {name.split("=")[0] for _, _, switch, _ in ROWS for name in named(switch)}
+    switches = {name.split("=")[0] for _, _, switch, _ in ROWS for name in named(switch)}
     for settings in (FitSettings, EditSettings):
-        missing = {field.name for field in fields(settings)} - said - NO_READINGS
+        missing = {field.name for field in fields(settings)} - switches - NO_READINGS
         assert not missing, f"docs/method.md says nothing of {sorted(missing)}"

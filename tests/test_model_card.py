@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from s2edit_pipeline import S2EditPipeline
 from s2edit_pipeline.identity_adapter import IdentityAdapter
-from s2edit_pipeline.identity_card import TEMPLATE
+from s2edit_pipeline.identity_card import TEMPLATE, identity_card
 
 CARD = Path(__file__).parent.parent / "model_card" / "README.md"
 
@@ -37,7 +37,7 @@ def test_an_identitys_card_is_read_too(base: str) -> None:
     identity = IdentityAdapter(
         "[I]", "lady", prompt, "token", {"text_encoder": torch.zeros(4)}, base_model=base, mask=torch.ones(2, 2)
     )
-    card = ModelCard(identity._card({"a [I] lady": "preview_1.png"}, "other"))
+    card = ModelCard(identity_card(identity, {"a [I] lady": "preview_1.png"}, "other"))
     assert card.data.get("instance_prompt") == " ".join(prompt.split())
     assert card.data.get("base_model") == (base if "/" in base else None)
     assert card.data.get("base_model_relation") == ("adapter" if "/" in base else None)

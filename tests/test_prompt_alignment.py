@@ -1,21 +1,19 @@
-"""Words, spans and alignments, against the tokenizers' own pieces and against written-out tables."""
+"""How two prompts' words correspond, against written-out tables and against segments aligned alone."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.prompt_alignment import align_prompts, content_words
-from s2edit_pipeline.prompt_columns import TokenizedPrompt
-from s2edit_pipeline.prompt_tokenizing import tokenize
+from s2edit_pipeline.prompt_columns import TokenizedPrompt, one_after_another
+from s2edit_pipeline.prompt_tokenizing import PromptTemplate, tokenize
 from s2edit_pipeline.prompt_tokens import with_tokens
-from s2edit_pipeline.prompt_words import insert_token, split_words
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +60,6 @@ def test_a_prompt_that_is_too_long_says_what_would_be_lost(tokenizer: CLIPTokeni
         tokenize(tokenizer, " ".join(["man"] * (room + 1)))
     with pytest.raises(TypeError, match="string, not list"):
         tokenize(tokenizer, ["a man"])  # type: ignore[arg-type]
-
-
-def test_the_token_goes_before_the_subject() -> None:
-    assert insert_token("a photo of a lady with glasses", "lady", "[I]") == "a photo of a [I] lady with glasses"
-    assert insert_token("A Lady, lady-like", "lady", "[I]") == "A [I] Lady, lady-like"  # the word, not a part of one
-    assert insert_token("an old lady", "old lady", "[I]") == "an [I] old lady"
-    assert insert_token("a [I] lady and a lady", "lady", "[I]") == "a [I] lady and a lady"  # holds it already
-    assert insert_token("a lady and a lady", "lady", "[I]") == "a [I] lady and a [I] lady"
-
-
-def test_a_subject_that_is_not_there_is_refused() -> None:
-    for subject in ("man", "", "lady photo", "lad"):
-        with pytest.raises(ValueError, match=r"is not in the prompt 'photo lady'.*one of: photo, lady"):
-            insert_token("photo lady", subject, "[I]")
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        insert_token("", "lady", "[I]")
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from("a lady with glasses [I] , man's beard smiling".split()), min_size=1, max_size=12))
-def test_splitting_is_what_joining_made(words: list[str]) -> None:
-    assert split_words(" ".join(words), ["[I]"]) == words
 
 
 def by_word(tokenizer: Any, source: str, target: str, edit: str = "auto") -> list[tuple[str, tuple[str, ...]]]:
@@ -165,3 +141,123 @@ def test_a_word_of_more_tokens_shares_out_the_old_words_attention(tokenizer: CLI
     attention = torch.zeros(a.input_ids.shape[1])
     attention[list(a.find("man"))] = 0.6
     torch.testing.assert_close((attention @ alignment.mapping)[list(new)], torch.full((len(new),), 0.6 / len(new)))
+
+
+def test_words_of_a_negation_are_looked_at(tokenizer: CLIPTokenizer) -> None:
+    """ "with" once "without" changes where the glasses are, and "no" where the beard is."""
+
+    def looked_at(source: str, target: str) -> list[list[str]]:
+        prompts = [tokenize(tokenizer, text) for text in (source, target)]
+        alignment = align_prompts(*prompts)
+        sides = zip(prompts, (alignment.changed_source, alignment.changed_target), strict=True)
+        texts = [{word.tokens: word.text for word in prompt.words} for prompt in prompts]
+        found = [content_words(prompt, set(changed)) for prompt, changed in sides]
+        return [[text[tokens] for tokens in words] for text, words in zip(texts, found, strict=True)]
+
+    assert looked_at("a man with glasses", "a man without glasses") == [["glasses"], ["glasses"]]
+    assert looked_at("a man with a beard", "a man with no beard") == [["beard"], ["beard"]]
+    assert looked_at("a man with a red hat", "a man without a red hat or glasses, here") == [
+        ["red", "hat"], ["red", "hat", "glasses", "here"],
+    ]  # fmt: skip
+    assert looked_at("a sad man with glasses", "a happy man without glasses") == [["sad"], ["happy", "glasses"]]
+    assert looked_at("a man and a lady", "a man or a lady") == [["lady"], ["lady"]]
+    assert looked_at("a man", "a man, without") == [[], [",", "without"]]
+
+
+# ---------------------------------------------------------------------------- several encoders
+
+LIMITS = {"clip": 28, "t5": 30, "qwen": 26}
+PAIRS = [
+    ("a sad man", "a smiling man"),
+    ("a man", "a xylophonist with a beard"),
+    ("a lady with glasses, here", "a lady"),
+    ("", "a lady"),
+    ("一个女人的照片", "一个男人的照片"),
+    ("a 女性 man", "a 女性の写真 man"),
+]
+
+
+@pytest.fixture(scope="module")
+def reads(tokenizer: CLIPTokenizer, t5_tokenizer: Any, qwen_tokenizer: Any) -> Any:
+    """A prompt as encoders of three classes read it: one after the other, or one of them alone."""
+    tokenizers = {"clip": tokenizer, "t5": t5_tokenizer, "qwen": qwen_tokenizer}
+
+    def read(text: str, *names: str, **more: Any) -> TokenizedPrompt:
+        parts = [tokenize(tokenizers[n], text, name=n, limit=LIMITS[n], **more) for n in names]
+        return one_after_another(parts)
+
+    return read
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize("edit", ["auto", "refine"])
+def test_segments_are_aligned_each_in_itself(reads: Any, source: str, target: str, edit: str) -> None:
+    """The joint mapping's blocks are those of each encoder alone, wherever all of them see the same words."""
+    a, b = (reads(text, *LIMITS) for text in (source, target))
+    joint = align_prompts(a, b, edit)
+    assert joint.mapping.shape == (sum(LIMITS.values()), sum(LIMITS.values()))
+    same_words = source.isascii()
+    offset = 0
+    outside = joint.mapping.clone()
+    for name, size in LIMITS.items():
+        alone = align_prompts(reads(source, name), reads(target, name), edit)
+        block = slice(offset, offset + size)
+        if same_words:
+            torch.testing.assert_close(joint.mapping[block, block], alone.mapping)
+            torch.testing.assert_close(joint.share[block], alone.share)
+            changed = [tuple(i - offset for i in all_of if i in range(offset, offset + size)) for all_of in (
+                joint.changed_source, joint.changed_target)]  # fmt: skip
+            assert changed == [alone.changed_source, alone.changed_target]
+        outside[block, block] = 0
+        offset += size
+    assert float(outside.abs().sum()) == 0
+    # a column either keeps its own map or takes that of source columns of its own segment
+    taken = joint.mapping.sum(0)
+    assert bool(((taken > 0) == (joint.share == 1)).all())
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_what_is_around_the_prompt_is_tied_by_its_distance(reads: Any, source: str, target: str) -> None:
+    template = PromptTemplate("<|im_start|>user\n{}<|im_end|>\n")
+    a, b = (reads(text, "qwen", template=template) for text in (source, target))
+    mapping = align_prompts(a, b).mapping
+    (here,), (there,) = a.segments, b.segments
+    assert here.start == there.start > 1
+    for j in range(there.start):
+        assert mapping[:, j].nonzero().tolist() == [[j]]
+    for j in range(there.eos, there.num_columns):
+        assert mapping[:, j].nonzero().tolist() == [[min(here.eos + j - there.eos, here.num_columns - 1)]]
+
+
+def test_padding_on_the_left_is_tied_from_the_prompts_start(qwen_tokenizer: Any) -> None:
+    left = copy.deepcopy(qwen_tokenizer)
+    left.padding_side = "left"
+    a, b = (tokenize(left, text, limit=12) for text in ("a man here", "a man"))
+    mapping = align_prompts(a, b).mapping
+    (here,), (there,) = a.segments, b.segments
+    assert (here.eos, there.eos) == (12, 12) and here.start < there.start
+    for j in range(there.start):
+        assert mapping[:, j].nonzero().tolist() == [[max(here.start - (there.start - j), 0)]]
+
+
+def test_prompts_of_different_lengths_and_encoders(reads: Any) -> None:
+    a, b = (reads(text, "qwen", pad=False) for text in ("a sad man", "a sad man with glasses"))
+    alignment = align_prompts(a, b)
+    assert alignment.mapping.shape == (a.num_columns, b.num_columns)
+    assert alignment.mapping[: a.num_columns, : a.num_columns].diagonal().tolist() == [1.0] * a.num_columns
+    with pytest.raises(ValueError, match=r"different text encoders, \['qwen'\] and \['t5'\]"):
+        align_prompts(a, reads("a man", "t5"))
+
+
+def test_a_word_that_one_encoder_cut_off_is_aligned_in_the_other(reads: Any) -> None:
+    text = "a lady and a man and a lady with a beard here and there"
+    a, b = (reads(words, "clip", "t5", truncate=True) for words in (text, text.replace("beard", "hat")))
+    assert a.segments[1].lost and not a.segments[0].lost and a.lost == ""
+    alignment = align_prompts(a, b)
+    there = [i for i in b.columns("there")]
+    assert there and all(alignment.share[i] == 1 for i in there)
+
+
+def test_chinese_prompts_share_what_they_have_in_common(tokenizer: CLIPTokenizer) -> None:
+    assert by_word(tokenizer, "悲的女性", "笑的女性", "refine") == [(c, (c,)) for c in "的女性"]
+    assert by_word(tokenizer, "女性", "女性の写真") == [(c, (c,)) for c in "女性"]

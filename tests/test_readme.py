@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from s2edit_pipeline import identity_fitting
+from s2edit_pipeline import fit_settings
 from s2edit_pipeline.fit_settings import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -26,9 +26,8 @@ ROOT = Path(__file__).parent.parent
 def test_python_examples_run(
     document: str, written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        identity_fitting, "RECIPES", {"lora": Recipe(3, 1e-3, 4, "uniform", "constant")}
-    )  # as written, but shorter
+    short = Recipe(3, 1e-3, 5e-3, 4, "uniform", "constant")  # as written, but shorter
+    monkeypatch.setattr(fit_settings, "RECIPES", {"lora": short})
     examples = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text("utf-8"), flags=re.DOTALL)
     assert examples
     monkeypatch.chdir(tmp_path)

@@ -89,9 +89,9 @@ def test_stock_stable_diffusion_reads_a_full_fine_tuning(
         if tensor.ndim == 1 or "position_embedding" in name:
             tensor.zero_()
     identity.save_pretrained(tmp_path / "ada", kept_energy=0.97, max_bytes=10**8)
-    found = IdentityAdapter.from_pretrained(tmp_path / "ada")
-    assert any(tensor.ndim == 4 for tensor in found.weights.values())
-    assert len(found.lora_metadata["unet.rank_pattern"]) > 5
+    loaded = IdentityAdapter.from_pretrained(tmp_path / "ada")
+    assert any(tensor.ndim == 4 for tensor in loaded.weights.values())
+    assert len(loaded.lora_metadata["unet.rank_pattern"]) > 5
     theirs, ours = drawn_by_stock_and_by_ours(pipe, tmp_path / "ada")
     assert np.abs(theirs - ours).max() <= 1e-4
 

@@ -46,20 +46,21 @@ def people(pipe: S2EditPipeline, picture: Image.Image, masks: dict[str, np.ndarr
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[SpatialControl, torch.Tensor, AttentionSite]]]:
     """What spatial control let through, at every layer and step."""
-    held: list[tuple[SpatialControl, torch.Tensor, AttentionSite]] = []
-    plain, wants = SpatialControl.__call__, SpatialControl.wants
+    records: list[tuple[SpatialControl, torch.Tensor, AttentionSite]] = []
+    plain, needed = SpatialControl.__call__, SpatialControl.access_needed
 
     def record(self: SpatialControl, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
-        found = plain(self, probs, site)
-        held.append((self, found.clone(), site))
-        return found
+        masked = plain(self, probs, site)
+        records.append((self, masked.clone(), site))
+        return masked
+
+    def with_probabilities(self: SpatialControl, site: AttentionSite) -> AttentionAccess:
+        return AttentionAccess.PROBABILITIES if needed(self, site) else AttentionAccess.NONE
 
     monkeypatch.setattr(SpatialControl, "__call__", record)
     # the fused kernel makes nothing to look at
-    monkeypatch.setattr(
-        SpatialControl, "wants", lambda self, site: Look.PROBABILITIES if wants(self, site) else Look.AWAY
-    )
-    yield held
+    monkeypatch.setattr(SpatialControl, "access_needed", with_probabilities)
+    yield records
 
 
 def assert_each_looks_at_its_own(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .benchmark.drawn_subjects import DrawnRun
 
 _QUICK = {"people": 4, "creatures": 2, "edits": 3}
 _SMALL = {"people": 4, "creatures": 0, "edits": 6}
 _FULL = {"people": 24, "creatures": 12, "edits": 8}
+_BASELINE = "S2Edit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--edits", type=int, help="at most so many of each subject (8; quick: 3; else 6)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these; --list names them")
     parser.add_argument("--list", action="store_true", help="name the methods and stop")
-    parser.add_argument("--baseline", default="S2Edit", help="what the others are compared with (%(default)s)")
+    parser.add_argument("--baseline", help=f"what the others are compared with ({_BASELINE})")
     parser.add_argument("--settings", help="JSON of each method's arguments (default: as tuned for this package)")
     parser.add_argument("--method-model", action="append", default=[], metavar="METHOD=FOLDER", help="its own weights")
     parser.add_argument(
@@ -64,8 +69,7 @@ def _run(args: argparse.Namespace) -> None:
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
-    from .benchmark_methods import BENCHMARK_METHODS, QUICK_METHODS, SETTINGS_FILE, entrants
-    from .method_records import run_benchmark
+    from .methods.registry import BENCHMARK_METHODS, SETTINGS_FILE
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -74,80 +78,118 @@ def _run(args: argparse.Namespace) -> None:
     if args.list:
         print("\n".join(BENCHMARK_METHODS))
         return
-    settings = Path(args.settings or SETTINGS_FILE)
-    models = dict(_method_model(given) for given in args.method_model)
+    _check_together(args)
+    args.settings = Path(args.settings or SETTINGS_FILE)
+    args.models = dict(_method_model(text) for text in args.method_model)
     shared = {
         "num_inference_steps": args.steps,
         "seed": args.seed,
         "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         "model": args.model,
     }
-    _check_together(args)
     if args.dataset:
-        from .dataset_benchmark import DatasetRun, standard_measures, write_dataset_report
-        from .edit_datasets import load_edit_dataset
-
-        pictures = load_edit_dataset(args.dataset)[: args.limit]
-        taking_part = entrants(args.methods or BENCHMARK_METHODS, settings, models)
-        on_pictures = DatasetRun(Path(args.out), taking_part, tuple(pictures), **shared)
-        unavailable = run_benchmark(on_pictures, args.jobs)
-        measures = standard_measures(args.clip_model) if args.standard_metrics else {}
-        report = write_dataset_report(on_pictures, unavailable, measures)
-        print(f"{report.read_text('utf-8')}\nThe report is {report}")
+        _run_on_dataset(args, shared)
         return
-
-    from .benchmark import BenchmarkRun
-    from .benchmark_edits import BENCHMARK_FIRST
-    from .benchmark_report import write_report
-
-    drawing = args.figures or args.figure
-    sizes = dict(_QUICK if args.quick else _SMALL if args.tune or drawing else _FULL)
+    sizes = dict(_QUICK if args.quick else _SMALL if args.tune or _figures(args) else _FULL)
     sizes |= {name: value for name in sizes if (value := getattr(args, name)) is not None}
-    shared["edits"] = sizes["edits"]
+    shared["edits"] = sizes.pop("edits")
     if args.tune:
-        from .benchmark_tuning import TUNING_FIRST, tune, tuned_methods
+        _tune(args, sizes, shared)
+    elif figures := _figures(args):
+        _draw(args, figures, sizes, shared)
+    else:
+        _run_on_drawn_subjects(args, sizes, shared)
 
-        subjects = _numbered(TUNING_FIRST, sizes["people"], sizes["creatures"])
-        found = tune(args.methods or tuned_methods(), subjects, Path(args.out), settings, args.jobs, models, **shared)
-        for scores in found.values():
-            print("\n".join(f"{score:7.2f}  {name}" for name, score in scores.items()))
-        print(f"The best are in {settings}")
-        return
-    subjects = _numbered(BENCHMARK_FIRST, sizes["people"], sizes["creatures"])
 
-    def of(names: Sequence[str]) -> BenchmarkRun:
-        return BenchmarkRun(Path(args.out), entrants(args.methods or names, settings, models), subjects, **shared)
+def _run_on_dataset(args: argparse.Namespace, shared: Mapping[str, Any]) -> None:
+    from .benchmark.dataset_report import standard_measures, write_dataset_report
+    from .benchmark.dataset_run import DatasetRun
+    from .benchmark.datasets import load_edit_dataset
+    from .benchmark.runner import run_benchmark
+    from .methods.registry import BENCHMARK_METHODS, method_specs
 
-    if drawing:
-        from .benchmark_figures import METHODS_OF, draw_figure
-
-        for number in (7, 8, 9) if args.figures else args.figure:
-            print(f"Figure {number} is {draw_figure(number, of(METHODS_OF[number]), args.jobs)}")
-        return
-    bench = of(QUICK_METHODS if args.quick else BENCHMARK_METHODS)
+    pictures = load_edit_dataset(args.dataset)[: args.limit]
+    specs = method_specs(args.methods or BENCHMARK_METHODS, args.settings, args.models)
+    bench = DatasetRun(Path(args.out), specs, tuple(pictures), **shared)
     unavailable = run_benchmark(bench, args.jobs)
-    report = write_report(bench, unavailable, args.baseline)
+    measures = standard_measures(args.clip_model) if args.standard_metrics else {}
+    _show(write_dataset_report(bench, unavailable, measures))
+
+
+def _tune(args: argparse.Namespace, sizes: Mapping[str, int], shared: Mapping[str, Any]) -> None:
+    from .benchmark.tuning import TUNING_FIRST, tune, tuned_methods
+
+    names, subjects = args.methods or tuned_methods(), _numbered(TUNING_FIRST, **sizes)
+    for scores in tune(names, subjects, Path(args.out), args.settings, args.jobs, args.models, **shared).values():
+        print("\n".join(f"{score:7.2f}  {name}" for name, score in scores.items()))
+    print(f"The best are in {args.settings}")
+
+
+def _draw(
+    args: argparse.Namespace, figures: Sequence[int], sizes: Mapping[str, int], shared: Mapping[str, Any]
+) -> None:
+    from .benchmark.figures import METHODS_OF, draw_figure
+
+    for number in figures:
+        bench = _drawn_run(args, METHODS_OF[number], sizes, shared)
+        print(f"Figure {number} is {draw_figure(number, bench, args.jobs)}")
+
+
+def _run_on_drawn_subjects(args: argparse.Namespace, sizes: Mapping[str, int], shared: Mapping[str, Any]) -> None:
+    from .benchmark.report import write_report
+    from .benchmark.runner import run_benchmark
+    from .methods.registry import BENCHMARK_METHODS, QUICK_METHODS
+
+    bench = _drawn_run(args, QUICK_METHODS if args.quick else BENCHMARK_METHODS, sizes, shared)
+    names = [spec.name for spec in bench.methods]
+    if args.baseline is not None and args.baseline not in names:
+        raise ValueError(f"--baseline {args.baseline!r} takes no part; choose from {', '.join(names)}.")
+    unavailable = run_benchmark(bench, args.jobs)
+    _show(write_report(bench, unavailable, args.baseline or _BASELINE))
+
+
+def _drawn_run(
+    args: argparse.Namespace, names: Sequence[str], sizes: Mapping[str, int], shared: Mapping[str, Any]
+) -> DrawnRun:
+    from .benchmark.drawn_edits import BENCHMARK_FIRST
+    from .benchmark.drawn_subjects import DrawnRun
+    from .methods.registry import method_specs
+
+    specs = method_specs(args.methods or names, args.settings, args.models)
+    return DrawnRun(Path(args.out), specs, _numbered(BENCHMARK_FIRST, **sizes), **shared)
+
+
+def _figures(args: argparse.Namespace) -> Sequence[int]:
+    return (7, 8, 9) if args.figures else args.figure or ()
+
+
+def _show(report: Path) -> None:
     print(f"{report.read_text('utf-8')}\nThe report is {report}")
 
 
 def _check_together(args: argparse.Namespace) -> None:
-    drawn = ("quick", "people", "creatures", "edits")
+    """Refuse flags that the chosen kind of run would ignore."""
+    drawn = ("quick", "people", "creatures", "edits", "baseline")
     real = ("limit", "standard_metrics", "clip_model")
     for name in drawn if args.dataset else real:
         if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is a number
             where = "not for --dataset" if args.dataset else "for --dataset PATH"
             raise ValueError(f"--{name.replace('_', '-')} is {where}; leave it out.")
+    if args.baseline is not None and (args.tune or _figures(args)):
+        raise ValueError("--baseline is for the report, which --tune and figures don't write; leave it out.")
+    if args.clip_model is not None and not args.standard_metrics:
+        raise ValueError("--clip-model is for --standard-metrics; give both, or neither.")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {args.limit}.")
 
 
-def _numbered(first: int, people: int, creatures: int) -> tuple[tuple[str, int], ...]:
+def _numbered(first: int, *, people: int, creatures: int) -> tuple[tuple[str, int], ...]:
     counts = {"person": people, "creature": creatures}
     return tuple((kind, first + i) for kind, count in counts.items() for i in range(count))
 
 
-def _method_model(given: str) -> tuple[str, str]:
-    name, found, folder = given.partition("=")
-    if not found or not folder:
-        raise ValueError(f"--method-model takes METHOD=FOLDER, not {given!r}.")
+def _method_model(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
+    if not folder:
+        raise ValueError(f"--method-model takes METHOD=FOLDER, not {text!r}.")
     return name, folder

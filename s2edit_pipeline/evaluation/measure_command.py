@@ -1,51 +1,99 @@
-"""``s2edit measure``: the tables in docs, each by one command."""
+"""``s2edit measure``: the tables in docs, each by one command with flags of its own."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from .base_model import BaseModelReport
+    from .studies.base_model import BaseModelReport
+
+
+class Report(Protocol):
+    """What a measure returns: a dataclass."""
+
+    def table(self) -> str:
+        """As Markdown."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """``add_arguments`` gives a parser the measure's own flags; ``run`` measures."""
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Report]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=tuple(_MEASURES))
-    parser.add_argument("--model", help="a diffusers folder of the avatars family; the embedded model otherwise")
-    parser.add_argument("--captions", type=int, default=256, help="base-model: pictures drawn (%(default)s)")
-    parser.add_argument("--people", type=int, help="how many, but for base-model and edits (4, compositions 24)")
-    parser.add_argument(
-        "--steps", type=int, help="inference steps (25; base-model 30, inversions and costs 50, memory 10)"
-    )
-    parser.add_argument("--setting", action="append", help="edits: only these rows; give as many as you like")
-    parser.add_argument("--sheet", help="base-model, compositions: also save the first pictures, to this PNG")
-    parser.add_argument("--repeats", type=int, default=5, help="costs, scaling: of each run (%(default)s)")
-    parser.add_argument(
-        "--items", nargs="+", help="costs: of stock, first, inverted_first, further, three, null_text; all otherwise"
-    )
-    parser.add_argument("--side", type=int, help="costs: of the picture, in pixels (the model's own)")
-    parser.add_argument("--json", help="costs, steps, scaling: also save what was measured, to this file")
-    parser.add_argument("--plot", help="fits, scaling: also plot them, to this PNG")
-    parser.add_argument(
-        "--random", nargs="+", metavar="MODEL", help="costs: on a CUDA device, of sd15, sd21, sdxl with random weights"
-    )
-    parser.add_argument("--sides", type=int, nargs="+", help="costs --random: of the pictures (512, 768 and 1024)")
-    parser.add_argument("--tiny", action="store_true", help="costs --random: narrow models, on the CPU, as a trial")
+    measures = parser.add_subparsers(dest="what", metavar="MEASURE", required=True)
+    for name, measure in MEASURES.items():
+        subparser = measures.add_parser(name, help=measure.summary, description=measure.summary.capitalize() + ".")
+        measure.add_arguments(subparser)
+        subparser.add_argument(
+            "--json", nargs="?", const="-", metavar="FILE",
+            help="print what was measured as JSON instead of tables; with FILE, save it there besides",
+        )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one table; returns the exit status, 2 for arguments that can't be used."""
+    """Print one measure's tables; returns the exit status, 2 for arguments that can't be used."""
     try:
-        _MEASURES[args.what](args)
+        report = MEASURES[args.what].run(args)
     except (ValueError, ImportError, OSError) as error:
         print(f"s2edit measure {args.what}: {error}", file=sys.stderr)
         return 2
+    if args.json != "-":
+        print(report.table())
+    if args.json is not None:
+        text = json.dumps(as_json(report), indent=2)
+        print(text) if args.json == "-" else Path(args.json).write_text(text + "\n", "utf-8")
     return 0
+
+
+def as_json(value: Any) -> Any:
+    """A report as JSON has it: dataclasses as objects, without fields whose metadata say ``"json": False`` (pictures);
+    arrays as lists; numbers that aren't finite as null."""
+    if is_dataclass(value):
+        shown = (field.name for field in fields(value) if field.metadata.get("json", True))
+        return {name: as_json(getattr(value, name)) for name in shown}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # an array, or a number of numpy's
+        return as_json(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---------------------------------------------------------------------------- flags that several measures have
+
+
+def _model_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a diffusers folder of the avatars family; the embedded model otherwise")
+    parser.add_argument("--device", help="where to work (cpu)")
+
+
+def _seed_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+
+
+def _steps_flag(parser: argparse.ArgumentParser, default: int) -> None:
+    parser.add_argument("--steps", type=int, default=default, help="inference steps (%(default)s)")
+
+
+def _people_flag(parser: argparse.ArgumentParser, default: int, what: str = "held-out people") -> None:
+    parser.add_argument("--people", type=int, default=default, help=f"how many {what} (%(default)s)")
+
+
+def _repeats_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=5, help="of each run (%(default)s)")
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -54,18 +102,33 @@ def _load(args: argparse.Namespace) -> Any:
 
     pipe = S2EditPipeline.from_pretrained(args.model) if args.model else load_avatars()
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(args.device) if args.device else pipe
 
 
-def _base_model(args: argparse.Namespace) -> None:
-    from .base_model import measure_base_model
+# ---------------------------------------------------------------------------- the measures
+
+
+def _base_model_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _seed_flag(parser)
+    _steps_flag(parser, 30)
+    parser.add_argument("--captions", type=int, default=256, help="pictures drawn (%(default)s)")
+    parser.add_argument("--sheet", metavar="PNG", help="also save the first pictures")
+
+
+def _base_model(args: argparse.Namespace) -> Report:
+    from .studies.base_model import measure_base_model
 
     report = measure_base_model(
-        _load(args), num_captions=args.captions, num_pairs=args.captions // 4, num_inference_steps=args.steps or 30
+        _load(args),
+        num_captions=args.captions,
+        num_pairs=args.captions // 4,
+        num_inference_steps=args.steps,
+        seed=args.seed,
     )
-    print(report.table())
     if args.sheet:
         _save_sheet(report, args.sheet)
+    return report
 
 
 def _save_sheet(report: BaseModelReport, path: str) -> None:
@@ -79,112 +142,173 @@ def _save_sheet(report: BaseModelReport, path: str) -> None:
     Image.fromarray(np.concatenate(lines)).save(path)
 
 
-def _inversions(args: argparse.Namespace) -> None:
-    from .inversion_table import measure_inversions, table
-
-    print(table(measure_inversions(_load(args), people=range(args.people or 4), num_inference_steps=args.steps or 50)))
-
-
-def _edits(args: argparse.Namespace) -> None:
-    from . import edit_table
-
-    names = args.setting or list(edit_table.SETTINGS)
-    print(edit_table.table(edit_table.measure_edits(_load(args), names, num_inference_steps=args.steps or 25)))
+def _inversions_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _people_flag(parser, 4)
+    _steps_flag(parser, 50)
 
 
-def _confinement(args: argparse.Namespace) -> None:
-    from . import edit_table
-    from .counterfactual import varied_edits
+def _inversions(args: argparse.Namespace) -> Report:
+    from .studies.inversions import measure_inversions
 
-    rows = edit_table.measure_edits(
-        _load(args),
-        ["the defaults", "drift left", "not confined"],
-        people=range(args.people or 4),
-        edits_of=varied_edits,
-        num_inference_steps=args.steps or 25,
+    return measure_inversions(_load(args), people=range(args.people), num_inference_steps=args.steps)
+
+
+def _edits_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _seed_flag(parser)
+    _steps_flag(parser, 25)
+    parser.add_argument("--setting", action="append", help="only these rows; give as many as you like")
+
+
+def _edits(args: argparse.Namespace) -> Report:
+    from .studies.edits import SETTINGS, measure_edits
+
+    return measure_edits(_load(args), args.setting or list(SETTINGS), num_inference_steps=args.steps, seed=args.seed)
+
+
+def _confinement_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _seed_flag(parser)
+    _people_flag(parser, 4)
+    _steps_flag(parser, 25)
+
+
+def _confinement(args: argparse.Namespace) -> Report:
+    from .metrics.counterfactual import varied_edits
+    from .studies.edits import CONFINEMENT, measure_edits
+
+    people = range(args.people)
+    return measure_edits(
+        _load(args), CONFINEMENT, people=people, edits_of=varied_edits, num_inference_steps=args.steps, seed=args.seed
     )
-    print(edit_table.table(rows))
 
 
-def _compositions(args: argparse.Namespace) -> None:
-    from . import composition
+def _compositions_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _seed_flag(parser)
+    _people_flag(parser, 24, "pairs of held-out people")
+    _steps_flag(parser, 25)
+    parser.add_argument("--sheet", metavar="PNG", help="also save the first compositions")
 
-    composed = composition.measure_compositions(
-        _load(args), composition.composition_pairs(args.people or 24), num_inference_steps=args.steps or 25
+
+def _compositions(args: argparse.Namespace) -> Report:
+    from .studies.compositions import composition_pairs, measure_compositions, sheet
+
+    report = measure_compositions(
+        _load(args), composition_pairs(args.people), num_inference_steps=args.steps, seed=args.seed
     )
-    print(composition.table(composed))
     if args.sheet:
-        composition.sheet(composed).save(args.sheet)
+        sheet(report).save(args.sheet)
+    return report
 
 
-def _fits(args: argparse.Namespace) -> None:
-    from . import fit_curves
+def _fits_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _seed_flag(parser)
+    _people_flag(parser, 4)
+    _steps_flag(parser, 25)
+    parser.add_argument("--plot", metavar="PNG", help="also plot them")
 
-    points = fit_curves.measure_fits(_load(args), range(args.people or 4), num_inference_steps=args.steps or 25)
-    print(fit_curves.table(points))
+
+def _fits(args: argparse.Namespace) -> Report:
+    from .studies.fits import measure_fits, plot
+
+    report = measure_fits(_load(args), range(args.people), num_inference_steps=args.steps, seed=args.seed)
     if args.plot:
-        fit_curves.plot(points, args.plot)
+        plot(report, args.plot)
+    return report
 
 
-def _memory(args: argparse.Namespace) -> None:
-    from . import peak_memory
-
-    pipe = _load(args)
-    print(peak_memory.table(peak_memory.measure_memory(pipe, num_inference_steps=args.steps or 10)))
-    print()
-    print(peak_memory.fit_table(peak_memory.measure_fit_memory(pipe)))
+def _steps_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _seed_flag(parser)
+    _people_flag(parser, 4)
 
 
-def _costs(args: argparse.Namespace) -> None:
+def _steps(args: argparse.Namespace) -> Report:
+    from .studies.edits import measure_steps
+
+    return measure_steps(_load(args), people=range(args.people), seed=args.seed)
+
+
+def _memory_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _steps_flag(parser, 10)
+
+
+def _memory(args: argparse.Namespace) -> Report:
+    from .costs.memory import measure_memory
+
+    return measure_memory(_load(args), args.steps)
+
+
+def _costs_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    parser.add_argument("--steps", type=int, help="inference steps (50; with --tiny 2)")
+    _repeats_flag(parser)
+    parser.add_argument(
+        "--items", nargs="+", help="of stock, first, inverted_first, further, three, null_text; all otherwise"
+    )
+    parser.add_argument("--side", type=int, help="of the picture, in pixels (the model's own)")
+    parser.add_argument(
+        "--random", nargs="+", metavar="MODEL", help="instead, on a CUDA device: sd15, sd21, sdxl with random weights"
+    )
+    parser.add_argument("--sides", type=int, nargs="+", help="with --random: of the pictures (512, 768 and 1024)")
+    parser.add_argument("--tiny", action="store_true", help="with --random: narrow models, on the CPU, as a trial")
+
+
+def _costs(args: argparse.Namespace) -> Report:
+    steps = args.steps if args.steps is not None else 2 if args.tiny else 50
     if args.random:
-        from .gpu_costs import measure_gpu_costs
+        _refuse(args, ("model", "device", "items", "side"), "doesn't go with --random")
+        from .costs.cuda import measure_cuda_costs
 
-        report: Any = measure_gpu_costs(
+        return measure_cuda_costs(
             args.random,
             tiny=args.tiny,
             sides=args.sides,
-            num_inference_steps=args.steps or (2 if args.tiny else 50),
+            num_inference_steps=steps,
             num_fit_steps=2 if args.tiny else None,
             repeats=args.repeats,
         )
-    else:
-        from .edit_costs import ITEMS, measure_edit_costs
+    _refuse(args, ("sides", "tiny"), "is for --random MODEL")
+    from .costs.edits import ITEMS, measure_edit_costs
 
-        items = args.items or tuple(ITEMS)
-        report = measure_edit_costs(_load(args), args.steps or 50, args.repeats, items=items, side=args.side)
-    _show(report, args.json)
-
-
-def _steps(args: argparse.Namespace) -> None:
-    from .few_steps import measure_steps
-
-    _show(measure_steps(_load(args), people=range(args.people or 4)), args.json)
+    items = args.items or tuple(ITEMS)
+    return measure_edit_costs(_load(args), steps, args.repeats, items=items, side=args.side)
 
 
-def _scaling(args: argparse.Namespace) -> None:
-    from .cost_scaling import measure_scaling, plot
+def _refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name} {why}; leave it out.")
+
+
+def _scaling_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _repeats_flag(parser)
+    parser.add_argument("--plot", metavar="PNG", help="also plot what was measured, and the fitted law")
+
+
+def _scaling(args: argparse.Namespace) -> Report:
+    from .costs.scaling import measure_scaling, plot
 
     report = measure_scaling(_load(args), repeats=args.repeats)
-    _show(report, args.json)
     if args.plot:
         plot(report, args.plot)
+    return report
 
 
-def _show(report: Any, path: str | None) -> None:
-    print(report.table())
-    if path:
-        Path(path).write_text(json.dumps(asdict(report), indent=2) + "\n", "utf-8")
-
-
-_MEASURES: dict[str, Callable[[argparse.Namespace], None]] = {
-    "base-model": _base_model,
-    "inversions": _inversions,
-    "edits": _edits,
-    "confinement": _confinement,
-    "compositions": _compositions,
-    "fits": _fits,
-    "memory": _memory,
-    "costs": _costs,
-    "steps": _steps,
-    "scaling": _scaling,
+MEASURES: Mapping[str, Measure] = {
+    "base-model": Measure("how well the base model draws what captions say", _base_model_flags, _base_model),
+    "inversions": Measure("what each inversion returns of the picture", _inversions_flags, _inversions),
+    "edits": Measure("the demo's edits under many settings", _edits_flags, _edits),
+    "confinement": Measure("edits that may change more or less of the picture", _confinement_flags, _confinement),
+    "compositions": Measure("something of one person on another", _compositions_flags, _compositions),
+    "fits": Measure("what fits are worth and cost", _fits_flags, _fits),
+    "steps": Measure("edits at 10, 20 and 50 steps", _steps_flags, _steps),
+    "memory": Measure("peaks of memory, of edits and of fits", _memory_flags, _memory),
+    "costs": Measure("what edits cost beside drawing a picture", _costs_flags, _costs),
+    "scaling": Measure("seconds against steps, side and edits, and their law", _scaling_flags, _scaling),
 }

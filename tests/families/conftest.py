@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gzip
 from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,40 +17,6 @@ from s2edit_pipeline import S2EditPipeline
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 
 FAMILIES = ("sd1", "sd2_v", "sdxl")
-
-
-def clip_vocabulary() -> Path | None:
-    """CLIP's byte-pair merges, where open_clip_torch lies installed: a file of it, nothing of it is imported."""
-    try:
-        found = metadata.distribution("open_clip_torch").locate_file("open_clip/bpe_simple_vocab_16e6.txt.gz")
-    except metadata.PackageNotFoundError:
-        return None
-    return Path(str(found)) if Path(str(found)).is_file() else None
-
-
-def real_tokenizer(vocabulary: Path) -> CLIPTokenizer:
-    """CLIP's own 49,408 words (Radford et al. 2021), put together as OpenAI's tokenizer does."""
-    lines = gzip.decompress(vocabulary.read_bytes()).decode().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    words = [
-        *symbols,
-        *(s + "</w>" for s in symbols),
-        *("".join(m) for m in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, pad_token="<|endoftext|>")
-
-
-@pytest.fixture(scope="session")
-def clip_tokenizer() -> CLIPTokenizer:
-    """77 positions; CLIP's own words, or without open_clip_torch a small vocabulary of the same form."""
-    vocabulary = clip_vocabulary()
-    tokenizer = build_tokenizer(num_captions=200) if vocabulary is None else real_tokenizer(vocabulary)
-    tokenizer.model_max_length = 77
-    return tokenizer
 
 
 def _text_config(tokenizer: Any, width: int, **changes: Any) -> CLIPTextConfig:

@@ -13,12 +13,14 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from s2edit_pipeline import IdentityAdapter, S2EditPipeline, latent_inversion
+from s2edit_pipeline import IdentityAdapter, S2EditPipeline, inversion_null_text
 from s2edit_pipeline.fit_loop import FitExample, fit_weights
 from s2edit_pipeline.fit_settings import FitSettings
-from s2edit_pipeline.inversion_record import INVERSIONS
-from s2edit_pipeline.noise_schedule import gradient_scaler
+from s2edit_pipeline.inversion_record import INVERSIONS, InversionTask
+from s2edit_pipeline.noise_schedule import NoiseSchedule, gradient_scaler
 from s2edit_pipeline.prompt_tokens import initial_row, with_tokens
+
+from ..effective_weights import effective_weights
 
 FAMILIES = ("sd1", "sd2_v", "sdxl")
 METHODS = ("lora", "full", "token")
@@ -29,13 +31,18 @@ WITH = "a photograph of a smiling, bespectacled [I] grandmother!"
 
 
 def state(pipe: S2EditPipeline) -> dict[str, torch.Tensor]:
-    parts = {**pipe._components_with_weights(), "vae": pipe.vae}
+    parts = {**pipe.family.tuned_components, "vae": pipe.vae}
     return {f"{part}.{n}": t.clone() for part, module in parts.items() for n, t in module.state_dict().items()}
 
 
-def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert not [name for name in wanted if not torch.equal(found[name], wanted[name])]
+def assert_same(now: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> None:
+    assert now.keys() == before.keys()
+    assert not [name for name in before if not torch.equal(now[name], before[name])]
+
+
+def rows_of(pipe: S2EditPipeline, noun: str) -> dict[str, torch.Tensor]:
+    family = pipe.family
+    return {name: initial_row(family.tokenizers[name], encoder, noun) for name, encoder in family.text_encoders.items()}
 
 
 def fit(pipe: S2EditPipeline, picture: Image.Image, method: str = "lora", **changes: Any) -> IdentityAdapter:
@@ -62,15 +69,21 @@ def test_fit_save_load_invert_edit(
     identity = fit(pipe, wide_picture, method)
     assert_same(state(pipe), before)
     assert identity.mask is not None and identity.mask.shape == (8, 12)
-    assert identity.rows.keys() == pipe._text_encoders.keys()
-    for name, encoder in pipe._text_encoders.items():
-        start = initial_row(pipe._tokenizers[name], encoder, "grandmother")
-        assert float((identity.rows[name] - start).abs().max()) > 1e-4
+    start = rows_of(pipe, "grandmother")
+    assert identity.rows.keys() == start.keys() == pipe.family.text_encoders.keys()
+    assert all(float((identity.rows[name] - row).abs().max()) > 1e-4 for name, row in start.items())
     identity.save_pretrained(tmp_path / "ada")
     again = IdentityAdapter.from_pretrained(tmp_path / "ada")
+    components = pipe.family.tuned_components
+    bare = {name: effective_weights(component) for name, component in components.items()}
     pipe.load_identity(again)
-    changed = {name.split(".")[0] for name, tensor in state(pipe).items() if not torch.equal(tensor, before[name])}
-    assert changed == (set() if method == "token" else set(pipe._components_with_weights()))
+    changed = {
+        name
+        for name, component in components.items()
+        for weight, tensor in effective_weights(component).items()
+        if not torch.equal(tensor, bare[name][weight])
+    }
+    assert changed == (set() if method == "token" else components.keys())
     inversions = INVERSIONS if method == "lora" else ("direct",)
     for kind in inversions:
         inversion = pipe.invert(wide_picture, SOURCE, kind, 2, generator=torch.Generator().manual_seed(0), **SIZE)
@@ -90,7 +103,7 @@ def test_half_precision(
 ) -> None:
     """What is trained is float32 and moves as it does in float32; the model stays what it was, to the bit."""
     exact = make_family(family)
-    start = {n: initial_row(exact._tokenizers[n], e, "grandmother") for n, e in exact._text_encoders.items()}
+    start = rows_of(exact, "grandmother")
     moved = {}
     for pipe in (exact, make_family(family, dtype)):
         before = state(pipe)
@@ -126,25 +139,24 @@ def test_latents_of_64_by_96(make_family: Callable[..., S2EditPipeline], family:
 
 
 def test_both_encoders_take_part_in_sdxls_losses(make_family: Callable[..., S2EditPipeline]) -> None:
-    """The first step's losses, with tables that really have the row: |cos| summed, sizes and summary told."""
+    """The first step's losses, with tables that really have the row: |cos| summed, sizes and summary passed."""
     pipe = make_family("sdxl")
-    tokenizers = {name: with_tokens(t, ["[I]"]) for name, t in pipe._tokenizers.items()}
-    plain, with_token = (pipe._tokenize(text, tokenizers) for text in ("a sad lady", "a sad [I] lady"))
+    family = pipe.family
+    tokenizers = {name: with_tokens(tokenizer, ["[I]"]) for name, tokenizer in family.tokenizers.items()}
+    plain, with_token = (family.tokenize(text, tokenizers) for text in ("a sad lady", "a sad [I] lady"))
     latents = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(9))
     token_id = tokenizers["text_encoder"].convert_tokens_to_ids("[I]")
-    example = FitExample(latents, plain, with_token, token_id, None, pipe._size_ids(8, 12))
-    rows = {n: initial_row(pipe._tokenizers[n], e, "lady") for n, e in pipe._text_encoders.items()}
-    result = fit_identity_weights(
-        pipe.unet, pipe._text_encoders, pipe.scheduler.alphas_cumprod, "epsilon", [example], [rows],
-        FitSettings(method="token", num_steps=1, batch_size=1), torch.Generator().manual_seed(0), lambda _: True,
-    )  # fmt: skip
+    example = FitExample(latents, plain, with_token, token_id, None)
+    rows = rows_of(pipe, "lady")
+    settings = FitSettings(method="token", num_steps=1, batch_size=1)
+    result = fit_weights(family, [example], [rows], settings, torch.Generator().manual_seed(0), lambda progress: True)
     generator = torch.Generator().manual_seed(0)
     torch.randint(2**31, (1,), generator=generator)  # the adapters' seed
     t = int(float(torch.rand(1, generator=generator)) * 1000)
     eps = torch.randn(1, 4, 8, 12, generator=generator)
     semantic, contexts = 0.0, []
     with torch.no_grad():
-        for name, encoder in pipe._text_encoders.items():
+        for name, encoder in family.text_encoders.items():
             encoder.resize_token_embeddings(token_id + 1, mean_resizing=False)
             encoder.get_input_embeddings().weight[token_id] = rows[name]
             sentence = encoder(plain.ids[name]).last_hidden_state[0, 4]  # start, three words, end
@@ -165,40 +177,41 @@ def test_both_encoders_take_part_in_sdxls_losses(make_family: Callable[..., S2Ed
 def test_null_text_leaves_sdxls_summary_alone(
     make_family: Callable[..., S2EditPipeline], wide_picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The unconditional rows are told the negative prompt's summary, the conditional ones the source's."""
-    pipe, seen, forward = make_family("sdxl"), [], UNet2DConditionModel.forward
+    """The unconditional rows get the negative prompt's summary, the conditional ones the source's."""
+    pipe, summaries, forward = make_family("sdxl"), [], UNet2DConditionModel.forward
 
     def remember(unet: Any, *args: Any, added_cond_kwargs: Any = None, **kwargs: Any) -> Any:
-        seen.append(added_cond_kwargs["text_embeds"].detach())
+        summaries.append(added_cond_kwargs["text_embeds"].detach())
         return forward(unet, *args, added_cond_kwargs=added_cond_kwargs, **kwargs)
 
-    summary = pipe._encode_prompts([pipe._tokenize(SOURCE)]).pooled
+    with torch.no_grad():
+        summary = pipe.family.encode([pipe.family.tokenize(SOURCE)]).pooled
     monkeypatch.setattr(UNet2DConditionModel, "forward", remember)
     inversion = pipe.invert(wide_picture, SOURCE, "null_text", 2)
-    assert sum(torch.equal(pooled, summary) for pooled in seen) == 4  # two up, and the pivot's side of two down
-    assert all(torch.equal(p, summary) or float(p.abs().max()) == 0 for p in seen) and len(seen) > 6
-    seen.clear()
+    assert sum(torch.equal(pooled, summary) for pooled in summaries) == 4  # two up, and the pivot's side of two down
+    assert all(torch.equal(p, summary) or float(p.abs().max()) == 0 for p in summaries) and len(summaries) > 6
+    summaries.clear()
     pipe("a happy lady", wide_picture, SOURCE, inversion=inversion)
-    source, targets = ([float(row.abs().max()) == 0 for row in batch] for batch in seen[:2])
+    source, targets = ([float(row.abs().max()) == 0 for row in batch] for batch in summaries[:2])
     assert (source, targets) == ([False, True], [True, False])
 
 
 def test_sdxls_autoencoder_works_in_float32(
     make_family: Callable[..., S2EditPipeline], wide_picture: Image.Image
 ) -> None:
-    pipe, seen = make_family("sdxl", torch.float16), []
+    pipe, dtypes = make_family("sdxl", torch.float16), []
     handles = [
-        module.register_forward_pre_hook(lambda m, args: seen.append((args[0].dtype, m.weight.dtype)))
+        module.register_forward_pre_hook(lambda m, args: dtypes.append((args[0].dtype, m.weight.dtype)))
         for module in (pipe.vae.encoder.conv_in, pipe.vae.decoder.conv_in)
     ]
     before = {name: p.data_ptr() for name, p in pipe.vae.named_parameters()}
     pipe("a lady", wide_picture, "a sad lady", num_inference_steps=1)
-    assert seen == [(torch.float32, torch.float32)] * len(seen) and len(seen) >= 2
+    assert dtypes == [(torch.float32, torch.float32)] * len(dtypes) and len(dtypes) >= 2
     assert {name: p.data_ptr() for name, p in pipe.vae.named_parameters()} == before
-    seen.clear()
+    dtypes.clear()
     pipe.vae.register_to_config(force_upcast=False)
     pipe("a lady", wide_picture, "a sad lady", num_inference_steps=1)
-    assert seen == [(torch.float16, torch.float16)] * len(seen)
+    assert dtypes == [(torch.float16, torch.float16)] * len(dtypes)
     for handle in handles:
         handle.remove()
 
@@ -206,27 +219,27 @@ def test_sdxls_autoencoder_works_in_float32(
 def test_gradients_too_small_for_float16_still_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     """Null-text through a float16 denoiser whose slope is 1e-4: unscaled, the embedding never moves."""
 
-    def denoise(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+    def denoise(x: torch.Tensor, level: int, embeds: torch.Tensor | None = None) -> torch.Tensor:
+        embeds = torch.zeros(1, 8, 8) if embeds is None else embeds
         return (x.half() * 0.1 + 1e-4 * embeds.half().mean()).to(x)
 
-    scheduler = latent_inversion.NoiseSchedule(
-        torch.linspace(1, 0.1, 4).double(), torch.tensor([1, 300, 600]), "epsilon"
-    )
-    x0, embeds = (
-        torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).half(),
-        torch.ones(1, 8, 8).half(),
-    )
+    alphas_bar = torch.linspace(1, 0.1, 4).double()
+    schedule = NoiseSchedule(alphas_bar.sqrt(), (1 - alphas_bar).sqrt(), torch.tensor([1, 300, 600]), "epsilon")
+    x0 = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).half()
+    embeds = torch.ones(1, 8, 8).half()
+    task = InversionTask(x0, schedule, denoise, denoise, embeds, 0 * embeds, guidance_scale=4.5)
 
-    def moved() -> float:
-        found = INVERSIONS["null_text"](denoise, x0, scheduler, embeds, 0 * embeds, 4.5, None, lambda _: None)
-        assert found.unconditional_embeds is not None
-        return float(found.unconditional_embeds.abs().max())
+    def movement() -> float:
+        with torch.enable_grad():
+            unconditional = INVERSIONS["null_text"].run(task).unconditional_embeds
+        assert unconditional is not None
+        return float(unconditional.abs().max())
 
-    assert moved() > 1e-3
+    assert movement() > 1e-3
     monkeypatch.setattr(
-        latent_inversion, "gradient_scaler", lambda device, dtype: gradient_scaler(device, torch.float32)
+        inversion_null_text, "gradient_scaler", lambda device, dtype: gradient_scaler(device, torch.float32)
     )
-    assert moved() == 0
+    assert movement() == 0
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -237,23 +250,23 @@ def test_numbers_that_run_away_are_named(
     inversion = pipe.invert(wide_picture, SOURCE, num_inference_steps=2)
     with torch.no_grad():
         pipe.unet.conv_out.weight.fill_(6e4)
-    said = r"at step {} of the {}; the model works in torch.float\d+. Load it in float32.*dtype=torch.float32"
-    with pytest.raises(FloatingPointError, match=said.format(0, "inversion")):
+    message = r"at step {} of the {}; the model works in torch.float\d+. Load it in float32.*dtype=torch.float32"
+    with pytest.raises(FloatingPointError, match=message.format(0, "inversion")):
         pipe.invert(wide_picture, SOURCE, num_inference_steps=2)
-    with pytest.raises(FloatingPointError, match=said.format(0, "edit")):
+    with pytest.raises(FloatingPointError, match=message.format(0, "edit")):
         pipe(SOURCE, wide_picture, SOURCE, inversion=inversion)
-    with pytest.raises(FloatingPointError, match=said.format(0, "drawing")):
+    with pytest.raises(FloatingPointError, match=message.format(0, "drawing")):
         pipe("a lady", num_inference_steps=2)
     with pytest.raises(FloatingPointError, match=r"The loss is (nan|inf) at step 0; .*float32 \(or bfloat16\)"):
         fit(pipe, wide_picture, spatial_control=False)
 
 
 def test_models_that_cannot_be_used_are_named(make_family: Callable[..., S2EditPipeline]) -> None:
-    def refused(said: str, **changes: Any) -> None:
+    def refused(message: str, **changes: Any) -> None:
         pipe = make_family("sdxl")
         for name, value in changes.items():
             setattr(pipe, name, value)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             pipe("a lady", num_inference_steps=1)
 
     refused("it is an SDXL refiner", text_encoder=None, tokenizer=None)

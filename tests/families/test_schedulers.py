@@ -29,8 +29,8 @@ CANNOT = (
 
 def settings_of(scheduler: Any) -> Any:
     """All that a call could change in it."""
-    held = {n: v.tolist() if isinstance(v, torch.Tensor) else v for n, v in vars(scheduler).items()}
-    return {n: v for n, v in held.items() if isinstance(v, (int, float, str, list, tuple, type(None)))}
+    values = {n: v.tolist() if isinstance(v, torch.Tensor) else v for n, v in vars(scheduler).items()}
+    return {n: v for n, v in values.items() if isinstance(v, (int, float, str, list, tuple, type(None)))}
 
 
 @pytest.mark.parametrize("name", SERVE)
@@ -41,14 +41,14 @@ def test_schedulers_that_serve(
     pipe = make_family("sd1")
     config = {**pipe.scheduler.config, "timestep_spacing": "leading"}
     arguments: dict[str, Any] = {"source_prompt": "a sad lady", "num_inference_steps": 2, "output_type": "latent"}
-    wanted = pipe("a happy lady", wide_picture, **arguments).images
+    expected = pipe("a happy lady", wide_picture, **arguments).images
     pipe.scheduler = getattr(diffusers, name).from_config(config)
     before = settings_of(pipe.scheduler)
     identity = pipe.fit_identity(wide_picture, "a sad lady", "lady", num_steps=1, method="token", batch_size=1)
     assert bool(torch.isfinite(identity.rows["text_encoder"]).all())
-    found = pipe("a happy lady", wide_picture, **arguments).images
+    edited = pipe("a happy lady", wide_picture, **arguments).images
     assert repr(settings_of(pipe.scheduler)) == repr(before)  # there are NaNs among them
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(edited, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CANNOT)
@@ -60,7 +60,7 @@ def test_schedulers_that_cannot(make_family: Callable[..., S2EditPipeline], name
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "said"),
+    ("name", "settings", "message"),
     [
         ("EulerDiscreteScheduler", {"timestep_type": "continuous"}, "timestep_type='continuous'"),
         ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
@@ -68,15 +68,15 @@ def test_schedulers_that_cannot(make_family: Callable[..., S2EditPipeline], name
     ],
 )
 def test_settings_that_cannot(
-    make_family: Callable[..., S2EditPipeline], name: str, settings: dict[str, Any], said: str
+    make_family: Callable[..., S2EditPipeline], name: str, settings: dict[str, Any], message: str
 ) -> None:
     pipe = make_family("sd1")
     pipe.scheduler = getattr(diffusers, name)(**settings)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         pipe("a lady", num_inference_steps=1)
 
 
 def test_both_lists_name_real_schedulers() -> None:
     for name in (*SERVE, *CANNOT):
-        found = getattr(diffusers, name)
-        assert inspect.isclass(found) and issubclass(found, SchedulerMixin), name
+        kind = getattr(diffusers, name)
+        assert inspect.isclass(kind) and issubclass(kind, SchedulerMixin), name

@@ -53,14 +53,14 @@ class Calls:
 
     @staticmethod
     def _once(make: Callable[..., Any]) -> Callable[..., Any]:
-        held: dict[str, Any] = {}
+        results: dict[str, Any] = {}
 
         @functools.wraps(make)
         def call(**changes: Any) -> Any:
             key = repr(sorted(changes.items(), key=lambda item: item[0]))
-            if key not in held:
-                held[key] = make(**changes)
-            return held[key]
+            if key not in results:
+                results[key] = make(**changes)
+            return results[key]
 
         return call
 
@@ -91,8 +91,9 @@ class Calls:
 
     def moved(self, identity: IdentityAdapter) -> float:
         """How far the rows went from where they began."""
-        started = {n: initial_row(self.pipe._tokenizers[n], e, "lady") for n, e in self.pipe._text_encoders.items()}
-        return max(float((identity.rows[name] - row).abs().max()) for name, row in started.items())
+        family = self.pipe.family
+        start = {n: initial_row(family.tokenizers[n], e, "lady") for n, e in family.text_encoders.items()}
+        return max(float((identity.rows[name] - row).abs().max()) for name, row in start.items())
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,9 @@ def first_loss(identity: IdentityAdapter) -> float:
 @contextmanager
 def batches(pipe: S2EditPipeline) -> Iterator[list[int]]:
     """How many rows each evaluation of the U-Net has."""
-    seen: list[int] = []
-    handle = pipe.unet.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
-    yield seen
+    rows: list[int] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+    yield rows
     handle.remove()
 
 
@@ -143,8 +144,8 @@ def fit_methods(c: Calls) -> bool:
 
 def fit_mask(c: Calls) -> bool:
     one, other = (c.fit(mask=mask).mask for mask in (LEFT, ~LEFT))
-    wanted = mask_at(torch.from_numpy(LEFT).float(), 8, 12)
-    return torch.equal(one, wanted) and torch.equal(other, 1 - wanted)
+    left = mask_at(torch.from_numpy(LEFT).float(), 8, 12)
+    return torch.equal(one, left) and torch.equal(other, 1 - left)
 
 
 def fit_semantic_weight(c: Calls) -> bool:
@@ -154,7 +155,7 @@ def fit_semantic_weight(c: Calls) -> bool:
         losses: list[float] = []
         c._fit(
             semantic_weight=weight,
-            callback_on_step_end=lambda pipe, step, steps, said, to=losses: to.append(said["semantic_loss"]),
+            callback_on_step_end=lambda pipe, step, steps, measures, to=losses: to.append(measures["semantic_loss"]),
             **longer,
         )
         last.append(losses[-1])
@@ -168,18 +169,18 @@ def fit_detach_sentence(c: Calls) -> bool:
 
 
 def fit_batch_size(c: Calls) -> bool:
-    with batches(c.pipe) as seen:
+    with batches(c.pipe) as rows:
         c._fit(batch_size=3, num_steps=1)
-    return seen == [3]
+    return rows == [3]
 
 
 def fit_reference(c: Calls) -> bool:
-    asked = ReferenceAttribute(c.picture.rotate(180), "a photo of a man with a hat", "hat", mask=LEFT)
-    found = c.fit(reference=asked).reference
+    hat = ReferenceAttribute(c.picture.rotate(180), "a photo of a man with a hat", "hat", mask=LEFT)
+    attribute = c.fit(reference=hat).reference
     return (
-        found is not None
-        and (found.token, found.subject) == ("[A]", "hat")
-        and found.rows.keys() == c.fit().rows.keys()
+        attribute is not None
+        and (attribute.token, attribute.subject) == ("[A]", "hat")
+        and attribute.rows.keys() == c.fit().rows.keys()
     )
 
 
@@ -191,6 +192,9 @@ FIT: dict[str, Callable[[Calls], bool]] = {
         c.fit(num_steps=3).settings["num_steps"] == 3 and apart(row(c.fit(num_steps=3)), row(c.fit()))
     ),
     "learning_rate": lambda c: c.moved(c.fit(learning_rate=1e-9)) < 1e-6 < 1e-4 < c.moved(c.fit()),
+    "token_learning_rate": lambda c: (
+        c.moved(c.fit(method="lora", token_learning_rate=1e-9)) < 1e-6 < 1e-4 < c.moved(c.fit(method="lora"))
+    ),
     "semantic_weight": fit_semantic_weight,
     "spatial_control": lambda c: (
         c.fit(spatial_control=False).mask is None and first_loss(c.fit(spatial_control=False)) != first_loss(c.fit())
@@ -228,10 +232,10 @@ FIT: dict[str, Callable[[Calls], bool]] = {
 
 
 def invert_methods(c: Calls) -> bool:
-    found = {method: c.invert(method=method) for method in INVERSIONS}
-    with_null = {method for method, i in found.items() if i.unconditional_embeds is not None}
-    with_residuals = {method for method, i in found.items() if i.residuals is not None}
-    pinned = {method for method, i in found.items() if i.pinned}
+    inversions = {method: c.invert(method=method) for method in INVERSIONS}
+    with_null = {method for method, i in inversions.items() if i.unconditional_embeds is not None}
+    with_residuals = {method for method, i in inversions.items() if i.residuals is not None}
+    pinned = {method for method, i in inversions.items() if i.pinned}
     return (with_null, with_residuals, pinned) == (
         {"null_text", "negative_prompt"},
         {"edit_friendly"},
@@ -288,8 +292,8 @@ def edit_cross(c: Calls) -> bool:
 
 
 def edit_mask(c: Calls) -> bool:
-    found, source = c.edit(edit_mask=LEFT), c.invert(num_inference_steps=4).trajectory[:1]
-    return torch.equal(found.images[..., 6:], source[..., 6:]) and apart(found.images[..., :6], source[..., :6])
+    edited, source = c.edit(edit_mask=LEFT), c.invert(num_inference_steps=4).trajectory[:1]
+    return torch.equal(edited.images[..., 6:], source[..., 6:]) and apart(edited.images[..., :6], source[..., :6])
 
 
 def edit_keep_pixels(c: Calls) -> bool:
@@ -306,12 +310,12 @@ def edit_threshold(c: Calls) -> bool:
 
 
 def edit_keep_attention(c: Calls) -> bool:
-    """The same edit; what wasn't kept is asked for again, in rows of its own."""
+    """The same edit; what wasn't kept is made again, in rows of its own."""
     rows, images = [], []
     for keep in (KeepAttention(), None):
-        with batches(c.pipe) as seen:
+        with batches(c.pipe) as evaluated:
             images.append(c._edit(inversion="direct", keep_attention=keep).images)
-        rows.append(sum(seen))
+        rows.append(sum(evaluated))
     return rows[0] < rows[1] and torch.allclose(*images, rtol=1e-3, atol=1e-3)
 
 
@@ -372,7 +376,7 @@ TABLES = {"fit_identity": FIT, "invert": INVERT, "__call__": EDIT}
 
 @pytest.mark.parametrize("calls", FAMILIES, indirect=True)
 @pytest.mark.parametrize(("call", "switch"), [(call, switch) for call, table in TABLES.items() for switch in table])
-def test_a_switch_does_what_it_says(calls: Calls, call: str, switch: str) -> None:
+def test_a_switch_does_what_it_promises(calls: Calls, call: str, switch: str) -> None:
     assert TABLES[call][switch](calls)
 
 
@@ -386,13 +390,13 @@ def test_the_papers_own_reading_is_reached(calls: Calls) -> None:
     inversion = calls.invert(method="null_text", **arguments)
     assert inversion.unconditional_embeds is not None and not inversion.pinned
     with_token = "a photo of a smiling [I] lady with glasses"
-    found = pipe(
+    paper_edit = pipe(
         with_token, calls.picture, SOURCE, inversion=inversion, guidance_stop=1.0, blend_words=False,
         output_type="latent", **arguments,
     )  # fmt: skip
-    assert found.edit_masks == [None] and bool(torch.isfinite(found.images).all())
+    assert paper_edit.edit_masks == [None] and bool(torch.isfinite(paper_edit.images).all())
     ours = pipe(with_token, calls.picture, SOURCE, inversion=inversion, output_type="latent", **arguments)
-    assert apart(found.images, ours.images)
+    assert apart(paper_edit.images, ours.images)
 
 
 # ------------------------------------------------------------------------------ and there are no others
@@ -405,34 +409,36 @@ INPUTS = {
 """What a call is about, not how it is done."""
 
 ELSEWHERE = {
-    "callback_on_step_end": "test_identity_fitting.py::test_the_pipeline_is_left_as_it_was_found",
+    "callback_on_step_end": "test_fit_loop.py::test_the_pipeline_is_left_as_it_was",
     "callback_on_step_end_tensor_inputs": "test_pipeline.py::test_callbacks_see_change_and_stop",
     "output_type": "test_pipeline.py::test_output_types",
     "return_dict": "test_pipeline.py::test_output_types",
+    "stop": "test_pipeline.py::test_a_stop_sign_ends_the_call_after_a_step",
     "num_images_per_prompt": "test_pipeline.py::test_drawing_is_what_stable_diffusion_draws",
     "latents": "test_pipeline.py::test_prompt_embeds_and_latents_are_taken",
     "prompt_embeds": "test_pipeline.py::test_prompt_embeds_and_latents_are_taken",
     "negative_prompt_embeds": "test_pipeline.py::test_prompt_embeds_and_latents_are_taken",
-    "pooled_prompt_embeds": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
-    "negative_pooled_prompt_embeds": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
-    "original_size": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
-    "crops_coords_top_left": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
-    "target_size": "families/test_stock_equality.py::test_clip_skip_and_given_embeddings_are_stock",
+    "pooled_prompt_embeds": "families/test_arguments.py::drawing",
+    "negative_pooled_prompt_embeds": "families/test_arguments.py::drawing",
+    "original_size": "families/test_arguments.py::call_values",
+    "crops_coords_top_left": "families/test_arguments.py::call_values",
+    "target_size": "families/test_arguments.py::call_values",
+    "stock_arguments": "families/test_arguments.py::call_values",
     "early_stop": "test_fit_cost.py::test_a_fit_that_gains_nothing_ends",
     "optimizer": "test_fit_cost.py::test_eight_bits_need_bitsandbytes",
     "gradient_checkpointing": "test_fit_cost.py::test_checkpointing_makes_the_same_gradients",
-    "settle_from": "test_edit_sampling.py::test_at_last_what_drifted_a_little_is_the_source_again",
-    "confine_from": "test_edit_plan.py::test_the_source_is_kept_from_the_share_asked_for",
+    "settle_from": "test_edit_loop.py::test_at_last_what_drifted_a_little_is_the_source_again",
+    "confine_from": "test_edit_words.py::test_the_source_is_kept_from_the_share_asked_for",
 }
 """What stock pipelines have as well, and what no argument reaches -> the test that turns it."""
 
 
 @pytest.mark.parametrize("call", TABLES)
 def test_every_switch_is_here(call: str) -> None:
-    asked = set(inspect.signature(getattr(S2EditPipeline, call)).parameters) - {"self"} - INPUTS[call]
+    switches = set(inspect.signature(getattr(S2EditPipeline, call)).parameters) - {"self"} - INPUTS[call]
     settings = {"fit_identity": FitSettings, "__call__": EditSettings}.get(call)
-    asked |= {field.name for field in fields(settings)} if settings is not None else set()
-    assert asked == set(TABLES[call]) | (asked & ELSEWHERE.keys())
+    switches |= {field.name for field in fields(settings)} if settings is not None else set()
+    assert switches == set(TABLES[call]) | (switches & ELSEWHERE.keys())
 
 
 def test_the_others_tests_are_there() -> None:

@@ -1,0 +1,38 @@
+"""The recipe's logs as a picture: what each stage's losses did over its steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+CURVES: Mapping[str, tuple[str, ...]] = {"autoencoder": ("loss", "psnr"), "denoiser": ("denoising", "grounding")}
+"""Stage -> what its log holds: running means, and for the autoencoder the PSNR in dB of held-out pictures."""
+
+
+def read_curve(log: Path, name: str) -> tuple[list[int], list[float]]:
+    """The steps at which ``log``, JSON lines, holds ``name``, and its values there."""
+    records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    values = {record["step"]: record[name] for record in records if name in record}  # a step done again counts once
+    return sorted(values), [values[step] for step in sorted(values)]
+
+
+def plot_training(folder: str | Path, out: str | Path) -> None:
+    """Plot ``folder/autoencoder.jsonl`` and ``folder/denoiser.jsonl`` into the picture file ``out``.
+
+    Raises:
+        FileNotFoundError: a log is missing.
+        ImportError: matplotlib isn't there: ``pip install "s2edit-pipeline[evaluation]"``.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "s2edit-pipeline[evaluation]".') from error
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    axes = figure.subplots(1, sum(len(names) for names in CURVES.values()))
+    curves = [(stage, name) for stage, names in CURVES.items() for name in names]
+    for axis, (stage, name) in zip(axes, curves, strict=True):
+        steps, values = read_curve(Path(folder) / f"{stage}.jsonl", name)
+        axis.plot(steps, values, linewidth=1)
+        axis.set(title=f"{stage}: {name}", xlabel="step", yscale="linear" if name == "psnr" else "log")
+    figure.savefig(str(out), dpi=80)

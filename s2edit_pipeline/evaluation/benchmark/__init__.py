@@ -1,0 +1,1 @@
+"""Methods on pictures: runs, records, scores, tuning, reports and figures."""

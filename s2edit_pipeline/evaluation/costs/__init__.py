@@ -1,0 +1,1 @@
+"""What edits and fits cost: evaluations, seconds and memory."""

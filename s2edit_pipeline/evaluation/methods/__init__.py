@@ -1,0 +1,1 @@
+"""The systems that edit a picture by words, behind one protocol."""

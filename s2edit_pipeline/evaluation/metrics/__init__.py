@@ -1,0 +1,1 @@
+"""What a picture is worth: pixels, learned distances, the attribute classifier, drawn truths, intervals."""
