@@ -144,6 +144,12 @@ class Turns:
                 self._changed.notify_all()
 
     @contextmanager
+    def unchanged(self) -> Iterator[Hashable]:
+        """Within the context nobody's turn begins or ends; gives the key of those at work, None where nobody is."""
+        with self._changed:
+            yield self._key if self._owners else None
+
+    @contextmanager
     def call(self, stop: Any = None) -> Iterator[Call]:
         """A call of this thread, which can be stopped alone."""
         one = Call(stop)
