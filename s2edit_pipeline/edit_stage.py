@@ -185,8 +185,10 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
 
 def _check_request_against(inversion: Any, source_prompt: str, request: EditRequest) -> None:
     """Raises:
-    ValueError: the call says other things than the inversion was made with.
+    ValueError: the inversion was stopped before its end, or the call says other things than it was made with.
     """
+    if inversion.interrupted:
+        raise ValueError("This inversion was stopped before its end; invert again: pipe.invert(image, prompt).")
     steps = request.num_inference_steps
     if steps is not None and steps != inversion.num_inference_steps:
         raise ValueError(

@@ -61,7 +61,7 @@ def object_mask(
         for share in MASK_LEVELS:
             level = max(1, round(share * schedule.num_steps))
             noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
-            family.denoise(schedule.noised(latents, noise, level), int(schedule.timesteps[level - 1]), encoded, dtype)
+            family.denoise(schedule.noised(latents, noise, level), schedule.timesteps[level - 1].item(), encoded, dtype)
     return threshold_map(recorder.word_map(0, prompt.find(subject), height, width).cpu(), threshold)
 
 

@@ -192,8 +192,8 @@ class S2EditPipeline(
             (ReferenceAttribute(image, prompt, subject, "[I]"),), FitSettings(mask_threshold=threshold),
             size=(height, width),
         )  # fmt: skip
-        self._check_bare("The mask is a fit's, and a fit is to the bare model")
         with self._at_work(None, None, lambda call: None) as (work, _):
+            self._check_bare("The mask is a fit's, and a fit is to the bare model")
             return preview_mask(work, request)
 
     def fit_identity(
@@ -267,13 +267,13 @@ class S2EditPipeline(
         """
         settings = FitSettings.of(locals())
         pictures = (ReferenceAttribute(image, prompt, subject, token, mask), *check_fit(self, generator, reference))
-        self._check_bare("A new identity is fitted to the bare model")
 
         def on_step(step: int, total: int, measures: Mapping[str, float]) -> None:
             if callback_on_step_end is not None:
                 callback_on_step_end(self, step, total, measures)
 
         with self._at_work(None, stop, lambda call: None, alone="fit_identity") as (work, _):
+            self._check_bare("A new identity is fitted to the bare model")
             return fit_picture(work, FitRequest(pictures, settings, generator, (height, width)), on_step)
 
     def invert(
