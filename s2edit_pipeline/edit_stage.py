@@ -164,9 +164,10 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
     family, inversion = work.family, request.inversion
     picture = None if request.image is None else load_picture(request.image)
     if hasattr(inversion, "trajectory"):
-        _check_request_against(inversion, words.source.text, request)
         height, width = inversion.trajectory.shape[-2:]
-        schedule = family.schedule(inversion.num_inference_steps, family.pixel_size(inversion.trajectory))
+        size = family.pixel_size(inversion.trajectory)
+        _check_request_against(inversion, words.source.text, request, size)
+        schedule = family.schedule(inversion.num_inference_steps, size)
         check_inversion(inversion, family, work.overlay, schedule, picture)
         return Canvas(picture, height, width, schedule)
     assert picture is not None  # else it would have been drawn from noise
@@ -183,8 +184,10 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
     return Canvas(picture, size[0] // scale, size[1] // scale, family.schedule(steps, size))
 
 
-def _check_request_against(inversion: Any, source_prompt: str, request: EditRequest) -> None:
-    """Raises:
+def _check_request_against(inversion: Any, source_prompt: str, request: EditRequest, size: tuple[int, int]) -> None:
+    """``size`` is the inversion's (height, width).
+
+    Raises:
     ValueError: the inversion was stopped before its end, or the call says other things than it was made with.
     """
     if inversion.interrupted:
@@ -217,13 +220,14 @@ def _check_request_against(inversion: Any, source_prompt: str, request: EditRequ
             f"negative_prompt has no effect with this inversion ({inversion.method!r}), which holds unconditional "
             "embeddings of its own; pass it to pipe.invert, or leave it out."
         )
-    for name, value in (
-        ("height", request.size[0]), ("width", request.size[1]), ("keep_attention", request.keep_attention),
-    ):  # fmt: skip
-        if value is not None:
-            raise ValueError(
-                f"{name}= has no effect beside a finished inversion; pass it to pipe.invert(image, prompt, {name}=...)."
-            )
+    sides = zip(("height", "width"), request.size, size, strict=True)
+    others = [(name, f" of {side}") for name, value, side in sides if value not in (None, side)]
+    if request.keep_attention is not None:
+        others.append(("keep_attention", ""))
+    for name, made in others:
+        raise ValueError(
+            f"{name}= has no effect beside a finished inversion{made}; pass it to pipe.invert(image, prompt, {name}=...)."
+        )
 
 
 def _given_region(work: Work, request: EditRequest, canvas: Canvas) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from s2edit_pipeline.attention_controls import PromptToPrompt, Reweighting, SpatialControl
 from s2edit_pipeline.edit_attention import EditControl
-from s2edit_pipeline.edit_loop import EDITS, EditTask, EditedLatents
+from s2edit_pipeline.edit_loop import EDITS, EditedLatents, EditTask
 from s2edit_pipeline.edit_settings import EditSettings
 from s2edit_pipeline.edit_words import Confinement
 from s2edit_pipeline.inversion_ddim import ddim_trajectory

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline.edit_settings import EDIT_PRESETS, with_preset
-from s2edit_pipeline.fit_settings import FIT_PRESETS, FitSettings, RECIPES, fit_preset
+from s2edit_pipeline.fit_settings import FIT_PRESETS, RECIPES, FitSettings, fit_preset
 from s2edit_pipeline.pipeline import S2EditPipeline
 
 PROMPT = "a photo of a sad lady with glasses"

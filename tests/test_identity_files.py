@@ -23,7 +23,15 @@ from safetensors.torch import load, save
 
 from s2edit_pipeline import identity_files
 from s2edit_pipeline.identity_adapter import IdentityAdapter, LearnedAttribute
-from s2edit_pipeline.identity_schema import CONFIG_FILE, DIFFERENCES_FILE, LORA_FILE, MASK_FILES, TOKEN_FILES, checksum_of, sha256_of
+from s2edit_pipeline.identity_schema import (
+    CONFIG_FILE,
+    DIFFERENCES_FILE,
+    LORA_FILE,
+    MASK_FILES,
+    TOKEN_FILES,
+    checksum_of,
+    sha256_of,
+)
 from s2edit_pipeline.pipeline import S2EditPipeline
 
 Files = dict[str, bytes]

@@ -7,6 +7,7 @@ import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ from s2edit_pipeline import S2EditPipeline
 from s2edit_pipeline.avatars import load_avatars
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.avatars.world import render, sample_person
+from s2edit_pipeline.family_unet import UNetFamily
+from s2edit_pipeline.fit_settings import FitSettings
 from s2edit_pipeline.identity_adapter import IdentityAdapter
 from s2edit_pipeline.identity_fingerprint import fingerprint
-from s2edit_pipeline.fit_settings import FitSettings
 from s2edit_pipeline.identity_lora_names import lora_metadata, published_name
 from s2edit_pipeline.identity_overlay import IdentityOverlay
-from s2edit_pipeline.fit_weights import lora_targets
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,11 @@ def identity(method: str, weights: dict[str, torch.Tensor], metadata: dict[str, 
 
 def of_every_layer(components: dict[str, torch.nn.Module]) -> IdentityAdapter:
     """A LoRA as fitted by default: every layer of the U-Net, in float16."""
-    settings = FitSettings()
+    settings, family = FitSettings(), UNetFamily(SimpleNamespace(**components, text_encoder_2=None))
     weights: dict[str, torch.Tensor] = {}
     metadata: dict[str, object] = {}
     for component, module in components.items():
-        targets = lora_targets(component, module, settings.lora_layers)
+        targets = family.lora_targets(component, settings.lora_layers)
         for name, layer in module.named_modules():
             if any(name == t or name.endswith(f".{t}") for t in targets):
                 path, out, first = published_name(component, name), len(layer.weight), layer.weight[0].shape

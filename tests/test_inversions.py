@@ -12,7 +12,14 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline.inversion_ddim import ddim_trajectory, fixed_point
-from s2edit_pipeline.inversion_record import INVERSIONS, Inversion, InversionPath, InversionTask, guided, inversion_method
+from s2edit_pipeline.inversion_record import (
+    INVERSIONS,
+    Inversion,
+    InversionPath,
+    InversionTask,
+    guided,
+    inversion_method,
+)
 from s2edit_pipeline.noise_schedule import NoiseSchedule
 from s2edit_pipeline.pipeline import S2EditPipeline
 

@@ -15,7 +15,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from s2edit_pipeline.noise_schedule import NoiseSchedule, PREDICTIONS, diffusion_schedule, diffusion_training_schedule
+from s2edit_pipeline.noise_schedule import PREDICTIONS, NoiseSchedule, diffusion_schedule, diffusion_training_schedule
 
 KINDS = ("epsilon", "v_prediction")
 

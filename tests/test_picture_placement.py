@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from s2edit_pipeline.picture_placement import CLOSE_UP_SHARE, MAX_ASPECT_RATIO, Placement, close_up_box, place_picture, subject_box
+from s2edit_pipeline.picture_placement import (
+    CLOSE_UP_SHARE,
+    MAX_ASPECT_RATIO,
+    Placement,
+    close_up_box,
+    place_picture,
+    subject_box,
+)
 
 MODELS = st.sampled_from([(512, 64), (512, 8), (1024, 64), (1024, 16), (128, 16), (32, 4)])
 SIDES = st.integers(1, 3000)

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2edit_pipeline.prompt_words import close_words, find_phrase, insert_token, names_something, parse_weights, split_words, unknown_tokens, vector_names, words_of
+from s2edit_pipeline.prompt_words import (
+    close_words,
+    find_phrase,
+    insert_token,
+    names_something,
+    parse_weights,
+    split_words,
+    unknown_tokens,
+    vector_names,
+    words_of,
+)
 
 # letters of many scripts, accents, emoji with joiners, blanks with and without width, brackets, half characters aside
 ANY = st.text(
