@@ -21,7 +21,7 @@ from PIL import Image
 
 from .picture_files import SourcePicture, read_picture
 from .picture_modes import Box, strips
-from .picture_placement import Placement
+from .picture_placement import Placement, mask_values
 
 UNCHANGED, CHANGED = 0.02, 0.17
 """Changes of the structure, of [0, 1]: up to the first the source's detail is given back whole, from the second on not
@@ -97,7 +97,7 @@ def mask_warning(mask: Any, name: str = "The mask") -> str | None:
     Args:
         mask: (H, W) array or tensor in [0, 1], or PIL "L", of the whole picture.
     """
-    values = _plane(mask)
+    values = mask_values(mask)
     share = float((values >= 0.5).mean())
     if share == 0:
         return f"{name} is empty: nothing would be changed or learnt. Pass mask= (white where the subject is)."
@@ -140,19 +140,6 @@ def _canvas_colors(values: Any, canvas_size: tuple[int, int], name: str) -> np.n
     return array.clip(0, 1)
 
 
-def _plane(values: Any) -> np.ndarray:
-    """(h, w) float32 in [0, 1] of a mask."""
-    if isinstance(values, Image.Image):
-        return np.asarray(values.convert("L")).astype(np.float32) / 255
-    if isinstance(values, torch.Tensor):
-        values = values.detach().float().cpu().numpy()
-    array = np.asarray(values)
-    array = array.reshape(array.shape[-2:]) if array.ndim > 2 and array.size == np.prod(array.shape[-2:]) else array
-    if array.ndim != 2:
-        raise ValueError(f"A mask must be (H, W), not {array.shape}.")
-    return array.astype(np.float32) / (255 if array.dtype == np.uint8 and array.max(initial=0) > 1 else 1)
-
-
 def _region_on_canvas(region: Any, placement: Placement) -> tuple[np.ndarray | None, np.ndarray]:
     """The region at the picture's own size, if it came so, and on the canvas: (height, width) in [0, 1], 0 around the
     content."""
@@ -162,7 +149,7 @@ def _region_on_canvas(region: Any, placement: Placement) -> tuple[np.ndarray | N
     content[top:bottom, left:right] = 1
     if region is None:
         return None, content
-    plane = _plane(region)
+    plane = mask_values(region)
     across, down = plane.shape[1], plane.shape[0]
     if (across, down) == placement.picture_size and (across, down) != placement.canvas_size:
         return plane, placement.mask_to_canvas(plane)
@@ -178,11 +165,11 @@ def _region_on_canvas(region: Any, placement: Placement) -> tuple[np.ndarray | N
 
 
 def _fade(region: np.ndarray, placement: Placement, feather: int) -> np.ndarray:
-    """(height, width): the weight of the edit, 0 outside the region (bool) and at its border, 1 from ``feather`` pixels
-    deeper on; the stairs that a border has are smoothed. The picture's own border is none of the region's.
+    """(height, width): the weight of the edit, 0 outside the region (bool) and at its border, 1 about ``feather``
+    pixels deeper; the stairs that a border has are smoothed. The picture's own border is none of the region's.
 
-    What the region keeps when half of ``feather`` is cut off all around it is blurred by the other half. Parts too
-    thin for that are done again with a narrower border.
+    What the region keeps when half of ``feather``, and a pixel, is cut off all around it is blurred by that half. Parts
+    too thin to come to 1 in this way are done again with a narrower border.
     """
     left, top, right, bottom = placement.content
     width, height = placement.picture_size
@@ -197,14 +184,16 @@ def _fade(region: np.ndarray, placement: Placement, feather: int) -> np.ndarray:
     weight = np.zeros(rest.shape, np.float32)
     half = feather // 2
     while rest.any():
-        core = ~_grown(~rest, half)
+        core = ~_grown(~rest, half + 1) if half else rest
         blurred = core.astype(np.float32)
         for radius in (half // 2, half - half // 2):
             blurred = _blurred(blurred, radius)
+        if half:  # the filter that draws this larger sees one pixel further
+            blurred *= ~_grow(~rest, diagonally=True)
         weight = np.maximum(weight, blurred)
-        rest = rest & ~_grown(core, 2 * half + 1)
         if half == 0:
             break
+        rest = rest & ~_grown(blurred > 0.999, 3 * half + 3)
         half //= 2
     result = np.zeros(region.shape, np.float32)
     result[top:bottom, left:right] = weight[around:-around, around:-around]

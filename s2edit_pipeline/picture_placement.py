@@ -130,10 +130,7 @@ class Placement:
         Args:
             mask: PIL "L", or (H, W) array or tensor in [0, 1].
         """
-        if isinstance(mask, Image.Image):
-            gray = mask.convert("L")
-        else:
-            gray = Image.fromarray((_numbers(mask).clip(0, 1) * 255).round().astype(np.uint8))
+        gray = Image.fromarray((mask_values(mask).clip(0, 1) * 255).round().astype(np.uint8))
         whole = Image.new("L", self.picture_size)
         whole.paste(self.from_canvas(gray, resample=Image.Resampling.BILINEAR), self.box)
         return whole
@@ -159,6 +156,28 @@ class Placement:
         array = np.asarray(content)
         around = ((top, height - bottom), (left, width - right), (0, 0))[: array.ndim]
         return Image.fromarray(np.pad(array, around, mode=mode))
+
+
+def mask_values(values: Any) -> np.ndarray:
+    """A mask as (h, w) float32 in [0, 1].
+
+    Args:
+        values: (h, w) array or tensor, with leading ones or without: bool, floating point in [0, 1], or uint8, of
+            which 1 is inside where nothing is larger, else 255; or a PIL picture, of which white is inside.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if isinstance(values, Image.Image):
+        return np.asarray(values.convert("L")).astype(np.float32) / 255
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
+    array = np.asarray(values)
+    array = array.reshape(array.shape[-2:]) if array.ndim > 2 and array.size == np.prod(array.shape[-2:]) else array
+    if array.ndim != 2:
+        raise ValueError(f"A mask must be (H, W), not {array.shape}.")
+    return array.astype(np.float32) / (255 if array.dtype == np.uint8 and array.max(initial=0) > 1 else 1)
 
 
 def place_picture(
@@ -234,7 +253,7 @@ def subject_box(
     Raises:
         ValueError: the mask is empty.
     """
-    inside = _numbers(mask) >= (128 if isinstance(mask, Image.Image) else 0.5)
+    inside = mask_values(mask) >= 0.5
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     if not len(rows):
         raise ValueError("The mask is empty: there is no subject to work close up at. Pass crop=None, or mask=.")
@@ -322,14 +341,6 @@ def _contains(outer: Box, inner: Box) -> bool:
 
 def _size_of(box: Box) -> tuple[int, int]:
     return box[2] - box[0], box[3] - box[1]
-
-
-def _numbers(values: Any) -> np.ndarray:
-    """A picture, an array or a tensor as an array; tensors (..., H, W) without leading ones."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().float().cpu().numpy()
-        return values.reshape(values.shape[-2:])
-    return np.asarray(values)
 
 
 def _each_channel(values: Values, resize: Callable[[Image.Image], Image.Image]) -> Values:

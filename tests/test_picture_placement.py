@@ -350,8 +350,14 @@ def test_a_close_up_written_out() -> None:
     assert subject_box(mask, (400, 300), margin=0, min_size=1) == (190, 100, 250, 160)
     assert subject_box(mask, (400, 300), margin=0, shape=None, min_size=1) == (200, 100, 240, 160)
     assert subject_box(mask, (800, 600), margin=0, min_size=1) == (380, 200, 500, 320)  # of another resolution
-    for same in (torch.from_numpy(mask), torch.from_numpy(mask)[None, None], Image.fromarray(np.uint8(mask * 255))):
+    white = np.uint8(mask * 255)
+    for same in (
+        torch.from_numpy(mask), torch.from_numpy(mask)[None, None], Image.fromarray(white), white, np.uint8(mask),
+        mask > 0, Image.fromarray(mask > 0), np.uint8(mask * 50 + 100), torch.from_numpy(white),
+    ):  # fmt: skip
         assert subject_box(same, (400, 300)) == (172, 82, 268, 178)
+    with pytest.raises(ValueError, match=r"A mask must be \(H, W\), not \(2, 3, 4\)"):
+        subject_box(np.zeros((2, 3, 4)), (4, 3))
     corner = np.zeros((300, 400), bool)
     corner[:20, 380:] = True
     assert subject_box(corner, (400, 300), min_size=100) == (300, 0, 400, 100)
