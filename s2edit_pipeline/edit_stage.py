@@ -226,7 +226,7 @@ def _check_request_against(inversion: Any, source_prompt: str, request: EditRequ
         others.append(("keep_attention", ""))
     for name, made in others:
         raise ValueError(
-            f"{name}= has no effect beside a finished inversion{made}; pass it to pipe.invert(image, prompt, {name}=...)."
+            f"{name}= has no effect beside a finished inversion{made}; pass it to pipe.invert(..., {name}=...)."
         )
 
 

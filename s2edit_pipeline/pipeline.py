@@ -317,7 +317,7 @@ class S2EditPipeline(
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
-        given = arguments_of(S2EditPipeline.invert, locals())
+        given = arguments_of(_INVERT, locals())
         alone = check_call(given, "an inversion")
         report = step_report(self, callback_on_step_end, ("latents",))
         with self._at_work(identity, stop, report, alone) as (work, token):
@@ -418,7 +418,7 @@ class S2EditPipeline(
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
-        given = arguments_of(S2EditPipeline.__call__, locals())
+        given = arguments_of(_CALL, locals())
         chosen = with_preset(preset, EDIT_PRESETS, given.only(("inversion", "guidance_stop", "blend_words")))
         settings = EditSettings.of(given.values, chosen)
         if image is None and not hasattr(inversion, "trajectory"):
@@ -443,5 +443,6 @@ class S2EditPipeline(
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
 
+_CALL, _INVERT = S2EditPipeline.__call__, S2EditPipeline.invert  # whatever is put around them later
 # what has a default, diffusers' loader takes from the folder, whatever was passed
 S2EditPipeline.__init__.__signature__ = without_component_defaults(S2EditPipeline.__init__)  # type: ignore[attr-defined]

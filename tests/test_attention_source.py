@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from s2edit_pipeline.evaluation.unet_counts import count_unet
 
 from s2edit_pipeline import KeepAttention
-from s2edit_pipeline.attention_seam import AttentionSite
+from s2edit_pipeline.attention_seam import AttentionAccess, AttentionSite
 from s2edit_pipeline.attention_source import AttentionKeeper
+from s2edit_pipeline.evaluation.costs.counts import count_unet
 from s2edit_pipeline.pipeline import S2EditPipeline
 
 SOURCE = "a photo of a sad lady with glasses"

@@ -97,7 +97,7 @@ def test_each_token_looks_at_its_own_person(
     assert len(result.images) == 1
     inversion = pipe.invert(picture, SOURCE, num_inference_steps=2)
     assert inversion.prompt == "a photo of a sad [I] lady and a [J] man"
-    assert [(token, state.split(" x ")[0]) for token, state in inversion.identities.items()] == [
+    assert [(token, state.split(" x ")[0]) for token, state in inversion.made_with.identities.items()] == [
         (identity.token, identity.digest) for identity in people
     ]
     seen.clear()
@@ -153,7 +153,7 @@ def test_an_inversion_knows_both(
     pipe.unload_identity("[J]")
     with pytest.raises(ValueError, match=r"'\[J\]' in .* looks like a learned token, and none of that name is loaded"):
         pipe(BOTH, picture, inversion=inversion)
-    with pytest.raises(ValueError, match=r"made with the identity '\[J\]', and it isn't loaded"):
+    with pytest.raises(ValueError, match=r"made under .*\[J\].* and the edit's source prompt is"):
         pipe(BOTH.replace("[J] ", ""), picture, inversion=inversion, source_prompt=inversion.prompt.replace("[J] ", ""))
     first = people[0]
     pipe.unload_identity()
