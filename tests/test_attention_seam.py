@@ -443,8 +443,9 @@ def test_fused_projections_of_a_transformer_are_served() -> None:
     for make in (flux, stable_diffusion_3):
         tiny = make()
         tiny.model.double().eval()
-        bare, layers = tiny(), attention_layers(tiny.model)
+        layers = attention_layers(tiny.model)
         tiny.model.fuse_qkv_projections()
+        bare = tiny()  # in diffusers itself fusing changes what SD3 returns: its norms of queries and keys are left out
         watcher = Watcher()
         with attention_control(tiny.model, watcher, anywhere):
             torch.testing.assert_close(tiny(), bare, rtol=1e-6, atol=1e-6)
