@@ -9,6 +9,7 @@ from typing import Any
 import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 
 from .attention_controls import PromptToPrompt, Reweighting, mask_at
 from .attention_source import KeepAttention
@@ -38,6 +39,8 @@ from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import Batch, Branch
 from .prompt_words import parse_weights
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_STEPS = 50
 
@@ -150,8 +153,9 @@ def edit_words(work: Work, request: EditRequest) -> EditWords:
     warn_of_words(source_prompt, prompts, family)
     source = family.tokenize(with_identities(source_prompt, present, overlay))
     targets = [family.tokenize(text) for text in prompts]
-    if request.negative_prompt is not None:
-        family.tokenize(request.negative_prompt)  # refused here if it is too long
+    if request.negative_prompt is not None and not isinstance(request.negative_prompt, str):
+        kind = type(request.negative_prompt).__name__
+        raise TypeError(f"negative_prompt must be one string for an edit, not {kind}: all edits share it.")
     return EditWords(source, targets, weights)
 
 
@@ -334,6 +338,7 @@ def _finished(
         everywhere = torch.ones(canvas.latent_size)
         weights = [feather(everywhere if r is None else r.cpu(), out_height, out_width, scale) for r in edited.regions]
         own_pixels = (picture_to_tensor(canvas.picture, out_height, out_width), torch.stack(weights)[:, None])
+    warn_of_outcome(edited)
     images, flagged = decoded_pictures(work, edited.targets, request, own_pixels)
     source = edited.source  # the caller's own picture: no safety checker looks at it
     if request.output_type != "latent":
@@ -355,6 +360,17 @@ def _finished(
         nsfw_content_detected=flagged,
         interrupted=edited.interrupted,
     )
+
+
+def warn_of_outcome(edited: EditedLatents) -> None:
+    """Say where an edit changed nothing."""
+    for i, target in enumerate(edited.targets):
+        if not edited.interrupted and torch.equal(target, edited.source[0].to(target)):
+            logger.warning(
+                f"Edit {i + 1} of {len(edited.targets)} is the picture itself: no word that differs from the source "
+                "prompt's had a place to change. Change a word, take more steps or a higher strength, or pass "
+                "edit_mask= or blend_words=False."
+            )
 
 
 def _unedited(

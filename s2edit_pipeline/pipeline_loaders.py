@@ -256,6 +256,16 @@ class IdentityLoaders:
                 "Call unload_identity() first, then this, and load them again."
             )
 
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls, state_dict: Any, network_alphas: Any, text_encoder: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """As Stable Diffusion's; a text encoder that the model doesn't have is passed by without a word."""
+        if text_encoder is not None:
+            super().load_lora_into_text_encoder(  # type: ignore[misc]
+                state_dict, network_alphas, text_encoder, *args, **kwargs
+            )
+
     def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
         """As Stable Diffusion's; before identities are loaded.
 
