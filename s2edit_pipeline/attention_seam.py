@@ -263,7 +263,8 @@ class ControlledProcessor:
         if seen.num_calls != 1:
             raise ValueError(
                 f"{self.name} holds {type(self.installed).__name__}, which made {seen.num_calls} attentions where one "
-                "was expected, so they can't be edited. Put the model's own back: set_default_attn_processor()."
+                "was expected, so they can't be edited. Put the model's own back, set_default_attn_processor(), and "
+                "PyTorch's kernel, reset_attention_backend()."
             )
         return output
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +31,15 @@ def _publish(parser: argparse.ArgumentParser) -> None:
 
 def _train_avatars(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder of pictures, checkpoints and, in the end, model/")
-    parser.add_argument("--pictures", type=int, default=16000, help="training people (default: %(default)s)")
-    parser.add_argument("--creatures", type=int, default=12000, help="training creatures (default: %(default)s)")
+    parser.add_argument(
+        "--family", choices=("unet", "flow"), default="unet", help="what to train (default: %(default)s)"
+    )
+    parser.add_argument("--pictures", type=int, help="training people (default: 16000, for flow 9000)")
+    parser.add_argument("--creatures", type=int, help="training creatures (default: 12000, for flow 6000)")
+    parser.add_argument("--model", help="flow: the U-Net model's folder to share its autoencoder and text encoder")
+    parser.add_argument("--flow-steps", type=int, default=20000, help="flow: (default: %(default)s)")
+    parser.add_argument("--no-grounding", action="store_true", help="flow: don't teach the words' maps from masks")
+    parser.add_argument("--sheet", help="flow: draw a sheet of captions to this PNG instead of training")
     parser.add_argument("--start-from", help="a model folder whose weights to start from (default: nothing)")
     parser.add_argument("--autoencoder-steps", type=int, default=2400, help="(default: %(default)s)")
     parser.add_argument("--denoiser-steps", type=int, default=3800, help="(default: %(default)s)")
@@ -45,12 +53,14 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
 
             plot_training(args.out, args.curves)
             return 0
+        if args.family == "flow":
+            return _train_flow(args)
         from .avatars.recipe import train_avatars
 
         model = train_avatars(
             args.out,
-            num_pictures=args.pictures,
-            num_creatures=args.creatures,
+            num_pictures=args.pictures or 16000,
+            num_creatures=12000 if args.creatures is None else args.creatures,
             start_from=args.start_from,
             autoencoder_steps=args.autoencoder_steps,
             denoiser_steps=args.denoiser_steps,
@@ -61,6 +71,28 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
         return 0
 
     parser.set_defaults(run=run)
+
+
+def _train_flow(args: argparse.Namespace) -> int:
+    from .avatars import MODEL_FOLDER
+    from .avatars.flow_training import FlowSettings
+    from .avatars.recipe import draw_flow_sheet, train_flow_avatars
+
+    shared = args.model or MODEL_FOLDER
+    if args.sheet:
+        draw_flow_sheet(args.out, shared, args.sheet, device=args.device)
+        return 0
+    settings = FlowSettings(num_steps=args.flow_steps, seed=args.seed)
+    model = train_flow_avatars(
+        args.out,
+        shared,
+        num_pictures=args.pictures or 9000,
+        num_creatures=6000 if args.creatures is None else args.creatures,
+        settings=replace(settings, grounding_weight=0.0) if args.no_grounding else settings,
+        device=args.device,
+    )
+    print(f"The model is in {model}")
+    return 0
 
 
 def _train_instruct(parser: argparse.ArgumentParser) -> None:

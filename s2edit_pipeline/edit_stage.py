@@ -9,6 +9,7 @@ from typing import Any
 import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 
 from .attention_controls import PromptToPrompt, Reweighting, mask_at
 from .attention_source import KeepAttention
@@ -38,6 +39,8 @@ from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import Batch, Branch
 from .prompt_words import parse_weights
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_STEPS = 50
 
@@ -150,8 +153,9 @@ def edit_words(work: Work, request: EditRequest) -> EditWords:
     warn_of_words(source_prompt, prompts, family)
     source = family.tokenize(with_identities(source_prompt, present, overlay))
     targets = [family.tokenize(text) for text in prompts]
-    if request.negative_prompt is not None:
-        family.tokenize(request.negative_prompt)  # refused here if it is too long
+    if request.negative_prompt is not None and not isinstance(request.negative_prompt, str):
+        kind = type(request.negative_prompt).__name__
+        raise TypeError(f"negative_prompt must be one string for an edit, not {kind}: all edits share it.")
     return EditWords(source, targets, weights)
 
 
@@ -164,9 +168,10 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
     family, inversion = work.family, request.inversion
     picture = None if request.image is None else load_picture(request.image)
     if hasattr(inversion, "trajectory"):
-        _check_request_against(inversion, words.source.text, request)
         height, width = inversion.trajectory.shape[-2:]
-        schedule = family.schedule(inversion.num_inference_steps, family.pixel_size(inversion.trajectory))
+        size = family.pixel_size(inversion.trajectory)
+        _check_request_against(inversion, words.source.text, request, size)
+        schedule = family.schedule(inversion.num_inference_steps, size)
         check_inversion(inversion, family, work.overlay, schedule, picture)
         return Canvas(picture, height, width, schedule)
     assert picture is not None  # else it would have been drawn from noise
@@ -183,10 +188,14 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
     return Canvas(picture, size[0] // scale, size[1] // scale, family.schedule(steps, size))
 
 
-def _check_request_against(inversion: Any, source_prompt: str, request: EditRequest) -> None:
-    """Raises:
-    ValueError: the call says other things than the inversion was made with.
+def _check_request_against(inversion: Any, source_prompt: str, request: EditRequest, size: tuple[int, int]) -> None:
+    """``size`` is the inversion's (height, width).
+
+    Raises:
+    ValueError: the inversion was stopped before its end, or the call says other things than it was made with.
     """
+    if inversion.interrupted:
+        raise ValueError("This inversion was stopped before its end; invert again: pipe.invert(image, prompt).")
     steps = request.num_inference_steps
     if steps is not None and steps != inversion.num_inference_steps:
         raise ValueError(
@@ -215,13 +224,14 @@ def _check_request_against(inversion: Any, source_prompt: str, request: EditRequ
             f"negative_prompt has no effect with this inversion ({inversion.method!r}), which holds unconditional "
             "embeddings of its own; pass it to pipe.invert, or leave it out."
         )
-    for name, value in (
-        ("height", request.size[0]), ("width", request.size[1]), ("keep_attention", request.keep_attention),
-    ):  # fmt: skip
-        if value is not None:
-            raise ValueError(
-                f"{name}= has no effect beside a finished inversion; pass it to pipe.invert(image, prompt, {name}=...)."
-            )
+    sides = zip(("height", "width"), request.size, size, strict=True)
+    others = [(name, f" of {side}") for name, value, side in sides if value not in (None, side)]
+    if request.keep_attention is not None:
+        others.append(("keep_attention", ""))
+    for name, made in others:
+        raise ValueError(
+            f"{name}= has no effect beside a finished inversion{made}; pass it to pipe.invert(..., {name}=...)."
+        )
 
 
 def _given_region(work: Work, request: EditRequest, canvas: Canvas) -> torch.Tensor | None:
@@ -328,6 +338,7 @@ def _finished(
         everywhere = torch.ones(canvas.latent_size)
         weights = [feather(everywhere if r is None else r.cpu(), out_height, out_width, scale) for r in edited.regions]
         own_pixels = (picture_to_tensor(canvas.picture, out_height, out_width), torch.stack(weights)[:, None])
+    warn_of_outcome(edited)
     images, flagged = decoded_pictures(work, edited.targets, request, own_pixels)
     source = edited.source  # the caller's own picture: no safety checker looks at it
     if request.output_type != "latent":
@@ -349,6 +360,17 @@ def _finished(
         nsfw_content_detected=flagged,
         interrupted=edited.interrupted,
     )
+
+
+def warn_of_outcome(edited: EditedLatents) -> None:
+    """Say where an edit changed nothing."""
+    for i, target in enumerate(edited.targets):
+        if not edited.interrupted and torch.equal(target, edited.source[0].to(target)):
+            logger.warning(
+                f"Edit {i + 1} of {len(edited.targets)} is the picture itself: no word that differs from the source "
+                "prompt's had a place to change. Change a word, take more steps or a higher strength, or pass "
+                "edit_mask= or blend_words=False."
+            )
 
 
 def _unedited(

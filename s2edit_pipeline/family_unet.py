@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import logging
 from torch import nn
 
 from .attention_seam import AttentionSite
@@ -23,6 +24,8 @@ from .noise_schedule import (
 from .prompt_columns import TokenizedPrompt, side_by_side
 from .prompt_embeds import PromptEmbeds
 from .prompt_tokenizing import tokenize
+
+logger = logging.get_logger(__name__)
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -103,7 +106,11 @@ class UNetFamily(ModelFamily):
 
     def tokenize(self, prompt: str, tokenizers: Mapping[str, Any] | None = None) -> TokenizedPrompt:
         tokenizers = self.tokenizers if tokenizers is None else tokenizers
-        return side_by_side([tokenize(one, prompt, name=name) for name, one in tokenizers.items()])
+        return self._tokenized(prompt, tokenizers)
+
+    def _tokenized(self, prompt: str, tokenizers: Mapping[str, Any], *, truncate: bool = False) -> TokenizedPrompt:
+        each = tokenizers.items()
+        return side_by_side([tokenize(one, prompt, name=name, truncate=truncate) for name, one in each])
 
     def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int | None = None) -> PromptEmbeds:
         """As diffusers' own pipelines do.
@@ -135,10 +142,16 @@ class UNetFamily(ModelFamily):
         return PromptEmbeds(torch.cat(contexts, -1), pooled, outputs)
 
     def encode_negative(self, prompt: str | None, like: PromptEmbeds, clip_skip: int | None = None) -> PromptEmbeds:
-        """One row; an SDXL trained so is told zeros where there is no negative prompt."""
+        """One row; an SDXL trained so is told zeros where there is no negative prompt. What is too long is cut off, as
+        diffusers' own pipelines do, with a warning: nothing of an edit depends on where its words stand."""
         if prompt is None and self.is_xl and self.pipe.config.get("force_zeros_for_empty_prompt", True):
             return like.rows(slice(1)).zeros()
-        return super().encode_negative(prompt, like, clip_skip)
+        tokenized = self._tokenized(prompt or "", self.tokenizers, truncate=True)
+        if tokenized.lost:
+            logger.warning(
+                f"The negative prompt is longer than the text encoder reads; cut off was: {tokenized.lost!r}."
+            )
+        return self.encode([tokenized], clip_skip)
 
     # -------------------------------------------------------------------- pictures and latents
 

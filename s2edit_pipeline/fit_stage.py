@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.utils import logging
 
 from .attention_controls import MapRecorder, mask_at
 from .fit_loop import FitExample, FitProgress, FitResult, fit_weights
@@ -25,8 +26,13 @@ from .prompt_columns import TokenizedPrompt
 from .prompt_tokens import initial_row, with_tokens
 from .prompt_words import insert_token, split_words
 
+logger = logging.get_logger(__name__)
+
 MASK_LEVELS = (0.2, 0.35, 0.5, 0.65)
 """Where the object is looked for: shares of the way from the picture to noise."""
+
+UNKNOWN_ABOVE = 1.0
+"""Reconstruction loss at the first step; noise has a mean square of 1."""
 
 OnFitStep = Callable[[int, int, Mapping[str, float]], None]
 """``on_step(step, num_steps, measures)``, the caller's own."""
@@ -61,7 +67,7 @@ def object_mask(
         for share in MASK_LEVELS:
             level = max(1, round(share * schedule.num_steps))
             noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
-            family.denoise(schedule.noised(latents, noise, level), int(schedule.timesteps[level - 1]), encoded, dtype)
+            family.denoise(schedule.noised(latents, noise, level), schedule.timesteps[level - 1].item(), encoded, dtype)
     return threshold_map(recorder.word_map(0, prompt.find(subject), height, width).cpu(), threshold)
 
 
@@ -159,6 +165,13 @@ def _reporter(work: Work, bar: Any, settings: FitSettings, on_step: OnFitStep) -
     def report(progress: FitProgress) -> bool:
         bar.set_postfix(loss=f"{progress.reconstruction_loss:.4f}", cos=f"{progress.cosine:+.3f}", refresh=False)
         bar.update()
+        if progress.step == 0 and progress.reconstruction_loss > UNKNOWN_ABOVE:
+            logger.warning(
+                "This model doesn't know such pictures: its loss at the first step is "
+                f"{progress.reconstruction_loss:.2f}, and one that predicts nothing at all has about 1. What is fitted "
+                "will be of no use. Load a model for it: "
+                "S2EditPipeline.from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')."
+            )
         measures = {
             "reconstruction_loss": progress.reconstruction_loss,
             "semantic_loss": progress.semantic_loss,

@@ -13,25 +13,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from .identity_fingerprint import check_base, check_present, is_same_base
+from .identity_layers import AdaptedLayer, Components, check_fit, check_rows, lora_layers, parameter_of, place_of
 from .identity_lora_names import name_within
 from .prompt_tokens import lay_rows, with_tokens
-
-Components = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class IdentityOverlay:
         self._adapter_names: dict[str, str] = {}
         self._plain_tokenizers: dict[str, Any] = {}
         self._modules: dict[str, nn.Module] = {}
-        self._layers: dict[tuple[str, str], _Layer] = {}
+        self._layers: dict[tuple[str, str], AdaptedLayer] = {}
         self._originals: dict[tuple[str, str], torch.Tensor] = {}
         self._row_hooks: list[RemovableHandle] = []
         self._tables: dict[str, tuple[nn.Module, dict[int, torch.Tensor]]] = {}
@@ -132,8 +127,8 @@ class IdentityOverlay:
         check_base(adapter, components, {name: self.originals(name) for name in components})
         plain = self._plain_tokenizers if self._identities else dict(tokenizers)
         extended = {name: with_tokens(t, [*self.tokens, *adapter.learned]) for name, t in plain.items()}
-        _check_rows(adapter, {name: components[name] for name in plain})
-        _check_fit(adapter, components)
+        check_rows(adapter, {name: components[name] for name in plain})
+        check_fit(adapter, components)
 
         self._modules = dict(components)
         loaded, peft_name = LoadedIdentity(adapter, float(scale)), self._free_name()
@@ -159,7 +154,7 @@ class IdentityOverlay:
             when none is left. Nothing where nothing was loaded.
 
         Raises:
-            ValueError: no identity of that token is loaded, or the weights are offloaded.
+            ValueError: no identity of that token is loaded, the weights are offloaded, or a LoRA is fused into them.
         """
         leaving = list(self._identities) if token is None else [token]
         for name in leaving:
@@ -171,10 +166,11 @@ class IdentityOverlay:
             return {}
         self._check_components(components)
         check_present(components)
-        plain = self._plain_tokenizers
-        for name in leaving:
+        self._check_unfused()
+        *others, last = leaving
+        for name in others:
             self._remove(name)
-        return {name: with_tokens(t, self.tokens) for name, t in plain.items()} if self._identities else plain
+        return self._remove(last)
 
     def ensure(self, components: Components) -> None:
         """Put the identities back where the user's doings with LoRAs have taken or switched them off; cheap where
@@ -236,12 +232,14 @@ class IdentityOverlay:
         """Attach the LoRA factors of an identity in ``component``."""
         module = self._modules[component]
         factors = {name_within(module, path): f for path, f in loaded.adapter.lora_factors(component).items()}
-        places = {path: _place(module, path) for path in factors}
-        made = _lora_layers([place.base for place in places.values()], peft_name, module)
+        places = {path: place_of(module, path) for path in factors}
+        made = lora_layers([place.base for place in places.values()], peft_name, module)
         for (path, place), fresh in zip(places.items(), made, strict=True):
             layer = self._layers.get((component, path))
             if layer is None or not layer.is_in_place():
-                layer = self._layers[component, path] = _Layer(component, place.parent, place.child, place.wrap(fresh))
+                layer = self._layers[component, path] = AdaptedLayer(
+                    component, place.parent, place.child, place.wrap(fresh)
+                )
             layer.add(peft_name, fresh, factors[path], loaded.scale)
 
     def _attach_again(self, component: str) -> None:
@@ -262,14 +260,18 @@ class IdentityOverlay:
             self._attach(component, loaded, self._adapter_names[token])
 
     def _settle(self) -> None:
+        self._check_unfused()
+        for layer in self._layers.values():
+            if not layer.is_settled():
+                layer.settle()
+
+    def _check_unfused(self) -> None:
         for layer in self._layers.values():
             if layer.wrapper.merged_adapters:
                 raise ValueError(
                     f"A LoRA was fused into the {layer.component} while identities ({', '.join(self._identities)}) are "
                     "loaded. Call pipe.unfuse_lora(): LoRAs that aren't fused work beside identities."
                 )
-            if not layer.is_settled():
-                layer.settle()
 
     # -------------------------------------------------------------------- plain differences and rows
 
@@ -278,15 +280,16 @@ class IdentityOverlay:
         module = self._modules[component]
         for saved_name, difference in loaded.adapter.plain_differences(component).items():
             name = name_within(module, saved_name)
-            parameter = _parameter(module, name)
+            parameter = parameter_of(module, name)
             assert parameter is not None
             self._originals.setdefault((component, name), parameter.data)
-            changed = parameter.data.float() + loaded.scale * difference.to(parameter.device, torch.float32)
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            changed = parameter.data.to(wide) + loaded.scale * difference.to(parameter.device, wide)
             parameter.data = changed.to(parameter.dtype)
 
     def _put_originals_back(self) -> None:
         for (component, name), original in self._originals.items():
-            parameter = _parameter(self._modules[component], name)
+            parameter = parameter_of(self._modules[component], name)
             assert parameter is not None
             parameter.data = original.to(parameter)
         self._originals.clear()
@@ -307,8 +310,9 @@ class IdentityOverlay:
             hook.remove()
         self._row_hooks, self._tables = laid, tables
 
-    def _remove(self, token: str) -> None:
-        """Take out what there is of the identity ``token``, be it laid whole or in part; the others stay."""
+    def _remove(self, token: str) -> dict[str, Any]:
+        """Take out what there is of the identity ``token``, be it laid whole or in part; the others stay. Gives the
+        tokenizers that know these."""
         gone, peft_name = self._identities.pop(token), self._adapter_names.pop(token)
         for key, layer in list(self._layers.items()):
             layer.remove(peft_name)
@@ -319,243 +323,14 @@ class IdentityOverlay:
             for loaded in self._identities.values():
                 for component in self._modules:
                     self._add_differences(component, loaded)
-        if not self._identities:
+        tokenizers = self._plain_tokenizers
+        if self._identities:
+            tokenizers = {name: with_tokens(tokenizer, self.tokens) for name, tokenizer in tokenizers.items()}
+            self._lay_rows(tokenizers)
+        else:
             self._lay_rows({})
             self._plain_tokenizers, self._modules = {}, {}
-        else:
-            self._lay_rows({name: with_tokens(t, self.tokens) for name, t in self._plain_tokenizers.items()})
+        return tokenizers
 
 
 # ------------------------------------------------------------------------------ one layer
-
-
-class _Place:
-    """Where a layer is: under ``child`` of ``parent``, perhaps behind tuners' wrappers."""
-
-    def __init__(self, parent: nn.Module, child: str) -> None:
-        self.parent, self.child = parent, child
-
-    def chain(self) -> Iterator[nn.Module]:
-        """What stands there, and what that wraps, to the base layer."""
-        module = self.parent._modules.get(self.child)
-        while isinstance(module, nn.Module):
-            yield module
-            module = module.base_layer if isinstance(module, BaseTunerLayer) else None
-
-    @property
-    def base(self) -> nn.Module:
-        *_, base = self.chain()
-        return base
-
-    def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """``new`` in the place of ``old``, which is in the chain."""
-        above: nn.Module | None = None
-        for module in self.chain():
-            if module is old:
-                if above is None:
-                    setattr(self.parent, self.child, new)
-                else:
-                    above.base_layer = new
-                return
-            above = module
-
-    def wrap(self, fresh: LoraLayer) -> LoraLayer:
-        """A LoRA layer around the base: the one that is there, or ``fresh``, put there."""
-        for module in self.chain():
-            if isinstance(module, LoraLayer):
-                return module
-        self.replace(self.base, fresh)
-        return fresh
-
-
-class _Layer:
-    """A layer with adapters of identities, and the state that PEFT keeps in it.
-
-    ``scalings``: our adapters' names -> their factors' scale. ``paused``: the user's adapters that disable_lora() has
-    switched off here, None where it hasn't. PEFT has one switch for all of a layer's adapters, so the switch is left on
-    and the user's are taken from the active ones. Their coming back shows in our factors' ``requires_grad``, which
-    enable_lora() turns on.
-    """
-
-    def __init__(self, component: str, parent: nn.Module, child: str, wrapper: LoraLayer) -> None:
-        self.component, self.parent, self.child, self.wrapper = component, parent, child, wrapper
-        self.scalings: dict[str, float] = {}
-        self.paused: list[str] | None = None
-
-    def is_in_place(self) -> bool:
-        if self.parent._modules.get(self.child) is not self.wrapper:
-            return any(module is self.wrapper for module in _Place(self.parent, self.child).chain())
-        downs = self.wrapper._modules["lora_A"]._modules  # type: ignore[union-attr]
-        return all(name in downs for name in self.scalings)
-
-    def is_settled(self) -> bool:
-        wrapper = self.wrapper
-        if wrapper._disable_adapters or isinstance(wrapper._active_adapter, str):
-            return False
-        downs = wrapper._modules["lora_A"]._modules
-        if self.paused is not None and len(wrapper._active_adapter) > len(self.scalings):
-            return False
-        return all(
-            name in wrapper._active_adapter
-            and wrapper.scaling[name] == scaling
-            and not downs[name].weight.requires_grad
-            for name, scaling in self.scalings.items()
-        )
-
-    def settle(self) -> None:
-        """Ours active, at their scale and frozen; the user's as the user wants them."""
-        wrapper = self.wrapper
-        ups_and_downs = [part[name].weight for part in (wrapper.lora_A, wrapper.lora_B) for name in self.scalings]
-        theirs = [name for name in wrapper.active_adapters if name not in self.scalings]
-        if wrapper._disable_adapters:
-            self.paused = theirs or self.paused or []
-        elif self.paused is not None and theirs:
-            self.paused = theirs  # set_adapters() chooses which; enable_lora() switches them on
-        elif self.paused is not None and any(weight.requires_grad for weight in ups_and_downs):
-            theirs, self.paused = [name for name in self.paused if name in wrapper.r], None
-        wrapper._disable_adapters = False
-        wrapper._active_adapter = [*(theirs if self.paused is None else []), *self.scalings]
-        for weight in ups_and_downs:
-            weight.requires_grad_(False)
-        wrapper.scaling.update(self.scalings)
-
-    def add(self, name: str, fresh: LoraLayer, factors: Any, scale: float) -> None:
-        """Give the layer the adapter ``name``, which PEFT has made in ``fresh``, with ``factors`` for its weights."""
-        wrapper, rank = self.wrapper, len(factors.down)
-        if wrapper is not fresh:
-            for part in (*fresh.adapter_layer_names, *fresh.other_param_names):
-                if name in getattr(fresh, part):
-                    getattr(wrapper, part)[name] = getattr(fresh, part)[name]
-        weight = wrapper.get_base_layer().weight
-        dtype = weight.dtype if weight.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16) else None
-        for part, tensor in ((wrapper.lora_A[name], factors.down), (wrapper.lora_B[name], factors.up)):
-            value = tensor.detach().to(weight.device, dtype or torch.float32, copy=True)
-            part.weight = nn.Parameter(value, requires_grad=False)
-        ends = ("out_features", "in_features") if factors.down.ndim == 2 else ("out_channels", "in_channels")
-        setattr(wrapper.lora_A[name], ends[0], rank)
-        setattr(wrapper.lora_B[name], ends[1], rank)
-        self.scalings[name] = scaling = scale * factors.scale
-        # so that PEFT's own way back to "1" is our scale
-        wrapper.r[name], wrapper.lora_alpha[name], wrapper.scaling[name] = rank, scaling * rank, scaling
-
-    def remove(self, name: str) -> None:
-        """Take the adapter ``name`` out, and the wrapper too if it was the last one of anybody's."""
-        if self.scalings.pop(name, None) is None or not any(
-            module is self.wrapper for module in _Place(self.parent, self.child).chain()
-        ):
-            return
-        wrapper = self.wrapper
-        theirs = [other for other in wrapper.active_adapters if other != name]
-        wrapper._active_adapter = theirs  # first: deleting an active adapter would choose others
-        wrapper.delete_adapter(name)
-        if not self.scalings and self.paused is not None:
-            wrapper._active_adapter, wrapper._disable_adapters, self.paused = self.paused, True, None
-        if not wrapper.r:
-            _Place(self.parent, self.child).replace(wrapper, wrapper.base_layer)
-
-
-class _Uninitialised(TorchFunctionMode):
-    """New layers keep whatever is in their memory: no random number is taken from anybody. In this thread alone."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def _lora_layers(bases: list[nn.Module], peft_name: str, module: nn.Module) -> list[LoraLayer]:
-    """PEFT's layer around each of ``bases``, which are ``module``'s; these and what is around them are not touched."""
-    if not bases:
-        return []
-    holder = nn.ModuleList(bases)
-    for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit", "hf_quantizer"):  # by which PEFT chooses its layers
-        if hasattr(module, flag):
-            setattr(holder, flag, getattr(module, flag))
-    required = [(parameter, parameter.requires_grad) for base in bases for parameter in base.parameters()]
-    config = LoraConfig(r=1, lora_alpha=1, target_modules=r"\d+", init_lora_weights=False, inference_mode=True)
-    try:
-        with _Uninitialised():
-            inject_adapter_in_model(config, holder, adapter_name=peft_name)
-    finally:
-        for parameter, requires in required:
-            parameter.requires_grad = requires
-    for layer, base in zip(holder, bases, strict=True):
-        layer.train(base.training)
-    return list(holder)
-
-
-# ------------------------------------------------------------------------------ whether an identity fits
-
-
-def _place(module: nn.Module, path: str) -> _Place:
-    parent, _, child = path.rpartition(".")
-    return _Place(module.get_submodule(parent), child)
-
-
-def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter ``name``, also where PEFT has since wrapped its layer; None where there is none."""
-    layer, _, leaf = name.rpartition(".")
-    try:
-        owner = module.get_submodule(layer)
-        owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
-        parameter = getattr(owner, leaf)
-    except AttributeError:
-        return None
-    return parameter if isinstance(parameter, nn.Parameter) else None
-
-
-def _check_rows(adapter: Any, text_encoders: Components) -> None:
-    wanted = {
-        name: (encoder.get_input_embeddings().weight.shape[1],)  # type: ignore[operator]
-        for name, encoder in text_encoders.items()
-    }
-    for token, (rows, _) in adapter.learned.items():
-        shapes = {name: tuple(row.shape) for name, row in rows.items()}
-        if shapes != wanted:
-            raise ValueError(f"The token {token!r} has rows of {shapes}; this model's are of {wanted}.")
-
-
-def _check_fit(adapter: Any, components: Components) -> None:
-    """Raises:
-    ValueError: the identity's weights are of other components, names or shapes than ``components``.
-    """
-    foreign = {name.split(".")[0] for name in adapter.weights} - components.keys()
-    if foreign:
-        raise ValueError(f"The identity changes {', '.join(sorted(foreign))}, which this model doesn't have.")
-    for component, module in components.items():
-        for saved_name, difference in adapter.plain_differences(component).items():
-            _check_shape(component, module, name_within(module, saved_name), tuple(difference.shape), is_lora=False)
-        for saved_path, factors in adapter.lora_factors(component).items():
-            path = name_within(module, saved_path)
-            # the shape without the product: a small file's factors can multiply out to more than the machine holds
-            shape = (len(factors.up), *factors.down.shape[1:])
-            _check_shape(component, module, f"{path}.weight", shape, is_lora=True)
-            if getattr(_place(module, path).parent, "fused_projections", False):
-                raise ValueError(
-                    f"The {component}'s attention projections are fused, so that an adapter of {path} would be passed "
-                    "by. Call pipe.unfuse_qkv_projections() first."
-                )
-
-
-def _check_shape(component: str, module: nn.Module, name: str, shape: tuple[int, ...], is_lora: bool) -> None:
-    parameter = _parameter(module, name)
-    if parameter is None:
-        raise ValueError(f"The identity changes {component}.{name}, which this model doesn't have.")
-    owner = module.get_submodule(name.rpartition(".")[0])
-    owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
-    is_linear = isinstance(owner, nn.Linear)
-    if is_lora and not is_linear and not isinstance(owner, nn.Conv2d):
-        raise ValueError(
-            f"The identity has a LoRA of {component}.{name}, and that layer is {type(owner).__name__} here, neither "
-            "linear nor a convolution: it was fitted to another model."
-        )
-    # a weight that quantisation has packed: what it stands for
-    packed = is_linear and name.endswith(".weight")
-    present = (owner.out_features, owner.in_features) if packed else tuple(parameter.shape)
-    if present != shape:
-        raise ValueError(f"The identity's {component}.{name} is {shape}; the model's is {present}.")
-    if not is_lora and not parameter.is_floating_point():
-        raise ValueError(
-            f"The identity changes {component}.{name} as a whole, and it is quantised here. Load the model without "
-            "quantisation, or fit the identity with method='lora'."
-        )

@@ -104,12 +104,10 @@ def check_inversion(
     picture: PIL.Image.Image | None,
 ) -> None:
     """Raises:
-    ValueError: ``inversion`` was stopped before its end, or made with another model, scheduler, LoRA or identity, or of
-        another picture, than an edit would use now.
+    ValueError: ``inversion`` was made with another model, scheduler, LoRA or identity, or of another picture, than an
+        edit would use now.
     """
     again = "invert again: pipe.invert(image, prompt)"
-    if inversion.interrupted:
-        raise ValueError(f"This inversion was stopped before its end; {again}.")
     differs = difference(inversion, family, overlay, schedule)
     if differs is not None:
         raise ValueError(f"{differs}. Bring back what was there, or {again}.")

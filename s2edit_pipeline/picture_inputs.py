@@ -2,110 +2,31 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-MAX_ASPECT_RATIO = 4.0
-"""Longer side over shorter side, at most: the models have seen nothing thinner."""
+from .picture_files import read_picture
+from .picture_modes import has_alpha, rgb_of
+from .picture_placement import MAX_ASPECT_RATIO
 
 
 def load_picture(image: Any, name: str = "image") -> Image.Image:
-    """``image`` as an upright 8-bit RGB picture.
+    """``image`` as an upright 8-bit RGB picture: :func:`picture_files.read_picture`, of which it is the ``rgb``.
 
     Args:
-        image: a PIL picture of any mode; a path; an array (H, W), (H, W, 3) or (H, W, 4), uint8, uint16 or
-            floating point in [0, 1]; or a tensor (3, H, W) or (1, 3, H, W), floating point in [0, 1] or uint8.
+        image: a path; a file's bytes, ``BytesIO`` or open file; a PIL picture of any mode; an array or a tensor,
+            channels last or first, uint8, uint16 or floating point in [0, 1]; a list of one of these.
             Transparency is laid on white, 16 bits become 8, CMYK and palettes become RGB, and the camera's
             rotation (EXIF) is applied.
 
     Raises:
         TypeError: something else came.
-        ValueError: no pixels, a shape or range that no picture has, an unreadable file.
+        ValueError: no pixels or too many, a shape or range that no picture has, latents, an unreadable file, a URL.
     """
-    image = _open(image, name)
-    if _has_alpha(image):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _has_alpha(image: Image.Image) -> bool:
-    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-
-
-def _open(image: Any, name: str) -> Image.Image:
-    """``image`` as an upright 8-bit PIL picture of any mode; raises as :func:`load_picture`."""
-    if isinstance(image, (str, os.PathLike)):
-        path = Path(image)
-        if not path.is_file():
-            raise ValueError(f"{name}={str(image)!r} is not a file; give the path of a picture, or the picture itself.")
-        try:
-            with Image.open(path) as opened:
-                opened.load()
-                image = opened
-        except Exception as error:
-            raise ValueError(f"{name}={str(image)!r} can't be read as a picture: {error}") from error
-    if isinstance(image, (list, tuple)):
-        raise TypeError(f"{name} must be one picture, not {len(image)}; call once for each.")
-    if isinstance(image, torch.Tensor):
-        image = _tensor_to_array(image, name)
-    if isinstance(image, np.ndarray):
-        image = _array_to_picture(image, name)
-    if not isinstance(image, Image.Image):
-        raise TypeError(
-            f"{name} must be a PIL picture, an array (H, W, 3), a tensor (3, H, W) or a path, "
-            f"not {type(image).__name__}."
-        )
-    if image.width == 0 or image.height == 0:
-        raise ValueError(f"{name} has no pixels: it is {image.width} x {image.height}.")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits and more a channel; PIL would clip, not scale
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((values / 257 if values.max() > 255 else values).round().clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        image = _array_to_picture(np.asarray(image), name)
-    return image
-
-
-def _tensor_to_array(image: torch.Tensor, name: str) -> np.ndarray:
-    if image.ndim == 4 and image.shape[0] == 1:
-        image = image[0]
-    if image.ndim != 3 or image.shape[0] not in (1, 3, 4):
-        raise ValueError(f"{name} as a tensor must be (3, H, W) or (1, 3, H, W), not {tuple(image.shape)}.")
-    array = image.detach().cpu().permute(1, 2, 0)
-    return (array.float() if array.is_floating_point() else array).numpy()
-
-
-def _array_to_picture(array: np.ndarray, name: str) -> Image.Image:
-    if array.ndim == 4 and array.shape[0] == 1:
-        array = array[0]
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ValueError(f"{name} as an array must be (H, W), (H, W, 3) or (H, W, 4), not {array.shape}.")
-    if array.size == 0:
-        raise ValueError(f"{name} has no pixels: its shape is {array.shape}.")
-    if array.dtype == np.uint16:
-        array = np.round(array / 257).astype(np.uint8)
-    elif np.issubdtype(array.dtype, np.floating):
-        low, high = float(array.min()), float(array.max())  # NaN where there is one
-        if not (low >= -1e-3 and high <= 1 + 1e-3):
-            raise ValueError(
-                f"{name} is floating point and must lie in [0, 1]; it runs from {low:g} to {high:g}. "
-                "Divide by 255, or for [-1, 1] use (image + 1) / 2."
-            )
-        array = np.round(array.astype(np.float64).clip(0, 1) * 255).astype(np.uint8)
-    elif array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype != np.uint8:
-        raise ValueError(f"{name} has dtype {array.dtype}; expected uint8, uint16, or floating point in [0, 1].")
-    return Image.fromarray(np.ascontiguousarray(array))
+    return read_picture(image, name).rgb
 
 
 def working_size(
@@ -170,14 +91,16 @@ def load_mask(mask: Any, size: tuple[int, int] | None, name: str = "mask") -> to
         mask = mask.astype(bool) if mask.max(initial=0) <= 1 else mask.astype(np.uint8)
     if isinstance(mask, np.ndarray) and mask.dtype == np.uint8 and mask.max(initial=0) == 1:
         mask = mask.astype(bool)  # 0 and 1, the other usual way to write one
-    picture = _open(mask, name)
-    if _has_alpha(picture):
+    picture = read_picture(mask, name).native
+    if has_alpha(picture):
         picture = picture.convert("RGBA")
         *colors, alpha = picture.split()
         if all(low == high for low, high in (channel.getextrema() for channel in colors)):
             picture = alpha
         else:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+    else:
+        picture = rgb_of(picture)
     picture = picture.convert("L")
     width, height = size = picture.size if size is None else size
     if abs(picture.width * height - picture.height * width) > 0.02 * picture.height * width:

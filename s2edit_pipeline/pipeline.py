@@ -22,15 +22,7 @@ from diffusers.loaders import (
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 # diffusers copies only the files that this one names, see publishing.unfollowed: so every module is named here
 from .attention_controls import Controllers  # noqa: F401
@@ -56,6 +48,7 @@ from .identity_compression import compress  # noqa: F401
 from .identity_files import read_identity  # noqa: F401
 from .identity_fingerprint import fingerprint  # noqa: F401
 from .identity_folder import atomic_folder  # noqa: F401
+from .identity_layers import AdaptedLayer  # noqa: F401
 from .identity_lora_names import lora_metadata  # noqa: F401
 from .identity_overlay import IdentityOverlay
 from .identity_prompts import check_prompt  # noqa: F401
@@ -68,7 +61,12 @@ from .inversion_record import DEFAULT_INVERSION, Inversion
 from .inversion_stage import InversionCall, invert_words
 from .noise_schedule import NoiseSchedule  # noqa: F401
 from .object_masks import mask_to_picture  # noqa: F401
+from .picture_arrays import pixel_array  # noqa: F401
+from .picture_files import read_picture  # noqa: F401
 from .picture_inputs import load_picture  # noqa: F401
+from .picture_metadata import exif_of  # noqa: F401
+from .picture_modes import rgb_of  # noqa: F401
+from .picture_placement import place_picture  # noqa: F401
 from .pipeline_arguments import (
     BOTH,
     DRAWING,
@@ -141,12 +139,12 @@ class S2EditPipeline(
         scheduler: KarrasDiffusionSchedulers = None,
         safety_checker: StableDiffusionSafetyChecker = None,
         feature_extractor: CLIPImageProcessor = None,
-        image_encoder: CLIPVisionModelWithProjection = None,
+        image_encoder: PreTrainedModel = None,
         text_encoder_2: CLIPTextModelWithProjection = None,
         tokenizer_2: CLIPTokenizer = None,
         transformer: ModelMixin = None,
         text_encoder_3: PreTrainedModel = None,
-        tokenizer_3: PreTrainedTokenizerBase = None,
+        tokenizer_3: Any = None,
         requires_safety_checker: bool = False,
         force_zeros_for_empty_prompt: bool = True,
     ) -> None:
@@ -195,8 +193,8 @@ class S2EditPipeline(
             (ReferenceAttribute(image, prompt, subject, "[I]"),), FitSettings(mask_threshold=threshold),
             size=(height, width),
         )  # fmt: skip
-        self._check_bare("The mask is a fit's, and a fit is to the bare model")
         with self._at_work(None, None, lambda call: None) as (work, _):
+            self._check_bare("The mask is a fit's, and a fit is to the bare model")
             return preview_mask(work, request)
 
     def fit_identity(
@@ -270,13 +268,13 @@ class S2EditPipeline(
         """
         settings = FitSettings.of(locals())
         pictures = (ReferenceAttribute(image, prompt, subject, token, mask), *check_fit(self, generator, reference))
-        self._check_bare("A new identity is fitted to the bare model")
 
         def on_step(step: int, total: int, measures: Mapping[str, float]) -> None:
             if callback_on_step_end is not None:
                 callback_on_step_end(self, step, total, measures)
 
         with self._at_work(None, stop, lambda call: None, alone="fit_identity") as (work, _):
+            self._check_bare("A new identity is fitted to the bare model")
             return fit_picture(work, FitRequest(pictures, settings, generator, (height, width)), on_step)
 
     def invert(
@@ -320,7 +318,7 @@ class S2EditPipeline(
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
-        given = arguments_of(S2EditPipeline.invert, locals())
+        given = arguments_of(_INVERT, locals())
         alone = check_call(given, "an inversion")
         report = step_report(self, callback_on_step_end, ("latents",))
         with self._at_work(identity, stop, report, alone) as (work, token):
@@ -421,7 +419,7 @@ class S2EditPipeline(
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
-        given = arguments_of(S2EditPipeline.__call__, locals())
+        given = arguments_of(_CALL, locals())
         chosen = with_preset(preset, EDIT_PRESETS, given.only(("inversion", "guidance_stop", "blend_words")))
         settings = EditSettings.of(given.values, chosen)
         if image is None and not hasattr(inversion, "trajectory"):
@@ -446,5 +444,6 @@ class S2EditPipeline(
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
 
 
+_CALL, _INVERT = S2EditPipeline.__call__, S2EditPipeline.invert  # whatever is put around them later
 # what has a default, diffusers' loader takes from the folder, whatever was passed
 S2EditPipeline.__init__.__signature__ = without_component_defaults(S2EditPipeline.__init__)  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,16 @@ def without_component_defaults(initialiser: Callable[..., None]) -> inspect.Sign
     return signature.replace(
         parameters=[p if isinstance(p.default, bool) else p.replace(default=p.empty) for p in parameters]
     )
+
+
+@dataclass(frozen=True)
+class _Guest:
+    """The identity that calls at work have brought with them: in which pipeline, which fit with which masks, and under
+    which tokens, its own first. Calls that bring the same one share it."""
+
+    overlay: IdentityOverlay
+    digest: str
+    tokens: tuple[str, ...]
 
 
 class IdentityLoaders:
@@ -128,17 +138,20 @@ class IdentityLoaders:
             setattr(self, name.replace("text_encoder", "tokenizer"), tokenizer)
 
     def _loaded_token(self, identity: Any) -> str | None:
-        """The token under which ``identity`` is loaded already, or None.
+        """The token under which ``identity`` is loaded already, or None; what other calls have brought with them isn't
+        loaded.
 
         Raises:
             ValueError: it is loaded more than once.
         """
         digest = getattr(identity, "fit_digest", None)  # whatever name, mask or strength it was loaded with
-        tokens = [
-            token
-            for token, loaded in self._overlay.identities.items()
-            if loaded.adapter.fit_digest == digest or (isinstance(identity, str) and identity == token)
-        ]
+        with self._turns.unchanged() as key:
+            guest = key.tokens[0] if isinstance(key, _Guest) and key.overlay is self._overlay else None
+            tokens = [
+                token
+                for token, loaded in self._overlay.identities.items()
+                if token != guest and (loaded.adapter.fit_digest == digest or identity == token)
+            ]
         if len(tokens) > 1:
             raise ValueError(
                 f"This identity is loaded more than once, as {' and '.join(tokens)}; say which: identity={tokens[0]!r}."
@@ -161,7 +174,7 @@ class IdentityLoaders:
                 self._set_tokenizers(self._overlay.lift(adapter.token, self.family.tuned_components))
             self.maybe_free_model_hooks()
 
-        key = None if adapter is None else (adapter.fit_digest, adapter.token)
+        key = None if adapter is None else _Guest(self._overlay, adapter.digest, tuple(adapter.learned))
         with self._turns.shared(key, enter, leave):
             token = loaded if adapter is None else adapter.token
             if token is not None and token not in self._overlay.identities:
@@ -242,6 +255,16 @@ class IdentityLoaders:
             raise ValueError(
                 f"{what} changes what the loaded identities ({', '.join(self.identities)}) were laid over. "
                 "Call unload_identity() first, then this, and load them again."
+            )
+
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls, state_dict: Any, network_alphas: Any, text_encoder: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """As Stable Diffusion's; a text encoder that the model doesn't have is passed by without a word."""
+        if text_encoder is not None:
+            super().load_lora_into_text_encoder(  # type: ignore[misc]
+                state_dict, network_alphas, text_encoder, *args, **kwargs
             )
 
     def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:

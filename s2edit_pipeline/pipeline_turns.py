@@ -79,11 +79,16 @@ class Turns:
         Raises:
             RuntimeError: this thread is at work with another key, and would wait for itself.
         """
-        self._begin(key, enter)
+        with self._changed:
+            is_alone = threading.get_ident() in self._owners and isinstance(self._key, _Alone)
+        if is_alone:  # a call in the course of exclusive work
+            enter()
+        else:
+            self._begin(key, enter)
         try:
             yield
         finally:
-            self._end(leave)
+            leave() if is_alone else self._end(leave)
 
     @contextmanager
     def exclusive(self, what: str) -> Iterator[None]:
@@ -116,7 +121,7 @@ class Turns:
         me, ticket = threading.get_ident(), object()
         with self._changed:
             if me in self._owners:
-                if key != self._key and not isinstance(self._key, _Alone):
+                if key != self._key:
                     raise RuntimeError(
                         "This thread is in the middle of a call with other identities; start the second call after it, "
                         "not in its callback."
@@ -142,6 +147,12 @@ class Turns:
                     leave()
             finally:
                 self._changed.notify_all()
+
+    @contextmanager
+    def unchanged(self) -> Iterator[Hashable]:
+        """Within the context nobody's turn begins or ends; gives the key of those at work, None where nobody is."""
+        with self._changed:
+            yield self._key if self._owners else None
 
     @contextmanager
     def call(self, stop: Any = None) -> Iterator[Call]:

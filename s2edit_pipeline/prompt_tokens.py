@@ -51,19 +51,11 @@ def with_tokens(tokenizer: Any, tokens: Sequence[str]) -> Any:
                 f"token={token!r} is the name of two tokens, an identity's and its reference attribute's; give the "
                 f"latter another: ReferenceAttribute(..., token='[{token.strip('[]<>')}2]')."
             )
-    extended = _with_added(tokenizer, tokens, takes_space=False)
-    if tokens:
-        alone, behind = (len(extended(text, add_special_tokens=False).input_ids) for text in ("a", f"a {tokens[0]}"))
-        if behind > alone + 1:
-            extended = _with_added(tokenizer, tokens, takes_space=True)
-    extended.s2edit_tokens = tuple(tokens)
-    return extended
-
-
-def _with_added(tokenizer: Any, tokens: Sequence[str], takes_space: bool) -> Any:
     extended = copy.deepcopy(tokenizer)
+    without, behind = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in ("a", "a "))
     for token in tokens:
-        extended.add_tokens([AddedToken(token, normalized=False, single_word=False, lstrip=takes_space)])
+        extended.add_tokens([AddedToken(token, normalized=False, single_word=False, lstrip=behind > without)])
+    extended.s2edit_tokens = tuple(tokens)
     return extended
 
 

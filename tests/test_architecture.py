@@ -99,6 +99,7 @@ def of_the_components(tree: ast.Module) -> set[int]:
 
 
 EXCEPTED = {
+    "cli": {"unet"},  # which of the embedded models to train
     "identity_schema": {"unet"},  # a component's name in the files of an identity
     "noise_schedule": {"alphas_cumprod"},  # what every scheduler of a diffusion has, whatever model it drives
 }

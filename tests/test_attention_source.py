@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from s2edit_pipeline.evaluation.unet_counts import count_unet
 
 from s2edit_pipeline import KeepAttention
-from s2edit_pipeline.attention_seam import AttentionSite
+from s2edit_pipeline.attention_seam import AttentionAccess, AttentionSite
 from s2edit_pipeline.attention_source import AttentionKeeper
+from s2edit_pipeline.evaluation.costs.counts import count_unet
 from s2edit_pipeline.pipeline import S2EditPipeline
 
 SOURCE = "a photo of a sad lady with glasses"
@@ -51,9 +51,9 @@ def test_what_was_kept_is_what_the_source_branch_says(
 
     whole = invert(share=1.0)
     assert len(whole.attention.layers) == len(whole.attention.maps) == STEPS
-    wanted = edited(pipe, replace(whole, attention=None), **arguments)
-    torch.testing.assert_close(edited(pipe, whole, **arguments), wanted, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(edited(pipe, invert(share=0.4), **arguments), wanted, rtol=1e-9, atol=1e-10)
+    reference = edited(pipe, replace(whole, attention=None), **arguments)
+    torch.testing.assert_close(edited(pipe, whole, **arguments), reference, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(edited(pipe, invert(share=0.4), **arguments), reference, rtol=1e-9, atol=1e-10)
     assert invert(max_bytes=0).attention is None
 
 
@@ -63,7 +63,7 @@ def test_it_is_what_was_kept_that_is_looked_at(pipe: S2EditPipeline, picture: An
     assert float(changed.abs().max()) > 1e-3
 
 
-def test_nothing_is_asked_twice(pipe: S2EditPipeline, picture: Any) -> None:
+def test_no_evaluation_is_made_twice(pipe: S2EditPipeline, picture: Any) -> None:
     """One evaluation a step to invert, and one for the noise; two a target and step while guided, then one."""
     with count_unet(pipe.unet) as counts:
         inversion = pipe.invert(picture, SOURCE, num_inference_steps=10)
@@ -110,30 +110,28 @@ def test_it_stays_within_the_limit_and_keeps_the_noise_longest(pipe: S2EditPipel
 
 
 def test_a_level_asked_again_takes_the_place_of_the_first() -> None:
-    keeper = AttentionKeeper(KeepAttention(share=1.0), 3, (4, 1))
-    site = AttentionSite("x", True, 2, 2)
+    keeper = AttentionKeeper(KeepAttention(share=1.0), 3)
+    site = AttentionSite("x", "cross", 2, 2, tells_words=True)
     for value in (0.25, 0.75):
         keeper.begin(1)
-        assert keeper.wants(site) is Look.PROBABILITIES
+        assert keeper.access_needed(site) is AttentionAccess.PROBABILITIES
         keeper(torch.full((1, 2, 4, 3), value), site)
     kept = keeper.kept()
     assert float(kept.layers[1].probabilities["x"].mean()) == 0.75
     assert float(kept.maps[1].maps[(2, 2)].mean()) == 0.75
 
 
-def test_with_another_model_it_is_asked_again(pipe: S2EditPipeline, picture: Any, half_mask: Any) -> None:
-    """An identity that no prompt speaks of acts on the evaluation all the same."""
-    identity = pipe.fit_identity(picture, SOURCE, "lady", mask=half_mask, num_steps=3, learning_rate=1e-2)
-    bare = pipe.invert(picture, SOURCE, num_inference_steps=STEPS)
-    with count_unet(pipe.unet) as counts:
-        edited(pipe, bare)
-        kept, asked = counts.evaluations, edited(pipe, replace(bare, attention=None))
-        counts.evaluations = 0
-        pipe.load_identity(identity)
-        found = edited(pipe, bare)
-        assert counts.evaluations > kept
-    assert torch.equal(found, edited(pipe, replace(bare, attention=None)))
-    assert not torch.equal(found, asked)
+def test_where_nobody_looks_only_what_is_kept_is_needed() -> None:
+    """Below the kept share only where words look; self-attention only where it holds the layout."""
+    keeper = AttentionKeeper(KeepAttention(share=0.5), 4)
+    telling, cross = (AttentionSite("x", "cross", 2, 2, tells_words=tells) for tells in (True, False))
+    layout, other = (AttentionSite("y", "self", 2, 2, holds_layout=holds) for holds in (True, False))
+    access = {}
+    for level in (2, 3):
+        keeper.begin(level)
+        access[level] = [keeper.access_needed(site) for site in (telling, cross, layout, other)]
+    none, inputs, probabilities = AttentionAccess
+    assert access == {2: [probabilities, none, none, none], 3: [probabilities, probabilities, inputs, none]}
 
 
 @pytest.mark.parametrize("switch", [{}, {"mask_after": True}, {"renormalize": True}])
@@ -144,9 +142,9 @@ def test_a_masked_token_is_kept_masked(pipe: S2EditPipeline, picture: Any, half_
     inversion = pipe.invert(picture, SOURCE, num_inference_steps=STEPS, keep_attention=KeepAttention(device="cpu"))
     assert "[I]" in inversion.prompt and inversion.attention is not None
     target, settings = "a photo of a smiling [I] lady with glasses", {"output_type": "latent"}
-    kept = pipe(target, inversion=inversion, **settings).images
-    asked = pipe(target, inversion=replace(inversion, attention=None), **settings).images
-    torch.testing.assert_close(kept, asked, rtol=1e-9, atol=1e-10)
+    from_inversion = pipe(target, inversion=inversion, **settings).images
+    from_source = pipe(target, inversion=replace(inversion, attention=None), **settings).images
+    torch.testing.assert_close(from_inversion, from_source, rtol=1e-9, atol=1e-10)
 
 
 def test_what_is_no_limit_is_refused(pipe: S2EditPipeline, picture: Any) -> None:
@@ -161,7 +159,7 @@ def test_what_is_no_limit_is_refused(pipe: S2EditPipeline, picture: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"share": 1.5}, "share must be from 0 to 1"),
         ({"max_bytes": -1}, "max_bytes must be a whole number"),
@@ -170,26 +168,6 @@ def test_what_is_no_limit_is_refused(pipe: S2EditPipeline, picture: Any) -> None
         ({"device": "gpu"}, "device='gpu' is none"),
     ],
 )
-def test_limits_that_cannot_be(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_limits_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         KeepAttention(**settings)
-
-
-def test_an_identity_loaded_in_another_way_is_another_inversion(
-    pipe: S2EditPipeline, picture: Any, half_mask: Any
-) -> None:
-    """Its scale and its mask are in the trajectory and in what was kept."""
-    identity = pipe.fit_identity(picture, SOURCE, "lady", method="token", mask=half_mask, num_steps=1)
-    pipe.load_identity(identity)
-    inversion = pipe.invert(picture, SOURCE, num_inference_steps=2)
-    target = "a photo of a smiling [I] lady with glasses"
-    pipe(target, inversion=inversion)
-    for changed in ({"scale": 0.5}, {"mask": 1 - half_mask}):
-        pipe.unload_identity()
-        pipe.load_identity(identity, **changed)
-        with pytest.raises(ValueError, match=r"another identity, scale or mask is loaded"):
-            pipe(target, inversion=inversion)
-    with pytest.raises(ValueError, match="clip_skip=None, not 1"):
-        pipe.unload_identity()
-        pipe.load_identity(identity)
-        pipe(target, inversion=inversion, clip_skip=1)

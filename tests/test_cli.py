@@ -6,6 +6,7 @@ import pytest
 
 import s2edit_pipeline
 from s2edit_pipeline.avatars import MODEL_FOLDER, instruct_training, recipe
+from s2edit_pipeline.avatars.flow_training import FlowSettings
 from s2edit_pipeline.cli import main
 
 
@@ -27,6 +28,27 @@ def test_train_avatars_passes_its_options_on(monkeypatch, capsys):
     plain |= {"num_creatures": 12000, "start_from": None}
     assert calls == [("here", given), ("here", plain)]
     assert str(Path("here") / "model") in capsys.readouterr().out
+
+
+def test_train_avatars_trains_the_flow_transformer_too(monkeypatch, capsys):
+    calls, sheets = [], []
+
+    def train(folder, model, **settings):
+        calls.append((folder, model, settings))
+        return Path(folder) / "model"
+
+    monkeypatch.setattr(recipe, "train_flow_avatars", train)
+    monkeypatch.setattr(recipe, "draw_flow_sheet", lambda *args, **more: sheets.append((args, more)))
+    options = "--pictures 500 --creatures 0 --flow-steps 3 --no-grounding --device cpu --seed 2 --model there".split()
+    assert main(["train-avatars", "--out", "here", "--family", "flow", *options]) == 0
+    assert main(["train-avatars", "--out", "here", "--family", "flow"]) == 0
+    given = {"num_pictures": 500, "num_creatures": 0, "device": "cpu"}
+    given["settings"] = FlowSettings(num_steps=3, grounding_weight=0.0, seed=2)
+    plain = {"num_pictures": 9000, "num_creatures": 6000, "device": None, "settings": FlowSettings()}
+    assert calls == [("here", "there", given), ("here", MODEL_FOLDER, plain)]
+    assert str(Path("here") / "model") in capsys.readouterr().out
+    assert main(["train-avatars", "--out", "here", "--family", "flow", "--sheet", "a.png"]) == 0
+    assert sheets == [(("here", MODEL_FOLDER, "a.png"), {"device": None})] and len(calls) == 2
 
 
 def test_train_instruct_passes_its_options_on(monkeypatch, capsys):

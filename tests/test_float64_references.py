@@ -11,27 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_processor import Attention
+from torch import nn
 
-from s2edit_pipeline.attention_controls import (
-    ControlledAttnProcessor,
-    Controllers,
-    PromptToPrompt,
-    Reweighting,
-    SpatialControl,
-)
-from s2edit_pipeline.attention_seam import AttentionSite
+from s2edit_pipeline.attention_controls import Controllers, PromptToPrompt, Reweighting, SpatialControl
+from s2edit_pipeline.attention_seam import AttentionSite, attention_control
 from s2edit_pipeline.attention_source import AttentionKeeper, KeepAttention
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.fit_losses import reconstruction_loss, semantic_loss
-from s2edit_pipeline.inversion_record import INVERSIONS
-from s2edit_pipeline.noise_schedule import NoiseSchedule, ddim_move
+from s2edit_pipeline.inversion_null_text import null_text
+from s2edit_pipeline.inversion_record import InversionTask
+from s2edit_pipeline.noise_schedule import NoiseSchedule, diffusion_schedule
 from s2edit_pipeline.prompt_alignment import align_prompts
 from s2edit_pipeline.prompt_columns import TokenizedPrompt
 from s2edit_pipeline.prompt_tokenizing import tokenize
 
-KINDS = ("epsilon", "v_prediction")
+DIFFUSIONS = ("epsilon", "v_prediction")
+KINDS = (*DIFFUSIONS, "flow")
 LIMIT = 1e-5
 
 
@@ -39,9 +36,16 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    assert found.shape == wanted.shape
-    return float((found.double() - wanted).abs().max() / wanted.abs().max())
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    assert result.shape == reference.shape
+    return float((result.double() - reference).abs().max() / reference.abs().max())
+
+
+def levels(kind: str, *cleanest: float) -> NoiseSchedule:
+    """Levels, cleanest first, of a diffusion by their abar, of a flow by their signal a."""
+    a = torch.tensor(cleanest, dtype=torch.float64)
+    signal, noise = (a, 1 - a) if kind == "flow" else (a.sqrt(), (1 - a).sqrt())
+    return NoiseSchedule(signal, noise, torch.arange(len(a) - 1), kind)
 
 
 # ------------------------------------------------------------------------------ attention, a whole layer
@@ -134,8 +138,8 @@ def taken_over(source: TokenizedPrompt, target: TokenizedPrompt, edit: str) -> C
     """The first row's attention, kept as it comes by and taken over by the last row."""
     length = target.input_ids.shape[1]
     until = torch.full((length,), 9.0)
-    controller = PromptToPrompt([align_prompts(source, target, edit)], [until], self_until=9, max_self_queries=QUERIES)
-    keeper = AttentionKeeper(KeepAttention(share=1.0), 1, (QUERIES, 1))
+    controller = PromptToPrompt([align_prompts(source, target, edit)], [until], self_until=9)
+    keeper = AttentionKeeper(KeepAttention(share=1.0), 1)
     keeper.begin(1)
     controller.begin(0, keeper.layers[1], target_rows=[2])
     return Controllers([keeper, controller])
@@ -168,6 +172,11 @@ EDITS: dict[str, tuple[Callable[[], Any], bool, Callable[[Probs], Probs]]] = {
 """Edit -> its controller, whether it is one of cross-attention, and the naive change of the last of three rows."""
 
 
+def site_of(name: str, layer: nn.Module, hidden_states: torch.Tensor, text: Any) -> AttentionSite:
+    kind = "self" if text is None else "cross"
+    return AttentionSite("layer", kind, HEIGHT, WIDTH, tells_words=text is not None, holds_layout=text is None)
+
+
 @pytest.mark.parametrize("name", EDITS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_attention_edits(name: str, dtype: torch.dtype) -> None:
@@ -177,15 +186,14 @@ def test_attention_edits(name: str, dtype: torch.dtype) -> None:
     hidden = normal(3, QUERIES, 16)
     context = normal(3, TOKENIZER.model_max_length, 24, seed=1) if is_cross else hidden
     with torch.no_grad():
-        wanted = naive_layer(attn, hidden, context, change)
+        reference = naive_layer(attn, hidden, context, change)
         unchanged = naive_layer(attn, hidden, context, lambda probs: probs)
-        site_sizes = {QUERIES: (HEIGHT, WIDTH)}
-        attn.set_processor(ControlledAttnProcessor("layer", attn.processor, make(), site_sizes))
-        given = context.to(dtype) if is_cross else None
-        found = attn.to(dtype)(hidden.to(dtype), encoder_hidden_states=given)
-    assert make().wants(AttentionSite("layer", is_cross, HEIGHT, WIDTH))
-    assert relative_error(unchanged, wanted) > 100 * LIMIT  # the edit is seen
-    assert relative_error(found, wanted) <= LIMIT
+        text = context.to(dtype) if is_cross else None
+        with attention_control(attn.to(dtype), make(), site_of):
+            output = attn(hidden.to(dtype), encoder_hidden_states=text)
+    assert make().access_needed(site_of("layer", attn, hidden, text))
+    assert relative_error(unchanged, reference) > 100 * LIMIT  # the edit is seen
+    assert relative_error(output, reference) <= LIMIT
 
 
 # ------------------------------------------------------------------------------ losses
@@ -196,21 +204,25 @@ def test_losses(dtype: torch.dtype) -> None:
     output, target = normal(2, 4, 5, 6), normal(2, 4, 5, 6, seed=1)
     pairs = zip(output.flatten().tolist(), target.flatten().tolist(), strict=True)
     mean_square = sum((x - y) ** 2 for x, y in pairs) / output.numel()
-    found = reconstruction_loss(output.to(dtype), target.to(dtype))
-    assert relative_error(found, torch.tensor(mean_square, dtype=torch.float64)) <= LIMIT
+    loss = reconstruction_loss(output.to(dtype), target.to(dtype))
+    assert relative_error(loss, torch.tensor(mean_square, dtype=torch.float64)) <= LIMIT
     sentence, token = normal(24), normal(24, seed=1)
     dot, a, b = (
         sum(x * y for x, y in zip(left.tolist(), right.tolist(), strict=True))
         for left, right in ((sentence, token), (sentence, sentence), (token, token))
     )
-    wanted = torch.tensor(abs(dot) / math.sqrt(a * b), dtype=torch.float64)
-    assert relative_error(semantic_loss(sentence.to(dtype), token.to(dtype)), wanted) <= LIMIT
+    reference = torch.tensor(abs(dot) / math.sqrt(a * b), dtype=torch.float64)
+    assert relative_error(semantic_loss(sentence.to(dtype), token.to(dtype)), reference) <= LIMIT
 
 
 # ------------------------------------------------------------------------------ moves between noise levels
 
 
 def naive_move(x: float, output: float, a: float, b: float, kind: str) -> float:
+    """From abar ``a`` to ``b``; of a flow from signal to signal."""
+    if kind == "flow":
+        velocity = output  # Euler: x + (sigma' - sigma) v
+        return x + ((1 - b) - (1 - a)) * velocity
     epsilon = output if kind == "epsilon" else math.sqrt(a) * output + math.sqrt(1 - a) * x
     clean = (x - math.sqrt(1 - a) * epsilon) / math.sqrt(a)
     return math.sqrt(b) * clean + math.sqrt(1 - b) * epsilon
@@ -219,14 +231,15 @@ def naive_move(x: float, output: float, a: float, b: float, kind: str) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("a", "b"), [(0.3, 0.5), (0.5, 0.3), (0.9, 0.999)])
-def test_ddim_moves(kind: str, dtype: torch.dtype, a: float, b: float) -> None:
+def test_moves(kind: str, dtype: torch.dtype, a: float, b: float) -> None:
     x, output = normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1)
     pairs = zip(x.flatten().tolist(), output.flatten().tolist(), strict=True)
-    wanted = torch.tensor([naive_move(*pair, a, b, kind) for pair in pairs], dtype=torch.float64).view_as(x)
-    assert relative_error(ddim_move(x.to(dtype), output.to(dtype), a, b, kind), wanted) <= LIMIT
+    reference = torch.tensor([naive_move(*pair, a, b, kind) for pair in pairs], dtype=torch.float64).view_as(x)
+    moved = levels(kind, a, b).move(x.to(dtype), output.to(dtype), 0, 1)
+    assert moved.dtype == dtype and relative_error(moved, reference) <= LIMIT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DIFFUSIONS)
 def test_whole_walks_are_diffusers_own(kind: str) -> None:
     """Twenty steps up with ``DDIMInverseScheduler`` and down with ``DDIMScheduler``, their tables in float64."""
     down = DDIMScheduler(
@@ -234,20 +247,36 @@ def test_whole_walks_are_diffusers_own(kind: str) -> None:
         steps_offset=1, prediction_type=kind,
     )  # fmt: skip
     up = DDIMInverseScheduler.from_config(down.config)
-    schedule, outputs = noise_schedule(down, 20), normal(20, 1, 2, 3, 4)
+    schedule, outputs = diffusion_schedule(down, 20), normal(20, 1, 2, 3, 4)
     for scheduler in (up, down):
         scheduler.set_timesteps(20)
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     down.final_alpha_cumprod = down.final_alpha_cumprod.double()
-    x = mine = normal(1, 2, 3, 4, seed=1)
+    reference = x = normal(1, 2, 3, 4, seed=1)
     for k in range(1, 20):  # from level 1: below it the inverse scheduler takes another alpha for the picture's own
-        mine = ddim_move(mine, outputs[k], schedule.alphas_bar[k], schedule.alphas_bar[k + 1], kind)
-        x = up.step(outputs[k], int(schedule.timesteps[k]), x).prev_sample
-        assert relative_error(mine, x) <= LIMIT
+        x = schedule.move(x, outputs[k], k, k + 1)
+        reference = up.step(outputs[k], int(schedule.timesteps[k]), reference).prev_sample
+        assert relative_error(x, reference) <= LIMIT
     for k in range(20, 0, -1):
-        mine = ddim_move(mine, outputs[k - 1], schedule.alphas_bar[k], schedule.alphas_bar[k - 1], kind)
-        x = down.step(outputs[k - 1], schedule.timesteps[k - 1], x, eta=0.0).prev_sample
-        assert relative_error(mine, x) <= LIMIT
+        x = schedule.move(x, outputs[k - 1], k, k - 1)
+        reference = down.step(outputs[k - 1], schedule.timesteps[k - 1], reference, eta=0.0).prev_sample
+        assert relative_error(x, reference) <= LIMIT
+
+
+def test_a_whole_flow_is_diffusers_own() -> None:
+    """Twenty steps down with ``FlowMatchEulerDiscreteScheduler``, and back up to where they began."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(20)
+    sigmas, outputs = scheduler.sigmas.double().flip(0), normal(20, 1, 2, 3, 4)
+    schedule = NoiseSchedule(1 - sigmas, sigmas, scheduler.timesteps.flip(0), "flow")
+    start = reference = x = normal(1, 2, 3, 4, seed=1)
+    for k in range(20, 0, -1):
+        x = schedule.move(x, outputs[k - 1], k, k - 1)
+        reference = scheduler.step(outputs[k - 1], schedule.timesteps[k - 1], reference).prev_sample
+        assert relative_error(x, reference) <= LIMIT
+    for k in range(20):
+        x = schedule.move(x, outputs[k], k, k + 1)
+    assert relative_error(x, start) <= LIMIT
 
 
 # ------------------------------------------------------------------------------ null-text
@@ -257,31 +286,35 @@ WEIGHTS = normal(1, 4, 5, seed=8)
 
 
 def denoise(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
-    said = (embeds.double() * WEIGHTS).sum((1, 2))[:, None, None, None]
-    return torch.tanh(0.8 * x + 0.3 * said + 0.01 * level) + 0.3 * torch.sin(2 * x.roll(1, -1))
+    words = (embeds.double() * WEIGHTS).sum((1, 2))[:, None, None, None]
+    return torch.tanh(0.8 * x + 0.3 * words + 0.01 * level) + 0.3 * torch.sin(2 * x.roll(1, -1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_null_text_steps(kind: str) -> None:
     """Mokady et al. 2023, algorithm 1: the gradient by central differences, Adam (Kingma & Ba 2015) written out."""
     n, scale, x0 = 4, 4.5, normal(1, 2, 3, 3)
-    levels = NoiseSchedule(torch.linspace(0.999, 0.1, n + 1, dtype=torch.float64), torch.arange(n), kind)
+    alphas = torch.linspace(0.999, 0.1, n + 1, dtype=torch.float64).tolist()
     embeds, null = normal(1, 4, 5, seed=1), normal(1, 4, 5, seed=2).float().double()
-    found = INVERSIONS["null_text"](denoise, x0, levels, embeds, null, scale, None, lambda _: None)
-    assert found.unconditional_embeds is not None
-    x = found.trajectory[n:]
+    result = null_text(
+        InversionTask(x0, levels(kind, *alphas), lambda x, k: denoise(x, k, embeds), denoise, embeds, null, scale)
+    )
+    assert result.unconditional_embeds is not None
+    x = result.trajectory[n:]
     for i, k in enumerate(range(n, 0, -1)):
-        a, b = float(levels.alphas_bar[k]), float(levels.alphas_bar[k - 1])
-        conditional, wanted = denoise(x, k, embeds), found.trajectory[k - 1 : k]
+        a, b = alphas[k], alphas[k - 1]
+        conditional, pivot = denoise(x, k, embeds), result.trajectory[k - 1 : k]
 
-        def reached(null: torch.Tensor, x: torch.Tensor = x, k: int = k, c: torch.Tensor = conditional) -> torch.Tensor:
+        def arrival(null: torch.Tensor, x: torch.Tensor = x, k: int = k, c: torch.Tensor = conditional) -> torch.Tensor:
             u = denoise(x, k, null)
-            output, a, b = u + scale * (c - u), levels.alphas_bar[k], levels.alphas_bar[k - 1]
-            epsilon = output if kind == "epsilon" else a.sqrt() * output + (1 - a).sqrt() * x
-            return b.sqrt() * (x - (1 - a).sqrt() * epsilon) / a.sqrt() + (1 - b).sqrt() * epsilon
+            output, a, b = u + scale * (c - u), alphas[k], alphas[k - 1]
+            if kind == "flow":
+                return x + (a - b) * output
+            epsilon = output if kind == "epsilon" else math.sqrt(a) * output + math.sqrt(1 - a) * x
+            return math.sqrt(b) * (x - math.sqrt(1 - a) * epsilon) / math.sqrt(a) + math.sqrt(1 - b) * epsilon
 
-        def loss(null: torch.Tensor, wanted: torch.Tensor = wanted, reached: Any = reached) -> float:
-            return float(((reached(null) - wanted) ** 2).mean())
+        def loss(null: torch.Tensor, pivot: torch.Tensor = pivot, arrival: Any = arrival) -> float:
+            return float(((arrival(null) - pivot) ** 2).mean())
 
         m = v = torch.zeros_like(null)
         for t in range(1, 11):
@@ -296,6 +329,6 @@ def test_null_text_steps(kind: str) -> None:
             null = null - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
             if now < 1e-5 + i * 2e-5:
                 break
-        assert relative_error(found.unconditional_embeds[k - 1 : k], null) <= LIMIT
-        x = reached(null)
+        assert relative_error(result.unconditional_embeds[k - 1 : k], null) <= LIMIT
+        x = arrival(null)
         assert 0 < a < b <= 1

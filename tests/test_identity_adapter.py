@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -15,8 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from s2edit_pipeline import identity_overlay
+from s2edit_pipeline import identity_adapter, identity_overlay
 from s2edit_pipeline.identity_adapter import IdentityAdapter, LearnedAttribute
+from s2edit_pipeline.identity_fingerprint import fingerprint
+from s2edit_pipeline.identity_lora_names import lora_metadata
 from s2edit_pipeline.identity_overlay import IdentityOverlay
 from s2edit_pipeline.identity_schema import DIFFERENCES_FILE, LORA_FILE, TOKEN_FILES
 from s2edit_pipeline.pipeline import S2EditPipeline
@@ -411,3 +414,86 @@ def test_its_card_names_what_it_is_and_shows_its_pictures(make_identity: Any, tm
     assert ["".join(each) for each in shown] == ["preview_1.png", "mask.png"] and "a [I] lady, smiling" in card
     with Image.open(tmp_path / "ada" / "preview_1.png") as saved:
         assert np.array_equal(np.asarray(saved), np.asarray(picture))
+
+
+# ------------------------------------------------------------------------------ which fit it is
+
+
+def test_the_digest_covers_all_that_changes_a_picture(make_identity: Any, tmp_path: Path) -> None:
+    identity = replace(
+        make_identity("full"), reference=LearnedAttribute("[A]", "hat", "a hat", {"text_encoder": noise(32)})
+    )
+    first = next(iter(identity.weights))
+    hat = identity.reference
+    changes = {
+        "row": replace(identity, rows={"text_encoder": noise(32, seed=3)}),
+        "weight": replace(identity, weights={**identity.weights, first: identity.weights[first] + 1e-3}),
+        "a weight's name": replace(identity, weights={n + "x" * (n == first): t for n, t in identity.weights.items()}),
+        "mask": replace(identity, mask=torch.eye(16)),
+        "no mask": replace(identity, mask=None),
+        "no reference": replace(identity, reference=None),
+        "reference's row": replace(identity, reference=replace(hat, rows={"text_encoder": noise(32, seed=4)})),
+        "reference's mask": replace(identity, reference=replace(hat, mask=torch.eye(16))),
+        "compressed": identity.compressed(max_bytes=100_000),
+    }
+    digests = {name: changed.digest for name, changed in changes.items()}
+    assert len({identity.digest, *digests.values()}) == len(changes) + 1
+    assert identity.renamed("[J]", "[B]").digest == identity.digest
+    assert {name for name, changed in changes.items() if changed.fit_digest == identity.fit_digest} == {
+        "mask", "no mask", "reference's mask",
+    }  # fmt: skip
+    for exact in (True, False):
+        identity.save_pretrained(tmp_path / "ada", exact=exact, max_bytes=100_000)
+        again = IdentityAdapter.from_pretrained(tmp_path / "ada")
+        assert again.digest == (identity if exact else changes["compressed"]).digest
+
+
+def test_a_loras_strength_is_in_its_digest(make_identity: Any) -> None:
+    identity = make_identity("lora")
+    stronger = replace(identity, lora_metadata={**identity.lora_metadata, "unet.lora_alpha": 20})
+    assert stronger.digest != identity.digest
+
+
+def test_the_digest_is_made_once_and_again_after_a_change_in_place(
+    make_identity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity, made = make_identity("lora"), []
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(identity_adapter.hashlib, "sha256", lambda *a: made.append(1) or sha256(*a))
+    first = identity.fit_digest
+    assert identity.fit_digest == first and len(made) == 1
+    next(iter(identity.weights.values())).add_(1)
+    assert identity.fit_digest != first and len(made) == 2
+    with torch.inference_mode():
+        assert replace(identity, rows={"text_encoder": noise(32)}).digest
+
+
+def test_a_fit_that_was_cut_short_says_so(make_identity: Any, tmp_path: Path) -> None:
+    identity = make_identity("token")
+    cut = replace(identity, settings={**identity.settings, "interrupted": True})
+    assert cut.interrupted and not identity.interrupted
+    cut.save_pretrained(tmp_path / "ada")
+    assert IdentityAdapter.from_pretrained(tmp_path / "ada").interrupted
+
+
+def test_a_transformers_identity_with_three_text_encoders(tmp_path: Path) -> None:
+    """Stable Diffusion 3's components; FLUX has rows for its T5 alone."""
+    weights = {
+        "transformer.blocks.0.attn.to_q.lora_A.weight": noise(2, 8).half(),
+        "transformer.blocks.0.attn.to_q.lora_B.weight": noise(6, 2).half(),
+    }
+    metadata = {f"transformer.{name}": value for name, value in lora_metadata(2, ["attn.to_q"]).items()}
+    prints = {"transformer": fingerprint(torch.nn.Linear(3, 3))}
+    for encoders, keys in (
+        (("text_encoder", "text_encoder_2", "text_encoder_3"), {"clip_l", "clip_g", "t5"}),
+        (("text_encoder_2",), {"t5"}),
+        (("text_encoder", "text_encoder_3"), {"text_encoder", "text_encoder_3"}),
+    ):
+        rows = {name: noise(8 + i, seed=i) for i, name in enumerate(encoders)}
+        identity = IdentityAdapter("[I]", "lady", "a lady", "lora", rows, weights, metadata, base_fingerprint=prints)
+        identity.save_pretrained(tmp_path / "ada")
+        assert set(load_file(str(tmp_path / "ada" / TOKEN_FILES[0]))) == keys
+        found = IdentityAdapter.from_pretrained(tmp_path / "ada")
+        assert_same(dict(found.rows), rows)
+        assert_same(dict(found.weights), weights)
+        assert found.base_fingerprint == prints and found.digest == identity.digest

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from s2edit_pipeline.identity_compression import LowRankDifferences, compress, is_projection
+from s2edit_pipeline.identity_compression import LowRankDifferences, compress, is_projection, leading_triples
 
 
 def decaying(*shape: int, seed: int, decay: float = 0.7, scale: float = 1e-2) -> torch.Tensor:
@@ -125,3 +125,22 @@ def test_no_random_number_is_taken_from_the_caller(differences: dict[str, torch.
 def test_differences_that_are_none() -> None:
     found = compress({"unet.a.weight": torch.zeros(4, 4)}, 0.99, 1000)
     assert (found.factors, found.plain, found.kept_energy) == ({}, {}, 1.0)
+
+
+@pytest.mark.gpu
+def test_no_random_number_is_taken_on_a_gpu(differences: dict[str, torch.Tensor]) -> None:
+    state = torch.cuda.get_rng_state()
+    found = compress({name: d.cuda() for name, d in differences.items()}, 0.9, max_bytes=4_000)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    on_the_cpu = compress(differences, 0.9, max_bytes=4_000)
+    assert found.factors.keys() == on_the_cpu.factors.keys()
+
+
+@pytest.mark.parametrize("shape", [(200, 160), (100, 300), (20, 30)])
+def test_the_triples_are_the_singular_values_decomposition(shape: tuple[int, int]) -> None:
+    matrix = decaying(*shape, seed=0)
+    u, s, v = leading_triples(matrix, 4)
+    wanted = torch.linalg.svd(matrix.double())
+    torch.testing.assert_close(s.double(), wanted.S[:4], rtol=1e-4, atol=1e-8)
+    for found, exact in ((u, wanted.U), (v, wanted.Vh.mT)):
+        torch.testing.assert_close((found.double().mT @ exact[:, :4]).abs(), torch.eye(4).double(), rtol=0, atol=1e-3)

@@ -221,12 +221,12 @@ ATTACKS: list[tuple[str, Callable[[Files], Files], str]] = [
     (
         "a newer format",
         lambda f: with_config(f, format_version=99),
-        "format version 99 and this release reads 2: pip install --upgrade",
+        "format version 99 and this release reads 2 and 3: pip install --upgrade",
     ),
     (
         "an older format",
         lambda f: with_config(f, format_version=1),
-        "format version 1 and this release reads 2: fit the identity again",
+        "format version 1 and this release reads 2 and 3: fit the identity again",
     ),
     (
         "a later field",

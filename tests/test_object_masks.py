@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from s2edit_pipeline.attention_controls import MapRecorder
+from s2edit_pipeline.attention_seam import AttentionSite
+from s2edit_pipeline.fit_stage import MASK_LEVELS, object_mask
 from s2edit_pipeline.noise_schedule import NoiseSchedule
 from s2edit_pipeline.object_masks import (
     changed_cells,
@@ -21,43 +26,42 @@ from s2edit_pipeline.object_masks import (
     gaussian_smooth,
     largest_component,
     mask_to_picture,
-    record_maps,
     threshold_map,
 )
 
 
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+def noise_of(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("sigma", [0.7, 1.5])
 def test_smoothing_is_a_gaussian(sigma: float) -> None:
-    values = noise(9, 13).double()
-    wanted = ndimage.gaussian_filter(values.numpy(), sigma, mode="nearest", radius=max(1, round(3 * sigma)))
-    torch.testing.assert_close(gaussian_smooth(values, sigma), torch.from_numpy(wanted), rtol=1e-9, atol=1e-9)
+    values = noise_of(9, 13).double()
+    reference = ndimage.gaussian_filter(values.numpy(), sigma, mode="nearest", radius=max(1, round(3 * sigma)))
+    torch.testing.assert_close(gaussian_smooth(values, sigma), torch.from_numpy(reference), rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.2, 0.8))
 def test_the_largest_component_is_scipys(seed: int, share: float) -> None:
-    mask = noise(8, 11, seed=seed) < share
-    found = largest_component(mask).numpy()
+    mask = noise_of(8, 11, seed=seed) < share
+    largest = largest_component(mask).numpy()
     labels, count = ndimage.label(mask.numpy())
     sizes = [int((labels == i + 1).sum()) for i in range(count)]
-    assert found.sum() == max(sizes, default=0)
-    assert count == 0 or any(np.array_equal(found, labels == i + 1) for i in range(count))
+    assert largest.sum() == max(sizes, default=0)
+    assert count == 0 or any(np.array_equal(largest, labels == i + 1) for i in range(count))
 
 
 def test_a_map_becomes_the_blob_above_the_threshold() -> None:
     attention = torch.full((12, 12), 0.1)
     attention[2:8, 3:9] = 0.9  # the object
     attention[10:12, 0:2] = 0.9  # something else
-    wanted = torch.zeros(12, 12)
-    wanted[2:8, 3:9] = 1
-    assert torch.equal(threshold_map(attention, 0.5, sigma=0.1), wanted)
-    assert torch.equal(threshold_map(attention * 7 + 3, 0.5, sigma=0.1), wanted)  # any scale
+    blob = torch.zeros(12, 12)
+    blob[2:8, 3:9] = 1
+    assert torch.equal(threshold_map(attention, 0.5, sigma=0.1), blob)
+    assert torch.equal(threshold_map(attention * 7 + 3, 0.5, sigma=0.1), blob)  # any scale
     lower, higher = threshold_map(attention, 0.2), threshold_map(attention, 0.8)
-    assert lower.sum() > wanted.sum() > higher.sum()  # its border is soft
+    assert lower.sum() > blob.sum() > higher.sum()  # its border is soft
 
 
 def test_a_word_that_looks_nowhere_is_refused() -> None:
@@ -68,25 +72,24 @@ def test_a_word_that_looks_nowhere_is_refused() -> None:
 def test_an_edit_region_is_the_union_over_words() -> None:
     a, b = torch.zeros(6, 6), torch.zeros(6, 6)
     a[1, 1], b[4, 4], b[4, 5] = 0.01, 0.5, 0.1  # each word by its own largest value
-    found = edit_region([a, b], 0.4)
-    wanted = torch.zeros(6, 6)
-    wanted[0:3, 0:3] = wanted[3:6, 3:6] = 1  # spread by one cell
-    assert torch.equal(found, wanted)
-    assert torch.equal(edit_region([a], 0.4), torch.where(torch.arange(6) < 3, wanted, 0))
+    union = torch.zeros(6, 6)
+    union[0:3, 0:3] = union[3:6, 3:6] = 1  # spread by one cell
+    assert torch.equal(edit_region([a, b], 0.4), union)
+    assert torch.equal(edit_region([a], 0.4), torch.where(torch.arange(6) < 3, union, 0))
 
 
 @pytest.mark.parametrize("radius", [0, 2, 4])
 def test_feathering_is_nothing_outside_and_whole_inside(radius: int) -> None:
     region = torch.zeros(6, 8)
     region[2:5, 0:5] = 1
-    found = feather(region, 48, 64, radius)
+    weights = feather(region, 48, 64, radius)
     cells = torch.from_numpy(np.kron(region.numpy(), np.ones((8, 8))))
-    assert float(found[cells == 0].abs().max()) == 0
+    assert float(weights[cells == 0].abs().max()) == 0
     distance = torch.from_numpy(ndimage.distance_transform_cdt(np.pad(cells, 9, mode="edge"), "chessboard"))[9:-9, 9:-9]
-    assert float(found[distance > 2 * radius].min()) == 1
-    assert float(found[(distance > 0)].min()) > 0
+    assert float(weights[distance > 2 * radius].min()) == 1
+    assert float(weights[(distance > 0)].min()) > 0
     if radius:
-        along = found[28, 20:44]  # out through the right border: only ever less
+        along = weights[28, 20:44]  # out through the right border: only ever less
         assert bool((along.diff() <= 1e-6).all()) and 0 < float(along[16]) < 1
 
 
@@ -94,7 +97,7 @@ def test_a_word_that_looks_nowhere_may_change_nothing() -> None:
     assert float(edit_region([torch.zeros(4, 4)], 0.4).max()) == 0
 
 
-def test_masks_as_pictures_are_black_and_white_at_the_size_asked_for() -> None:
+def test_masks_as_pictures_are_black_and_white_at_the_given_size() -> None:
     mask = torch.zeros(4, 6)
     mask[:, :3] = 1
     picture = mask_to_picture(mask, (60, 40))
@@ -107,35 +110,75 @@ def test_masks_as_pictures_are_black_and_white_at_the_size_asked_for() -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
 def test_cells_that_changed_little_beside_the_most_changed_one_are_left_out(threshold: float) -> None:
-    source, edited = noise(3, 4, 5), noise(3, 4, 5) * 1.5 + 0.1
-    found = changed_cells(edited, source, threshold)
+    source, edited = noise_of(3, 4, 5), noise_of(3, 4, 5) * 1.5 + 0.1
+    cells = changed_cells(edited, source, threshold)
     change = [
         [math.sqrt(sum((float(edited[c, y, x]) - float(source[c, y, x])) ** 2 for c in range(3)) / 3) for x in range(5)]
         for y in range(4)
     ]
     most = max(max(row) for row in change)
-    assert found.tolist() == [[float(value >= threshold * most * (1 - 1e-6)) for value in row] for row in change]
+    assert cells.tolist() == [[float(value >= threshold * most * (1 - 1e-6)) for value in row] for row in change]
     assert changed_cells(source, source, 0.2).sum() == 20  # nothing changed: nothing to tell apart
 
 
-def test_maps_are_recorded_at_each_level_from_the_noised_picture() -> None:
-    schedule = NoiseSchedule(torch.linspace(1, 0.01, 11, dtype=torch.float64), torch.arange(10), "epsilon")
-    seen: list[tuple[torch.Tensor, int]] = []
+class Family:
+    """A model with one layer, in which the word looks at another cell of 6 x 6 at each level."""
 
-    def denoise(x: torch.Tensor, level: int, prompt_embeds: torch.Tensor) -> torch.Tensor:
-        seen.append((x, level))
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.full, self.dtype = schedule, torch.float32
+        self.calls: list[tuple[torch.Tensor, Any]] = []
+
+    def schedule(self, num_inference_steps: int, size: tuple[int, int]) -> NoiseSchedule:
+        assert num_inference_steps == self.full.num_steps and size == (48, 48)
+        return self.full
+
+    def training_schedule(self) -> NoiseSchedule:
+        return self.full
+
+    def pixel_size(self, latents: torch.Tensor) -> tuple[int, int]:
+        return 8 * latents.shape[-2], 8 * latents.shape[-1]
+
+    def encode(self, prompts: Any) -> str:
+        return f"encoded {prompts[0].text}"
+
+    @contextmanager
+    def control_attention(self, controller: MapRecorder, height: int, width: int) -> Iterator[None]:
+        self.recorder = controller
+        yield
+
+    def denoise(self, x: torch.Tensor, timestep: Any, embeds: str, dtype: torch.dtype) -> torch.Tensor:
+        assert embeds == "encoded a lady" and dtype == torch.float32
+        self.calls.append((x, timestep))
+        probs = torch.full((1, 1, 36, 3), 0.01)
+        probs[..., 8 + len(self.calls), 1] = 0.9
+        self.recorder(probs, AttentionSite("layer", "cross", 6, 6, tells_words=True))
         return x
 
-    latents = noise(1, 4, 6, 6)
-    record_maps(
-        denoise, MapRecorder(9), latents, torch.zeros(1, 3, 2), schedule, [2, 7], torch.Generator().manual_seed(5)
-    )
-    generator = torch.Generator().manual_seed(5)
-    for x, level in seen:
-        a = float(schedule.alphas_bar[level])
-        wanted = math.sqrt(a) * latents + math.sqrt(1 - a) * torch.randn(latents.shape, generator=generator)
-        torch.testing.assert_close(x, wanted)
-    assert [level for _, level in seen] == [2, 7]
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_the_word_is_looked_for_at_each_level_in_the_noised_picture(kind: str) -> None:
+    """The levels are shares of the way, the noise is always the same, and what is thresholded is the mean map. A
+    flow's timesteps aren't whole numbers."""
+    share = torch.linspace(0, 1, 21, dtype=torch.float64)
+    signal, noise = ((1 - share).sqrt(), share.sqrt()) if kind == "epsilon" else (1 - share, share)
+    schedule = NoiseSchedule(signal, noise, torch.arange(20) if kind == "epsilon" else share[1:].float(), kind)
+    family: Any = Family(schedule)
+    latents = noise_of(1, 4, 6, 6)
+    prompt: Any = SimpleNamespace(text="a lady", find=lambda word: {"lady": (1,)}[word])
+    before = torch.get_rng_state()
+    mask = object_mask(SimpleNamespace(family=family), latents, prompt, "lady", 0.5)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), before)
+
+    generator, steps = torch.Generator().manual_seed(0), [round(20 * part) for part in MASK_LEVELS]
+    assert len(family.calls) == len(steps) == 4
+    for (x, timestep), level in zip(family.calls, steps, strict=True):
+        drawn = torch.randn(latents.shape, generator=generator)
+        torch.testing.assert_close(x, float(signal[level]) * latents + float(noise[level]) * drawn)
+        assert timestep == schedule.timesteps[level - 1].item()
+    mean = torch.full((36,), 0.01)
+    mean[9:13] = (0.9 + 3 * 0.01) / 4
+    assert torch.equal(mask, threshold_map(mean.view(6, 6), 0.5))
+    assert 0 < mask.sum() < 36
 
 
 def test_the_mask_of_a_person_is_the_person() -> None:
@@ -148,7 +191,7 @@ def test_the_mask_of_a_person_is_the_person() -> None:
     overlaps = []
     for seed in (3, 12, 5):
         person: Any = sample_person(seed, "held_out")
-        found = np.asarray(pipe.preview_mask(render(person), describe(person).text, person.noun)) > 127
+        mask = np.asarray(pipe.preview_mask(render(person), describe(person).text, person.noun)) > 127
         truth = part_masks(person, 128)["person"]
-        overlaps.append(float((found & truth).sum() / (found | truth).sum()))
+        overlaps.append(float((mask & truth).sum() / (mask | truth).sum()))
     assert min(overlaps) > 0.7, overlaps

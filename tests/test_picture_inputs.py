@@ -119,7 +119,7 @@ def test_the_cameras_rotation_is_applied(tmp_path: Path, orientation: int, turn:
         (np.zeros((5, 7, 3), np.int64), ValueError, "dtype int64"),
         (torch.zeros(5, 7), ValueError, r"\(3, H, W\)"),
         (torch.zeros(2, 3, 5, 7), ValueError, r"\(3, H, W\)"),
-        ([Image.fromarray(RGB)], TypeError, "one picture, not 1"),
+        ([Image.fromarray(RGB)] * 2, TypeError, "one picture, not 2"),
         (7, TypeError, "not int"),
         (None, TypeError, "not NoneType"),
     ],

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
         ("docs/avatars.md", ["the-truth.png"]),
         ("docs/composition.md", ["ada-and-bobs-turban/identity.json", "ada-with-bobs-turban.png"]),
         ("docs/benchmark-rivals.md", ["faces/bob.txt"]),
+        ("docs/threads.md", []),
     ],
 )
 def test_python_examples_run(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,78 @@ def test_loading_waits_for_edits_and_is_refused_inside_one(
     )  # fmt: skip
     assert len(errors) == 2 and "after the call, not in its callback" in errors[0]
     assert pipe.identities == ()
+
+
+def meanwhile(pipe: S2EditPipeline, call: Any, other: Any, *, joins: bool) -> tuple[Any, Any]:
+    """The results of ``call(callback_on_step_end=...)`` and of ``other()``, which another thread begins in the middle
+    of it, and which ``joins`` it or waits until it is over."""
+    futures: list[Future[Any]] = []
+
+    def callback(pipe: S2EditPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            futures.append(pool.submit(other))
+            if joins:
+                futures[0].result(timeout=60)
+            else:
+                assert not wait(futures, timeout=0.3).done
+        return tensors
+
+    with ThreadPoolExecutor(1) as pool:
+        return call(callback_on_step_end=callback), futures[0].result(timeout=60)
+
+
+def test_a_call_joins_another_that_brought_the_same_identity(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray
+) -> None:
+    identity = fit(pipe, picture, half_mask, 0)
+    alone = edit(pipe, picture, TARGETS[0], identity=identity)
+
+    def call(**callback: Any) -> np.ndarray:
+        return edit(pipe, picture, TARGETS[0], identity=identity, **callback)
+
+    for result in meanwhile(pipe, call, call, joins=True):
+        np.testing.assert_array_equal(result, alone)
+    assert pipe.identities == ()
+
+
+def test_another_mask_or_pipeline_waits_for_its_turn(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray
+) -> None:
+    """The same fit: with another mask it is another picture, and in another pipeline it isn't laid on yet."""
+    identity = fit(pipe, picture, half_mask, 0)
+    moved = replace(identity, mask=1 - identity.mask)
+    sibling = S2EditPipeline.from_pipe(pipe)
+    sibling.set_progress_bar_config(disable=True)
+    alone = [edit(pipe, picture, TARGETS[0], identity=one) for one in (identity, moved)]
+    assert np.abs(alone[0] - alone[1]).max() > 0
+    for at, one, reference in ((pipe, moved, alone[1]), (sibling, identity, alone[0])):
+        results = meanwhile(
+            pipe,
+            lambda **callback: edit(pipe, picture, TARGETS[0], identity=identity, **callback),
+            lambda at=at, one=one: edit(at, picture, TARGETS[0], identity=one),
+            joins=False,
+        )
+        np.testing.assert_array_equal(results[0], alone[0])
+        np.testing.assert_array_equal(results[1], reference)
+
+
+def test_a_fit_and_a_mask_wait_for_a_call_that_brought_an_identity(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray
+) -> None:
+    """It isn't loaded: they needn't be refused."""
+    identity = fit(pipe, picture, half_mask, 0)
+
+    def call(**callback: Any) -> np.ndarray:
+        return edit(pipe, picture, TARGETS[0], identity=identity, **callback)
+
+    _, again = meanwhile(pipe, call, lambda: fit(pipe, picture, half_mask, 0), joins=False)
+    assert again.digest == identity.digest
+    alone = pipe.preview_mask(picture, SOURCE, "lady")
+    _, mask = meanwhile(pipe, call, lambda: pipe.preview_mask(picture, SOURCE, "lady"), joins=False)
+    assert mask.tobytes() == alone.tobytes()
+    pipe.load_identity(identity)
+    with pytest.raises(ValueError, match=r"Identities are loaded \(\[I\]\). A new identity is fitted to the bare"):
+        fit(pipe, picture, half_mask, 0)
 
 
 def test_two_pipelines_of_one_model_take_turns(

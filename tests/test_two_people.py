@@ -70,7 +70,7 @@ def assert_each_looks_at_its_own(
 
     ``rows``: prompt -> how many rows of a batch hold it, at least once.
     """
-    layers = {name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")}
+    layers = {name for name, _ in pipe.unet.named_modules() if name.endswith("attn2")}
     looked: dict[str, set[str]] = {token: set() for token in masks}
     for control, probs, site in seen:
         for row, columns in enumerate(control.columns):
@@ -97,7 +97,7 @@ def test_each_token_looks_at_its_own_person(
     assert len(result.images) == 1
     inversion = pipe.invert(picture, SOURCE, num_inference_steps=2)
     assert inversion.prompt == "a photo of a sad [I] lady and a [J] man"
-    assert [(token, state.split(" x ")[0]) for token, state in inversion.identities.items()] == [
+    assert [(token, state.split(" x ")[0]) for token, state in inversion.made_with.identities.items()] == [
         (identity.token, identity.digest) for identity in people
     ]
     seen.clear()
@@ -151,12 +151,14 @@ def test_an_inversion_knows_both(
         pipe.load_identity(identity)
     inversion = pipe.invert(picture, SOURCE, num_inference_steps=2)
     pipe.unload_identity("[J]")
-    with pytest.raises(ValueError, match=r"made with the identity '\[J\]', and it isn't loaded"):
+    with pytest.raises(ValueError, match=r"'\[J\]' in .* looks like a learned token, and none of that name is loaded"):
         pipe(BOTH, picture, inversion=inversion)
-    held = people[0]
+    with pytest.raises(ValueError, match=r"made under .*\[J\].* and the edit's source prompt is"):
+        pipe(BOTH.replace("[J] ", ""), picture, inversion=inversion, source_prompt=inversion.prompt.replace("[J] ", ""))
+    first = people[0]
     pipe.unload_identity()
     other = fit(pipe, picture.rotate(90), "[J]", masks["[J]"])
-    pipe.load_identity(held)
+    pipe.load_identity(first)
     pipe.load_identity(other)
     with pytest.raises(
         ValueError, match=r"made with the identity '\[J\]', and another identity, scale or mask is loaded"

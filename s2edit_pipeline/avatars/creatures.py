@@ -21,10 +21,11 @@ from .drawing import (
     COLORS,
     EXPRESSIONS,
     GLASSES,
-    HELD_OUT_SHADES,
-    TRAIN_SHADES,
+    Shade,
     Subject,
     check_split,
+    draw_shade,
+    hex_color,
     rasterize,
     rgb,
     shade,
@@ -84,9 +85,9 @@ class Creature(Subject):
     head: int = 0
     layout: int = 0
     mark: str = "none"
-    fur_shade: int = 0
-    headwear_shade: int = 0
-    background_shade: int = 0
+    fur_shade: Shade = 0
+    headwear_shade: Shade = 0
+    background_shade: Shade = 0
 
     @property
     def noun(self) -> str:  # type: ignore[override]
@@ -112,19 +113,26 @@ def has_unseen_pair(creature: Creature) -> bool:
     return any(all(getattr(creature, name) == value for name, value in pair.items()) for pair in UNSEEN_PAIRS)
 
 
+def _eye_color(rng: random.Random, split: str) -> str:
+    """A varied creature's are of any colour, not too light."""
+    if split == "varied":
+        return hex_color(rng.random(), rng.uniform(0.3, 0.8), rng.uniform(0.2, 0.55))
+    return rng.choice(HELD_OUT_EYES if split == "held_out" else _TRAIN_EYES)
+
+
 def sample_creature(seed: int, split: str = "train") -> Creature:
     """Creature number ``seed`` of ``split``; the same one on every machine.
 
-    Training creatures have none of :data:`UNSEEN_PAIRS`. Held-out ones have fur, eyes and backgrounds in colours that
-    no training picture has, and three in four have a mark in the fur, which no training creature has.
+    Training creatures have none of :data:`UNSEEN_PAIRS`, and colours in a few shades a word. Varied creatures are
+    training creatures in colours of all kinds. Held-out ones have fur, eyes and backgrounds in colours that no
+    training creature has, and three in four have a mark in the fur, which no training or varied creature has.
 
     Raises:
-        ValueError: ``split`` is neither "train" nor "held_out".
+        ValueError: ``split`` is not "train", "varied" or "held_out".
     """
     check_split(split)
     rng = random.Random(f"creature-{split}-{seed}")
     held_out = split == "held_out"
-    shades = HELD_OUT_SHADES if held_out else TRAIN_SHADES
     while True:
         creature = Creature(
             species=rng.choice(SPECIES),
@@ -135,14 +143,14 @@ def sample_creature(seed: int, split: str = "train") -> Creature:
             glasses=rng.choices(GLASSES, (5, 3, 3))[0],
             expression=rng.choice(EXPRESSIONS),
             background=rng.choice(BACKGROUNDS),
-            eyes=rng.choice(HELD_OUT_EYES if held_out else _TRAIN_EYES),
+            eyes=_eye_color(rng, split),
             ears=rng.randrange(NUM_EARS),
             head=rng.randrange(NUM_HEADS),
             layout=rng.randrange(NUM_LAYOUTS),
             mark=rng.choice(CREATURE_MARKS) if held_out else "none",
-            fur_shade=rng.choice(shades),
-            headwear_shade=rng.choice(shades),
-            background_shade=rng.choice(shades),
+            fur_shade=draw_shade(rng, split),
+            headwear_shade=draw_shade(rng, split),
+            background_shade=draw_shade(rng, split),
         )
         if held_out or not has_unseen_pair(creature):
             return creature
@@ -159,7 +167,7 @@ def _tone(color: str, factor: float) -> str:
     """``color`` darker (factor below 1) or, by the rest of the way to white, lighter."""
     h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in rgb(color)))
     v, s = (v * factor, s) if factor <= 1 else (v + (1 - v) * (factor - 1), s * (2 - factor))
-    return "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hsv_to_rgb(h, s, v))
+    return hex_color(h, s, v)
 
 
 def _second_color(fur: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .captions import Caption, describe
 from .dataset import PictureSet
 from .training import Checkpoint, Log, WeightAverage, learning_rate_factor
-from .world import IMAGE_SIZE, PARTS
+from .world import IMAGE_SIZE, PARTS, Subject
 
 SAMPLE_PROMPTS = (
     "a photo of a smiling lady with long red hair and glasses",
@@ -137,10 +137,11 @@ def grounding_loss(maps: list[torch.Tensor], token_parts: torch.Tensor, masks: t
 
 
 @dataclass(frozen=True)
-class _Batch:
+class CaptionBatch:
+    """Captions as ``input_ids`` (B, K) and, for each token, ``token_parts`` (B, K): an index into ``PARTS`` or -1."""
+
     input_ids: torch.Tensor
     token_parts: torch.Tensor
-    index: np.ndarray
 
 
 def tokenize_with_parts(tokenizer: CLIPTokenizer, caption: Caption) -> tuple[list[int], list[int]]:
@@ -153,20 +154,21 @@ def tokenize_with_parts(tokenizer: CLIPTokenizer, caption: Caption) -> tuple[lis
     return encoded.input_ids[0], parts
 
 
-def _captions(
-    tokenizer: CLIPTokenizer, pictures: PictureSet, index: np.ndarray, rng: random.Random, drop: float
-) -> _Batch:
+def draw_captions(
+    tokenizer: CLIPTokenizer, subjects: Sequence[Subject], rng: random.Random, drop: float
+) -> CaptionBatch:
+    """A caption of each subject, or with probability ``drop`` an empty one."""
     ids, parts = [], []
     empty = tokenizer("", padding="max_length").input_ids
-    for i in index:
+    for subject in subjects:
         if rng.random() < drop:
             ids.append(empty)
             parts.append([-1] * len(empty))
         else:
-            words, where = tokenize_with_parts(tokenizer, describe(pictures.subjects[i], rng))
+            words, where = tokenize_with_parts(tokenizer, describe(subject, rng))
             ids.append(words)
             parts.append(where)
-    return _Batch(torch.tensor(ids), torch.tensor(parts), index)
+    return CaptionBatch(torch.tensor(ids), torch.tensor(parts))
 
 
 @torch.no_grad()
@@ -303,7 +305,7 @@ def train_denoiser(
         rng = random.Random(f"{seed}-{step}")
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         index = np.array([rng.randrange(len(latents)) for _ in range(batch_size)])
-        batch = _captions(tokenizer, pictures, index, rng, drop_caption)
+        batch = draw_captions(tokenizer, [pictures.subjects[i] for i in index], rng, drop_caption)
         x0 = latents[index].to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         t = stratified_timesteps(batch_size, scheduler.config.num_train_timesteps, generator).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import functools
 import io
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
@@ -28,7 +29,8 @@ PARTS = (
 )  # fmt: skip
 """Regions of a picture that words refer to; see :func:`part_masks`."""
 
-SPLITS = ("train", "held_out")
+SPLITS = ("train", "varied", "held_out")
+"""Training subjects in the palette's own shades, training subjects in shades of all kinds, and unseen subjects."""
 
 COLOR_BASE = {
     "red": "#e0393e", "orange": "#f08a2c", "yellow": "#f6d44c", "green": "#3fa65a", "blue": "#3f7fd6",
@@ -40,6 +42,10 @@ BACKGROUND_BASE = {
 }  # fmt: skip
 TRAIN_SHADES = (0, 1, 2)
 HELD_OUT_SHADES = (3, 4, 5)
+Shade = int | tuple[float, float, float]
+"""A row of ``SHADES``, or such a row itself."""
+VARIED_SHADES = ((-0.025, 0.025), (0.8, 1.1), (0.82, 1.06))
+"""Where the shades of varied subjects lie: the range of each number of a row. All of ``SHADES`` lie inside."""
 # hue offset (turns), factor on saturation, factor on value: one row a shade
 SHADES = (
     (0.0, 1.0, 1.0), (0.014, 0.88, 0.93), (-0.014, 1.0, 0.86),
@@ -53,19 +59,33 @@ def rgb(color: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def shade(base: str, index: int) -> str:
-    """Shade ``index`` (0 is the word's own colour) of the hex colour ``base``, as ``"#rrggbb"``."""
+def hex_color(hue: float, saturation: float, value: float) -> str:
+    """The colour as ``"#rrggbb"``; ``hue`` in turns, the others cut off at 1."""
+    red_green_blue = colorsys.hsv_to_rgb(hue % 1.0, min(1.0, saturation), min(1.0, value))
+    return "#" + "".join(f"{round(255 * c):02x}" for c in red_green_blue)
+
+
+def shade(base: str, which: Shade) -> str:
+    """Shade ``which`` (0 is the word's own colour) of the hex colour ``base``, as ``"#rrggbb"``."""
     h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in rgb(base)))
-    dh, fs, fv = SHADES[index]
-    return "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hsv_to_rgb((h + dh) % 1.0, min(1.0, s * fs), v * fv))
+    dh, fs, fv = SHADES[which] if isinstance(which, int) else which
+    return hex_color(h + dh, s * fs, v * fv)
+
+
+def draw_shade(rng: random.Random, split: str) -> Shade:
+    """A shade for a subject of ``split``."""
+    if split == "varied":
+        turn, saturation, value = (rng.uniform(*bounds) for bounds in VARIED_SHADES)
+        return turn, saturation, value
+    return rng.choice(HELD_OUT_SHADES if split == "held_out" else TRAIN_SHADES)
 
 
 def check_split(split: str) -> None:
     """Raises:
-    ValueError: ``split`` is neither "train" nor "held_out".
+    ValueError: ``split`` is not one of :data:`SPLITS`.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is 'train' or 'held_out', not {split!r}.")
+        raise ValueError(f"split is one of {', '.join(map(repr, SPLITS))}, not {split!r}.")
 
 
 SubjectType = TypeVar("SubjectType", bound="Subject")
@@ -85,7 +105,7 @@ class Subject:
     glasses: str
     headwear: str
     background: str
-    background_shade: int
+    background_shade: Shade
 
     def plain(self, attribute: str) -> dict[str, Any]:
         """What else a new value of ``attribute`` settles, since a word can't say it: a colour's plainest shade."""

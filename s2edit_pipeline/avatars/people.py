@@ -22,10 +22,11 @@ from .drawing import (
     COLORS,
     EXPRESSIONS,
     GLASSES,
-    HELD_OUT_SHADES,
-    TRAIN_SHADES,
+    Shade,
     Subject,
     check_split,
+    draw_shade,
+    hex_color,
     rasterize,
     shade,
     where_any_differ,
@@ -114,10 +115,10 @@ class Person(Subject):
     garment: int = 0
     print: str = "none"
     mark: str = "none"
-    hair_shade: int = 0
-    headwear_shade: int = 0
-    clothes_shade: int = 0
-    background_shade: int = 0
+    hair_shade: Shade = 0
+    headwear_shade: Shade = 0
+    clothes_shade: Shade = 0
+    background_shade: Shade = 0
 
     @property
     def hair_visible(self) -> bool:
@@ -158,19 +159,27 @@ class Person(Subject):
         return _expression_region(size)
 
 
+def _skin(rng: random.Random, split: str) -> str:
+    """A varied person's skin is like people's in four of five, or of any colour at all."""
+    if split != "varied":
+        return rng.choice(_HELD_OUT_SKIN if split == "held_out" else _TRAIN_SKIN)
+    if rng.random() < 0.8:
+        return hex_color(rng.uniform(0.03, 0.14), rng.uniform(0.1, 0.75), rng.uniform(0.3, 1.0))
+    return hex_color(rng.random(), rng.uniform(0.0, 0.8), rng.uniform(0.25, 1.0))
+
+
 def sample_person(seed: int, split: str = "train") -> Person:
     """Person number ``seed`` of ``split``; the same one on every machine.
 
-    Held-out people have skin, hair, clothes and backgrounds in colours that no training picture
-    has, three in four wear a printed shirt or have a mark on the face, which no training person has.
+    Training people have one of a few skins, and hair, clothes and backgrounds in a few shades a word. Varied people
+    are training people in colours of all kinds. Held-out people have colours that no training person has; three in
+    four wear a printed shirt or have a mark on the face, which no training or varied person has.
 
     Raises:
-        ValueError: ``split`` is neither "train" nor "held_out".
+        ValueError: ``split`` is not "train", "varied" or "held_out".
     """
     check_split(split)
     rng = random.Random(f"{split}-{seed}")
-    held_out = split == "held_out"
-    shades = HELD_OUT_SHADES if held_out else TRAIN_SHADES
     noun = rng.choice(NOUNS)
     lady = noun == "lady"
     hair = rng.choices(HAIR_KINDS, (1, 1, 3.5, 3.5, 0) if lady else (3.5, 3, 0.8, 0.8, 1))[0]
@@ -190,16 +199,16 @@ def sample_person(seed: int, split: str = "train") -> Person:
         clothes=clothes,
         clothes_color=rng.choice(COLORS),
         background=rng.choice(BACKGROUNDS),
-        skin=rng.choice(_HELD_OUT_SKIN if held_out else _TRAIN_SKIN),
+        skin=_skin(rng, split),
         cut=rng.randrange(len(_CUTS[hair])),
         natural_brows=rng.random() < 0.5,
         garment=rng.randrange(len(_CLOTHES_VARIANTS[clothes])),
-        hair_shade=rng.choice(shades),
-        headwear_shade=rng.choice(shades),
-        clothes_shade=rng.choice(shades),
-        background_shade=rng.choice(shades),
+        hair_shade=draw_shade(rng, split),
+        headwear_shade=draw_shade(rng, split),
+        clothes_shade=draw_shade(rng, split),
+        background_shade=draw_shade(rng, split),
     )
-    if held_out:
+    if split == "held_out":
         person = replace(person, mark=rng.choice(MARKS))
         if person.clothes == "shirt" and rng.random() < 0.7:
             person = replace(person, print=rng.choice(PRINTS))

@@ -1,7 +1,8 @@
-"""The whole recipe of the embedded model: pictures, the two training stages, the diffusers folder.
+"""The whole recipe of the embedded models: pictures, the training stages, the diffusers folders.
 
-Both stages write checkpoints and go on from them, and neither waits for the other: the encoder is a
-linear code of the pictures, known before any training.
+All stages write checkpoints and go on from them. The autoencoder's and the U-Net's don't wait for each other: the
+encoder is a linear code of the pictures, known before any training. The flow transformer comes later: it takes over
+the autoencoder and the text encoder of a finished U-Net model.
 """
 
 from __future__ import annotations
@@ -9,20 +10,31 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import autoencoder_training, denoiser_training
 from .autoencoder_training import build_autoencoder, fit_linear_code, to_tensor, train_autoencoder
 from .dataset import PictureSet, load_pictures
-from .denoiser_training import build_scheduler, build_text_encoder, build_unet, train_denoiser
+from .denoiser_training import SAMPLE_PROMPTS, build_scheduler, build_text_encoder, build_unet, train_denoiser
+from .flow_model import build_flow_scheduler, build_transformer, save_flow_folder, shared_parts
+from .flow_training import FlowSettings, train_flow
+from .latent_dataset import load_latents
 from .tokenizer import save_tokenizer
 from .training import Checkpoint
 
@@ -116,6 +128,109 @@ def train_avatars(
         return None
     export_checkpoint(folder, folder / "model")
     return folder / "model"
+
+
+def train_flow_avatars(
+    folder: str | Path,
+    model: str | Path,
+    *,
+    num_pictures: int = 9000,
+    num_creatures: int = 6000,
+    settings: FlowSettings | None = None,
+    device: str | None = None,
+) -> Path:
+    """Train the flow transformer in ``folder``, from nothing or from the checkpoint that lies there.
+
+    The pictures are drawn and encoded once, to ``folder/latents``.
+
+    Args:
+        model: a diffusers folder that :func:`train_avatars` wrote, whose autoencoder and text encoder to take over.
+        num_pictures: training people of the split "varied", in files of 500.
+        num_creatures: training creatures beside them.
+        settings: None takes the defaults.
+        device: None takes a CUDA device where there is one.
+
+    Returns:
+        ``folder/model``, which ``StableDiffusion3Pipeline.from_pretrained(..., **shared_parts(model))`` loads.
+
+    Raises:
+        ValueError: numbers that don't fill files, or a checkpoint that was trained with other settings.
+    """
+    folder = Path(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    shared = shared_parts(model)
+    vae = shared["vae"].to(device)
+    data = load_latents(vae, num_pictures, folder / "latents")
+    if num_creatures:
+        data += load_latents(vae, num_creatures, folder / "latents", kind="creature")
+    transformer = train_flow(
+        data, shared["text_encoder"], shared["tokenizer"], folder, settings or FlowSettings(), device=device
+    )
+    save_flow_folder(transformer.cpu(), folder / "model")
+    return folder / "model"
+
+
+def load_flow_checkpoint(folder: str | Path) -> SD3Transformer2DModel:
+    """The flow transformer as trained so far in ``folder``, with averaged weights, in float32 and eval mode.
+
+    Raises:
+        FileNotFoundError: the training has written no checkpoint yet.
+    """
+    state = Checkpoint(Path(folder) / "flow.ckpt").load()
+    if state is None:
+        raise FileNotFoundError(f"{folder} holds no flow.ckpt; run train_flow_avatars({str(folder)!r}, ...) first.")
+    weights = state["transformer"]
+    channels, width = weights["proj_out.weight"].shape[0], weights["context_embedder.weight"].shape[1] // 2
+    transformer = build_transformer(channels, width, round(weights["pos_embed.pos_embed"].shape[1] ** 0.5))
+    transformer.load_state_dict(weights)
+    for parameter, average in zip(transformer.parameters(), state["average"]["shadow_params"], strict=True):
+        parameter.data.copy_(average)
+    return transformer.eval()
+
+
+def export_flow(run: str | Path, folder: str | Path) -> None:
+    """Write the flow transformer as trained so far in ``run`` to ``folder``, see ``save_flow_folder``.
+
+    Raises:
+        FileNotFoundError: the training has written no checkpoint yet.
+    """
+    save_flow_folder(load_flow_checkpoint(run), folder)
+
+
+def draw_flow_sheet(
+    run: str | Path,
+    model: str | Path,
+    file: str | Path,
+    *,
+    prompts: Sequence[str] = SAMPLE_PROMPTS,
+    num_inference_steps: int = 28,
+    guidance_scale: float = 4.5,
+    device: str | None = None,
+) -> None:
+    """Draw ``prompts`` with ``StableDiffusion3Pipeline``, eight a row, by the transformer as trained so far in ``run``.
+
+    Args:
+        model: the folder whose autoencoder and text encoder the training shares.
+        file: a picture file.
+
+    Raises:
+        FileNotFoundError: the training has written no checkpoint yet.
+    """
+    pipeline = StableDiffusion3Pipeline(
+        transformer=load_flow_checkpoint(run), scheduler=build_flow_scheduler(), **shared_parts(model)
+    ).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    drawn = pipeline(
+        list(prompts),
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(0),
+        max_sequence_length=1,
+        output_type="np",
+    ).images
+    blank = [np.ones_like(drawn[0])] * (-len(drawn) % 8)
+    pictures = [*drawn, *blank] if len(drawn) > 8 else list(drawn)
+    rows = [np.concatenate(pictures[i : i + 8], 1) for i in range(0, len(pictures), 8)]
+    Image.fromarray((255 * np.concatenate(rows)).round().astype(np.uint8)).save(file)
 
 
 def _both_kinds(people: int, creatures: int, **settings: Any) -> PictureSet:

@@ -20,6 +20,14 @@ def learning_rate_factor(step: int, num_steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, num_steps - warmup))))
 
 
+def late_decay_factor(step: int, num_steps: int, warmup: int, decay: int) -> float:
+    """Linear warm-up over ``warmup`` steps, then 1, then a line down to zero over the last ``decay`` steps.
+
+    Until the decay begins the rate doesn't depend on ``num_steps``, so that a training can be made longer.
+    """
+    return max(0.0, min(1.0, (step + 1) / warmup, (num_steps - step) / decay))
+
+
 class WeightAverage:
     """Exponential moving average of parameters; young averages forget faster (``(1+n)/(10+n)``)."""
 

@@ -6,8 +6,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-CURVES: Mapping[str, tuple[str, ...]] = {"autoencoder": ("loss", "psnr"), "denoiser": ("denoising", "grounding")}
-"""Stage -> what its log holds: running means, and for the autoencoder the PSNR in dB of held-out pictures."""
+CURVES: Mapping[str, tuple[str, ...]] = {
+    "autoencoder": ("loss", "psnr"),
+    "denoiser": ("denoising", "grounding"),
+    "flow": ("flow", "grounding"),
+}
+"""Stage -> what its log holds: running means (of "flow", means of ten steps), and for the autoencoder the PSNR in dB of
+held-out pictures."""
 
 
 def read_curve(log: Path, name: str) -> tuple[list[int], list[float]]:
@@ -18,7 +23,8 @@ def read_curve(log: Path, name: str) -> tuple[list[int], list[float]]:
 
 
 def plot_training(folder: str | Path, out: str | Path) -> None:
-    """Plot ``folder/autoencoder.jsonl`` and ``folder/denoiser.jsonl`` into the picture file ``out``.
+    """Plot the logs in ``folder`` into the picture file ``out``: ``flow.jsonl`` where it is there, or
+    ``autoencoder.jsonl`` and ``denoiser.jsonl``.
 
     Raises:
         FileNotFoundError: a log is missing.
@@ -28,9 +34,10 @@ def plot_training(folder: str | Path, out: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "s2edit-pipeline[evaluation]".') from error
-    figure = Figure(figsize=(11, 2.8), layout="constrained")
-    axes = figure.subplots(1, sum(len(names) for names in CURVES.values()))
-    curves = [(stage, name) for stage, names in CURVES.items() for name in names]
+    stages = ("flow",) if (Path(folder) / "flow.jsonl").exists() else ("autoencoder", "denoiser")
+    curves = [(stage, name) for stage in stages for name in CURVES[stage]]
+    figure = Figure(figsize=(2.75 * len(curves), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(curves))
     for axis, (stage, name) in zip(axes, curves, strict=True):
         steps, values = read_curve(Path(folder) / f"{stage}.jsonl", name)
         axis.plot(steps, values, linewidth=1)

@@ -46,7 +46,7 @@ KINDS = tuple(_SAMPLERS)
 
 
 def sample(kind: str, seed: int, split: str = "train") -> Subject:
-    """Subject number ``seed`` of ``split`` ("train" or "held_out"), of one of :data:`KINDS`; the same everywhere.
+    """Subject number ``seed`` of one of :data:`drawing.SPLITS`, of one of :data:`KINDS`; the same everywhere.
 
     Raises:
         ValueError: an unknown kind or split.

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from s2edit_pipeline.avatars import creatures, drawing
 from s2edit_pipeline.avatars.captions import describe
-from s2edit_pipeline.avatars.creatures import UNSEEN_PAIRS, has_unseen_pair
+from s2edit_pipeline.avatars.creatures import HELD_OUT_EYES, UNSEEN_PAIRS, has_unseen_pair
+from s2edit_pipeline.avatars.drawing import rgb
 from s2edit_pipeline.avatars.world import (
     CREATURE_ATTRIBUTES,
     PARTS,
@@ -59,7 +60,7 @@ def test_kinds_and_splits_are_told_apart():
     assert sample("person", 3, "held_out") == sample_person(3, "held_out")
     with pytest.raises(ValueError, match="person, creature, not 'robot'"):
         sample("robot", 0)
-    with pytest.raises(ValueError, match="'train' or 'held_out', not 'test'"):
+    with pytest.raises(ValueError, match="'train', 'varied', 'held_out', not 'test'"):
         sample_creature(0, "test")
 
 
@@ -81,6 +82,19 @@ def test_held_out_creatures_have_what_no_training_creature_has():
     assert sum(map(has_unseen_pair, held_out)) == sum(
         any(pair.items() <= dataclasses.asdict(c).items() for pair in UNSEEN_PAIRS) for c in held_out
     )
+
+
+def test_varied_creatures_have_held_out_colours_but_not_their_pairs_and_marks():
+    varied = [sample_creature(i, "varied") for i in range(2000)]
+    assert {c.mark for c in varied} == {"none"} and not any(has_unseen_pair(c) for c in varied)
+    eyes = np.array([rgb(c.eyes) for c in varied])
+    for color in HELD_OUT_EYES:
+        assert color not in {c.eyes for c in varied}
+        assert np.abs(eyes - rgb(color)).max(1).min() < 16
+    for thing in ("fur", "headwear", "background"):
+        shades = np.array([getattr(c, f"{thing}_shade") for c in varied])
+        for row in drawing.SHADES:
+            assert (shades.min(0) < row).all() and (row < shades.max(0)).all()
 
 
 @settings(max_examples=200, deadline=None)

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
-from s2edit_pipeline.avatars import denoiser_training, recipe
+from s2edit_pipeline.avatars import MODEL_FOLDER, denoiser_training, flow_training, latent_dataset, recipe
 from s2edit_pipeline.avatars.autoencoder_training import (
     build_autoencoder,
     fit_linear_code,
@@ -22,7 +23,18 @@ from s2edit_pipeline.avatars.autoencoder_training import trained_parameters as a
 from s2edit_pipeline.avatars.dataset import load_pictures
 from s2edit_pipeline.avatars.denoiser_training import build_scheduler, build_text_encoder, build_unet, sample_latents
 from s2edit_pipeline.avatars.denoiser_training import trained_parameters as denoiser_parameters
-from s2edit_pipeline.avatars.recipe import export_checkpoint, export_model, load_checkpoints, train_avatars
+from s2edit_pipeline.avatars.flow_model import build_transformer, shared_parts
+from s2edit_pipeline.avatars.recipe import (
+    draw_flow_sheet,
+    export_checkpoint,
+    export_flow,
+    export_model,
+    load_checkpoints,
+    load_flow_checkpoint,
+    train_avatars,
+    train_flow_avatars,
+)
+from s2edit_pipeline.avatars.world import sample
 
 
 def small_unet(latent_channels, cross_attention_dim):
@@ -233,3 +245,73 @@ def test_a_stage_of_another_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match="stages are autoencoder, denoiser, not unet"):
         train_avatars(tmp_path, stages=["unet"])
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------- the flow transformer
+
+
+@pytest.fixture
+def small_flow(monkeypatch):
+    """The transformer one eighth as wide, three pictures a file, a sheet of few prompts and steps."""
+
+    def build(latent_channels, text_width, side):
+        config = build_transformer(latent_channels, text_width, side).config
+        return SD3Transformer2DModel.from_config(
+            {**config, "attention_head_dim": 16, "num_attention_heads": 2, "caption_projection_dim": 32}
+        )
+
+    for module in (flow_training, recipe):
+        monkeypatch.setattr(module, "build_transformer", build)
+    monkeypatch.setattr(latent_dataset, "CHUNK", 3)
+
+
+FLOW = {"num_pictures": 6, "num_creatures": 3, "device": "cpu"}
+
+
+def test_the_flow_transformer_is_trained_and_written(small_flow, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no flow\.ckpt; run train_flow_avatars\("):
+        export_flow(tmp_path, tmp_path / "model")
+    settings = flow_training.FlowSettings(num_steps=2, batch_size=2)
+    model = train_flow_avatars(tmp_path, MODEL_FOLDER, settings=settings, **FLOW)
+    assert model == tmp_path / "model"
+    pipe = StableDiffusion3Pipeline.from_pretrained(str(model), **shared_parts(MODEL_FOLDER))
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 2, "max_sequence_length": 1}
+    assert pipe("a lady", output_type="np", **settings).images.shape == (1, 128, 128, 3)
+
+    # the averaged weights, not the last ones
+    state = torch.load(tmp_path / "flow.ckpt", weights_only=True)
+    loaded = load_flow_checkpoint(tmp_path)
+    average = state["average"]["shadow_params"]
+    assert all(torch.equal(p, a) for p, a in zip(loaded.parameters(), average, strict=True))
+    assert not torch.equal(loaded.proj_out.weight, state["transformer"]["proj_out.weight"])
+    assert torch.equal(pipe.transformer.proj_out.weight, loaded.proj_out.weight.half().float())
+    export_flow(tmp_path, tmp_path / "exported")
+    for file in ("model_index.json", "transformer/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "exported" / file).read_bytes() == (model / file).read_bytes()
+
+    # a sheet: eight a row, drawn by the stock pipeline
+    draw_flow_sheet(tmp_path, MODEL_FOLDER, tmp_path / "sheet.png", prompts=["a lady"] * 9, num_inference_steps=2)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (256, 1024, 3) and (sheet[128:, 128:] == 255).all()
+    pipe.transformer = loaded
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipe(["a lady"] * 9, guidance_scale=4.5, generator=generator, output_type="np", **settings).images
+    assert np.abs(sheet[128:, :128] / 255 - drawn[8]).max() < 0.003
+
+
+def test_the_flow_transformer_sees_both_kinds(small_flow, tmp_path, monkeypatch):
+    given = []
+
+    def record(data, text_encoder, tokenizer, folder, settings, *, device):
+        given.append((data, settings, device))
+        return build_transformer()
+
+    monkeypatch.setattr(recipe, "train_flow", record)
+    train_flow_avatars(tmp_path, MODEL_FOLDER, **FLOW)
+    data, settings, device = given[0]
+    assert [type(s).__name__ for s in data.subjects] == ["Person"] * 6 + ["Creature"] * 3
+    assert data.subjects[1] == sample("person", 1, "varied") and data.subjects[7] == sample("creature", 1, "varied")
+    assert data.latents.shape == (9, 16, 16, 16) and settings == flow_training.FlowSettings() and device == "cpu"
+    with pytest.raises(ValueError, match="7 pictures don't fill files of 3"):
+        train_flow_avatars(tmp_path, MODEL_FOLDER, num_pictures=7, num_creatures=0, device="cpu")

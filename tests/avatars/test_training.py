@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from s2edit_pipeline.avatars.training import Checkpoint, Log, WeightAverage, learning_rate_factor
+from s2edit_pipeline.avatars.training import Checkpoint, Log, WeightAverage, late_decay_factor, learning_rate_factor
 
 
 def test_the_learning_rate_warms_up_linearly_and_falls_as_a_half_cosine():
@@ -21,6 +21,16 @@ def test_the_learning_rate_warms_up_linearly_and_falls_as_a_half_cosine():
 
 def test_past_the_last_step_the_learning_rate_stays_zero():
     assert learning_rate_factor(500, 100, 10) == 0
+
+
+def test_the_late_decay_is_a_line_at_either_end_and_one_between():
+    factors = [late_decay_factor(step, 100, 10, 20) for step in range(101)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert set(factors[10:81]) == {1.0}
+    assert factors[80:] == pytest.approx([1 - i / 20 for i in range(21)])
+    assert late_decay_factor(500, 100, 10, 20) == 0
+    # until the decay begins, a longer training is the same one
+    assert [late_decay_factor(step, 900, 10, 20) for step in range(81)] == factors[:81]
 
 
 def test_the_average_is_the_recursion_in_float64():

@@ -38,7 +38,7 @@ def _hex(color):
 # ---------------------------------------------------------------------------- people
 
 
-@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("split", ["train", "varied", "held_out"])
 def test_a_seed_is_one_person_in_every_process(split):
     code = (
         f"from s2edit_pipeline.avatars.world import sample_person; print([sample_person(i, {split!r}) for i in (0, 7)])"
@@ -53,7 +53,7 @@ def test_another_seed_is_another_person():
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match="'train' or 'held_out', not 'test'"):
+    with pytest.raises(ValueError, match="'train', 'varied', 'held_out', not 'test'"):
         sample_person(0, "test")
 
 
@@ -81,13 +81,32 @@ def test_held_out_people_have_what_no_training_person_has():
     assert all(p.clothes == "shirt" for p in held_out if p.print != "none")
 
 
-@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("split", ["train", "varied", "held_out"])
 def test_every_sampled_value_can_be_said(split):
     for person in (sample_person(i, split) for i in range(500)):
         for name, values in PERSON_ATTRIBUTES.items():
             assert getattr(person, name) in values
         assert person.noun == "man" or person.facial_hair == "none"
         assert person.hair != "bald" or person.headwear == "none"
+
+
+def test_varied_people_have_held_out_colours_but_not_their_prints_and_marks():
+    varied = [sample_person(i, "varied") for i in range(3000)]
+    held_out = [sample_person(i, "held_out") for i in range(300)]
+    assert {p.print for p in varied} == {"none"} and {p.mark for p in varied} == {"none"}
+    assert not {p.skin for p in varied} & {p.skin for p in held_out}
+    skins = np.array([_hex(p.skin) for p in varied])
+    for color in {p.skin for p in held_out}:  # among thousands, one that the eye can't tell from it
+        assert np.abs(skins - _hex(color)).max(1).min() < 12
+    # of all hues, and four in five as people's
+    hues = np.array([colorsys.rgb_to_hsv(*_hex(p.skin))[0] for p in varied])
+    assert ((hues > 0.02) & (hues < 0.15)).mean() == pytest.approx(0.8 + 0.2 * 0.12, abs=0.03)
+    assert (np.histogram(hues, 10, (0, 1))[0] > 20).all()
+    for thing in ("hair", "headwear", "clothes", "background"):
+        shades = np.array([getattr(p, f"{thing}_shade") for p in varied])
+        assert len({tuple(row) for row in shades}) == len(varied)
+        for row in drawing.SHADES:
+            assert (shades.min(0) < row).all() and (row < shades.max(0)).all()
 
 
 # ---------------------------------------------------------------------------- edits

@@ -129,11 +129,12 @@ def measure_edit_costs(
     def edit(prompts: str | list[str], **changes: Any) -> Any:
         return pipe(prompts, image=picture, source_prompt=prompt, **settings, **changes)
 
-    inversion = pipe.invert(picture, prompt, **settings)
+    inverting = {name: value for name, value in settings.items() if name != "guidance_scale"}
+    inversion = pipe.invert(picture, prompt, **inverting)
     runs: dict[str, Callable[[], Any]] = {
         "stock": lambda: stock(prompt, generator=torch.Generator().manual_seed(0), **settings),
         "first": lambda: edit(targets[0]),
-        "inverted_first": lambda: edit(targets[0], inversion=pipe.invert(picture, prompt, **settings)),
+        "inverted_first": lambda: edit(targets[0], inversion=pipe.invert(picture, prompt, **inverting)),
         "further": lambda: edit(targets[1], inversion=inversion),
         "three": lambda: edit(targets),
         "null_text": lambda: edit(targets[0], inversion="null_text", **PROMPT_TO_PROMPT),

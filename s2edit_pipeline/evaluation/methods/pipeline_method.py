@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ...identity_adapter import IdentityAdapter
-from ...inversion_record import Inversion
+from ...inversion_record import Inversion, inversion_method
 from ...prompt_words import insert_token
 from .fit_cache import FitCache, FitTask, fit_identity
 from .pipeline_arguments import PipelineArguments
@@ -75,7 +75,8 @@ class PipelineMethod:
         task = FitTask(picture, source_prompt, subject, seed)
         fit = fit_identity if self.fits is None else self.fits.identity
         identity = fit(self.pipe, self.arguments, task)
-        scale = {k: v for k, v in self.arguments.edit.items() if k == "guidance_scale"}
+        binds = inversion_method(self.arguments.inversion).binds_guidance
+        scale = {k: v for k, v in self.arguments.edit.items() if k == "guidance_scale" and binds}
         inversion = self.pipe.invert(
             picture, source_prompt, self.arguments.inversion, self.num_inference_steps,
             identity=identity, generator=torch.Generator().manual_seed(seed), **scale,

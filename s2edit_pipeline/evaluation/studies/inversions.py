@@ -14,6 +14,7 @@ from PIL import Image
 
 from ...avatars.captions import describe
 from ...avatars.world import render, sample_person
+from ...inversion_record import inversion_method
 from ..metrics.pixels import psnr
 from ..tables import markdown_table, number
 
@@ -94,7 +95,8 @@ def measure_inversions(
                 picture, prompt = render(person), describe(person).text
                 with seen_as(pipe, prediction_type), torch.no_grad():
                     start = time.perf_counter()
-                    inversion = pipe.invert(picture, prompt, method, num_inference_steps, guidance_scale=guidance_scale)
+                    bound = {"guidance_scale": guidance_scale} if inversion_method(method).binds_guidance else {}
+                    inversion = pipe.invert(picture, prompt, method, num_inference_steps, **bound)
                     result = pipe(prompt, image=picture, inversion=inversion, guidance_scale=guidance_scale)
                     seconds.append(time.perf_counter() - start)
                     reference = _decoded(pipe, inversion.trajectory[:1])

@@ -137,7 +137,7 @@ def test_without_the_fine_tuned_model_sine_draws_the_target(pipe: S2EditPipeline
 
 def _encode(pipe: S2EditPipeline, prompt: str) -> torch.Tensor:
     """(1, T, D) with the identity that is loaded."""
-    embeds: torch.Tensor = pipe._encode_prompts([pipe._tokenize(prompt)]).embeds
+    embeds: torch.Tensor = pipe.family.encode([pipe.family.tokenize(prompt)]).embeds
     return embeds
 
 
