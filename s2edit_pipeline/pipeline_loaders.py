@@ -90,6 +90,7 @@ class IdentityLoaders:
             ValueError: it belongs to another base model, or its token is taken; nothing is changed then.
             RuntimeError: called in a callback, in the middle of a call that uses the model.
         """
+        turns = self._turns
         adapter = self._adapter(identity, **kwargs)
         if token is not None or reference_token is not None:
             adapter = adapter.renamed(token, reference_token)
@@ -97,7 +98,7 @@ class IdentityLoaders:
             adapter = replace(adapter, mask=load_mask(mask, None))
         if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)) or not np.isfinite(scale):
             raise ValueError(f"scale must be a number, not {scale!r}.")
-        with self._turns.exclusive("load_identity"):
+        with turns.exclusive("load_identity"):
             self._lay(adapter, float(scale))
         return adapter.token
 
@@ -229,8 +230,8 @@ class IdentityLoaders:
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As every pipeline's; the components that the other pipeline lacks are None."""
         names, _ = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
-        absent = {name: None for name in names if name not in pipeline.components}
-        return super().from_pipe(pipeline, **{**absent, **kwargs})  # type: ignore[misc]
+        components = {name: pipeline.components.get(name) for name in names}
+        return super().from_pipe(pipeline, **{**components, **kwargs})  # type: ignore[misc]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As every pipeline's; loaded identities are left out, save them with their own ``save_pretrained``."""
