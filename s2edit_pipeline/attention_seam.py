@@ -185,7 +185,7 @@ class _Interception(TorchFunctionMode):
 # ------------------------------------------------------------------------------ wrappers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Control:
     """What one call does to a denoiser's attention; ``has_gradients`` where it may be differentiated."""
 

@@ -20,6 +20,7 @@ from .edit_settings import EditRequest
 from .edit_words import TargetPlan, plan_edits
 from .identity_prompts import (
     branches,
+    check_negative,
     check_prompt,
     check_takes_part,
     check_tokens,
@@ -114,8 +115,11 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
     if INVERSIONS[inversion.method].null_is_source:
         null = replace(null, embeds=source.embeds, prompt=source.prompt)
     task = _edit_task(work, request, canvas, (source, null, targets), inversion, control, plans)
-    with family.control_attention(control, canvas.height, canvas.width):
-        edited = EDITS[request.method].run(task)
+    with (
+        work.progress_bar(total=settings.num_steps(canvas.schedule)) as bar,
+        family.control_attention(control, canvas.height, canvas.width),
+    ):
+        edited = EDITS[request.method].run(replace(task, on_step=_counted(task.on_step, bar)))
     control.forget_source()  # before the autoencoder needs the room
     return _finished(work, request, canvas, words, control, edited)
 
@@ -153,9 +157,7 @@ def edit_words(work: Work, request: EditRequest) -> EditWords:
     warn_of_words(source_prompt, prompts, family)
     source = family.tokenize(with_identities(source_prompt, present, overlay))
     targets = [family.tokenize(text) for text in prompts]
-    if request.negative_prompt is not None and not isinstance(request.negative_prompt, str):
-        kind = type(request.negative_prompt).__name__
-        raise TypeError(f"negative_prompt must be one string for an edit, not {kind}: all edits share it.")
+    check_negative(request.negative_prompt, overlay)
     return EditWords(source, targets, weights)
 
 
@@ -272,6 +274,7 @@ def _invert_first(
         generator=request.generator,
         clip_skip=request.clip_skip,
         keep=KeepAttention(share=0.0) if keep is None else replace(keep, share=needed),
+        for_later=False,
     )
     # the call's own callback hears of the edit's steps alone; a stop is heeded here too
     return invert_picture(replace(work, report=_check_only(work)), inverting)
@@ -302,21 +305,28 @@ def _edit_task(
         "guidance_scale": settings.guidance_scale, "guidance_rescale": settings.guidance_rescale,
         "clip_skip": request.clip_skip, "num_timesteps": settings.num_steps(schedule),
     }  # fmt: skip
-    bar = work.progress_bar(total=settings.num_steps(schedule))
 
     def denoise(x: torch.Tensor, level: int, batch: Batch) -> torch.Tensor:
         return family.denoise(x, timesteps[level - 1], batch.embeds, dtype)
 
     def on_step(step: int, level: int, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        bar.update()
-        if step + 1 == settings.num_steps(schedule):
-            bar.close()
         return work.report(step, timesteps[level - 1], tensors)
 
     return EditTask(
         denoise, schedule, inversion, source, null, targets, settings, control,
         [plan.confinement for plan in plans], lambda: float(facts["guidance_scale"]), on_step,
     )  # fmt: skip
+
+
+def _counted(on_step: Any, bar: Any) -> Any:
+    """``on_step``, its calls counted by the progress bar."""
+
+    def counting(step: int, level: int, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        bar.update()
+        changed: Mapping[str, torch.Tensor] = on_step(step, level, tensors)
+        return changed
+
+    return counting
 
 
 # ------------------------------------------------------------------------------ after the work

@@ -258,7 +258,7 @@ class FitRequest:
     size: tuple[int | None, int | None] = (None, None)
 
     def __post_init__(self) -> None:
-        if self.pictures[0].mask is not None and not self.settings.spatial_control:
+        if any(picture.mask is not None for picture in self.pictures) and not self.settings.spatial_control:
             raise ValueError("mask= has no effect with spatial_control=False; leave one of them out.")
         threshold = self.settings.mask_threshold
         if threshold != MASK_THRESHOLD and all(picture.mask is not None for picture in self.pictures):

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -27,6 +28,9 @@ from .identity_fingerprint import check_base, check_present, is_same_base
 from .identity_layers import AdaptedLayer, Components, check_fit, check_rows, lora_layers, parameter_of, place_of
 from .identity_lora_names import name_within
 from .prompt_tokens import lay_rows, with_tokens
+
+ADAPTER_PREFIX = "s2edit_"
+"""Of PEFT's names for identities' adapters."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ class IdentityOverlay:
             ValueError: the identity belongs to another base model or doesn't fit this one, or a token's name is taken.
         """
         self._check_names(adapter, scale)
+        self.check_alone(components)
         if self._identities:
             self._check_components(components)
         check_base(adapter, components, {name: self.originals(name) for name in components})
@@ -219,12 +224,26 @@ class IdentityOverlay:
                     "again."
                 )
 
+    def check_alone(self, components: Components) -> None:
+        """Raises:
+        ValueError: another pipeline that shares these modules, as ``from_pipe`` makes them, has laid identities on them.
+        """
+        for component, module in components.items():
+            for layer in module.modules():
+                if isinstance(layer, LoraLayer) and any(
+                    name.startswith(ADAPTER_PREFIX) and name not in self.adapter_names for name in layer.r
+                ):
+                    raise ValueError(
+                        f"Another pipeline that shares the {component} has an identity loaded. Call unload_identity() "
+                        "there first, or load the identities into that pipeline."
+                    )
+
     def _free_name(self) -> str:
         """PEFT's name for the next identity: no user's adapter and no other identity has it."""
         taken = set(self._adapter_names.values())
         for module in self._modules.values():
             taken |= set(getattr(module, "peft_config", None) or {})
-        return next(name for i in range(1, len(taken) + 2) if (name := f"s2edit_{i}") not in taken)
+        return next(name for i in range(1, len(taken) + 2) if (name := f"{ADAPTER_PREFIX}{i}") not in taken)
 
     # -------------------------------------------------------------------- LoRA
 

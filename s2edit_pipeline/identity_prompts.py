@@ -48,6 +48,20 @@ def check_tokens(prompt: str, family: ModelFamily, overlay: IdentityOverlay) -> 
         )
 
 
+def check_negative(prompt: Any, overlay: IdentityOverlay) -> None:
+    """Raises:
+    TypeError, ValueError: a negative prompt that is no text, or that says a learned token: away from an identity nobody
+        can steer.
+    """
+    if prompt is None:
+        return
+    if not isinstance(prompt, str):
+        raise TypeError(f"negative_prompt must be one string, not {type(prompt).__name__}: all edits share it.")
+    tokens = [token for token in overlay.tokens if token in split_words(prompt, [token])] or unknown_tokens(prompt)
+    if tokens:
+        raise ValueError(f"negative_prompt={prompt!r} says the learned token {tokens[0]!r}; leave it out there.")
+
+
 def warn_of_words(source: str, targets: Sequence[str], family: ModelFamily) -> None:
     """Say what about the words will disappoint: a target that isn't the source prompt with some words changed, or words
     that a small vocabulary doesn't have."""
@@ -90,7 +104,7 @@ def with_identities(prompt: str, tokens: Sequence[str], overlay: IdentityOverlay
     """
     for token in tokens:
         if token not in split_words(prompt, [token]):
-            prompt = insert_token(prompt, overlay.identities[token].adapter.subject, token)
+            prompt = insert_token(prompt, overlay.identities[token].adapter.subject, token, fitted=True)
     return prompt
 
 

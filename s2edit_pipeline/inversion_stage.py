@@ -17,6 +17,7 @@ from .attention_source import AttentionKeeper, KeepAttention
 from .edit_settings import DEFAULT_GUIDANCE
 from .identity_prompts import (
     branches,
+    check_negative,
     check_prompt,
     check_tokens,
     encode_each,
@@ -48,6 +49,7 @@ class InversionRequest:
         generator: of the methods that draw noise.
         clip_skip: how the prompts were encoded.
         keep: how much of the source's attention is kept.
+        for_later: whether other calls may use it, which have to know what it was made with.
     """
 
     picture: PIL.Image.Image
@@ -60,6 +62,7 @@ class InversionRequest:
     generator: torch.Generator | None
     clip_skip: int | None
     keep: KeepAttention
+    for_later: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,7 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     schedule = family.schedule(call.num_inference_steps, size)
     tokens = fitting_identities(call.prompt, call.identity_token, work.overlay)
     prompt = family.tokenize(with_identities(call.prompt, tokens, work.overlay))
-    if call.negative_prompt is not None and not isinstance(call.negative_prompt, str):
-        raise TypeError(f"negative_prompt must be one string, not {type(call.negative_prompt).__name__}.")
+    check_negative(call.negative_prompt, work.overlay)
     encoded = encode_each(family, [prompt], call.clip_skip)
     with torch.no_grad():
         null = Branch("unconditional", family.encode_negative(call.negative_prompt, encoded, call.clip_skip))
@@ -137,8 +139,8 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
         "method": request.method,
         "prompt": request.source.prompt.text,
         "guidance_scale": request.guidance_scale if method.binds_guidance else None,
-        "made_with": made_with(family, work.overlay, schedule),
-        "picture_digest": picture_digest(request.picture),
+        "made_with": made_with(family, work.overlay, schedule) if request.for_later else MadeWith(),
+        "picture_digest": picture_digest(request.picture) if request.for_later else "",
         "clip_skip": request.clip_skip,
     }
     num_steps = schedule.num_steps * method.num_passes

@@ -91,6 +91,7 @@ class IdentityLoaders:
             RuntimeError: called in a callback, in the middle of a call that uses the model.
         """
         turns = self._turns
+        self._refuse_in_a_call("load_identity")
         adapter = self._adapter(identity, **kwargs)
         if token is not None or reference_token is not None:
             adapter = adapter.renamed(token, reference_token)
@@ -109,6 +110,7 @@ class IdentityLoaders:
             ValueError: no identity of that token is loaded.
             RuntimeError: called in a callback, in the middle of a call that uses the model.
         """
+        self._refuse_in_a_call("unload_identity")
         with self._turns.exclusive("unload_identity"):
             if token is not None and token not in self._overlay.identities:
                 raise ValueError(
@@ -116,6 +118,13 @@ class IdentityLoaders:
                 )
             if self._overlay.identities:
                 self._set_tokenizers(self._overlay.lift(token, self.family.tuned_components))
+
+    def _refuse_in_a_call(self, what: str) -> None:
+        if self._turns.current() is not None:
+            raise RuntimeError(
+                f"{what} changes the model, and this thread is in the middle of a call that uses it. Do it after the "
+                "call, not in its callback."
+            )
 
     def _adapter(self, identity: Any, **kwargs: Any) -> Any:
         """``identity`` itself, or the one that its folder or repository holds."""
@@ -208,6 +217,7 @@ class IdentityLoaders:
             raise ValueError(
                 f"Identities are loaded ({', '.join(self.identities)}). {why}. Call pipe.unload_identity() first."
             )
+        self._overlay.check_alone(self.family.tuned_components)
         for component in self.family.tuned_components.values():
             if getattr(component, "peft_config", None):
                 raise ValueError(
@@ -235,15 +245,13 @@ class IdentityLoaders:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As every pipeline's; loaded identities are left out, save them with their own ``save_pretrained``."""
-        if not self._overlay.identities:
-            super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
-            return
-        logger.warning(
-            f"The loaded identities ({', '.join(self.identities)}) are not saved with the pipeline. Save each with "
-            "identity.save_pretrained(folder), and load it again with pipe.load_identity(folder)."
-        )
         with self._turns.exclusive("save_pretrained"):
             loaded = list(self._overlay.identities.values())
+            if loaded:
+                logger.warning(
+                    f"The loaded identities ({', '.join(self.identities)}) are not saved with the pipeline. Save each "
+                    "with identity.save_pretrained(folder), and load it again with pipe.load_identity(folder)."
+                )
             self.unload_identity()
             try:
                 super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
@@ -274,8 +282,9 @@ class IdentityLoaders:
         Raises:
             ValueError: identities are loaded.
         """
-        self._refuse_while_loaded("load_textual_inversion")
-        super().load_textual_inversion(*args, **kwargs)  # type: ignore[misc]
+        with self._turns.exclusive("load_textual_inversion"):
+            self._refuse_while_loaded("load_textual_inversion")
+            super().load_textual_inversion(*args, **kwargs)  # type: ignore[misc]
 
     def unload_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
         """As Stable Diffusion's; before identities are loaded: it would take their tokens out of the tokenizer.
@@ -283,8 +292,9 @@ class IdentityLoaders:
         Raises:
             ValueError: identities are loaded.
         """
-        self._refuse_while_loaded("unload_textual_inversion")
-        super().unload_textual_inversion(*args, **kwargs)  # type: ignore[misc]
+        with self._turns.exclusive("unload_textual_inversion"):
+            self._refuse_while_loaded("unload_textual_inversion")
+            super().unload_textual_inversion(*args, **kwargs)  # type: ignore[misc]
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As Stable Diffusion's; before identities are loaded.
@@ -292,8 +302,9 @@ class IdentityLoaders:
         Raises:
             ValueError: identities are loaded.
         """
-        self._refuse_while_loaded("fuse_lora")
-        super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
+        with self._turns.exclusive("fuse_lora"):
+            self._refuse_while_loaded("fuse_lora")
+            super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
 
     def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As Stable Diffusion's; before identities are loaded.
@@ -301,5 +312,6 @@ class IdentityLoaders:
         Raises:
             ValueError: identities are loaded.
         """
-        self._refuse_while_loaded("unfuse_lora")
-        super().unfuse_lora(*args, **kwargs)  # type: ignore[misc]
+        with self._turns.exclusive("unfuse_lora"):
+            self._refuse_while_loaded("unfuse_lora")
+            super().unfuse_lora(*args, **kwargs)  # type: ignore[misc]

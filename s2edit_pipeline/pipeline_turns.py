@@ -144,6 +144,7 @@ class Turns:
             self._owners.remove(threading.get_ident())
             try:
                 if not self._owners:
+                    self._key = None  # it may hold on to the model
                     leave()
             finally:
                 self._changed.notify_all()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
@@ -262,6 +264,52 @@ def test_two_pipelines_of_one_model_take_turns(
         results = list(pool.map(lambda job: edit(job[0], picture, TARGETS[0], identity=identities[job[1]]), jobs))
     for (_, which), result in zip(jobs, results, strict=True):
         np.testing.assert_array_equal(result, alone[which])
+
+
+def test_identities_of_two_pipelines_of_one_model_do_not_overwrite_each_other(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray
+) -> None:
+    first, second = (fit(pipe, picture, half_mask, seed) for seed in range(2))
+    other = S2EditPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    pipe.load_identity(first)
+    wanted = edit(pipe, picture, TARGETS[0])
+    for call in (lambda: other.load_identity(second), lambda: fit(other, picture, half_mask, 2)):
+        with pytest.raises(ValueError, match=r"Another pipeline that shares the .* has an identity loaded"):
+            call()
+    np.testing.assert_array_equal(edit(pipe, picture, TARGETS[0]), wanted)
+    pipe.unload_identity()
+    assert other.load_identity(second) == "[I]"
+    other.unload_identity()
+
+
+def test_no_callback_changes_the_model(pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray) -> None:
+    """Also where the call has the model to itself: a fit, null-text inversion."""
+    identity, errors = fit(pipe, picture, half_mask, 0), []
+
+    def load(*_: Any) -> dict[str, Any]:
+        for change in (lambda: pipe.load_identity(identity), pipe.unload_identity):
+            with pytest.raises(RuntimeError, match="after the call, not in its callback") as error:
+                change()
+            errors.append(error)
+        return {}
+
+    fit(pipe, picture, half_mask, 1, callback_on_step_end=load)
+    pipe.invert(picture, SOURCE, "null_text", 2, callback_on_step_end=load)
+    assert len(errors) == 2 * (2 + 4) and pipe.identities == ()
+
+
+def test_a_finished_call_holds_on_to_no_model(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray
+) -> None:
+    identity = fit(pipe, picture, half_mask, 0)
+    mine = S2EditPipeline(**copy.deepcopy(pipe.components))
+    mine.set_progress_bar_config(disable=True)
+    edit(mine, picture, TARGETS[0], identity=identity)
+    unet = weakref.ref(mine.unet)
+    del mine
+    gc.collect()
+    assert unet() is None
 
 
 def test_a_copy_of_the_pipeline_works_and_is_another(pipe: S2EditPipeline, picture: Image.Image) -> None:
