@@ -226,7 +226,7 @@ class IdentityOverlay:
 
     def check_alone(self, components: Components) -> None:
         """Raises:
-        ValueError: another pipeline that shares these modules, as ``from_pipe`` makes them, has laid identities on them.
+        ValueError: another pipeline that shares these modules, as ``from_pipe`` makes it, has laid identities on them.
         """
         for component, module in components.items():
             for layer in module.modules():

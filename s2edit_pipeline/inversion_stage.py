@@ -26,7 +26,7 @@ from .identity_prompts import (
     with_identities,
 )
 from .inversion_origin import made_with, picture_digest
-from .inversion_record import Inversion, InversionTask, check_keeping, inversion_method
+from .inversion_record import Inversion, InversionTask, MadeWith, check_keeping, inversion_method
 from .noise_schedule import NoiseSchedule
 from .picture_inputs import load_picture
 from .pipeline_turns import Interrupted

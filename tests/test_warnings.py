@@ -40,7 +40,7 @@ def test_a_long_negative_prompt_is_cut_and_what_is_lost_is_named(
 
 
 def test_a_negative_prompt_is_one_string(pipe: S2EditPipeline, picture: Image.Image) -> None:
-    with pytest.raises(TypeError, match="negative_prompt must be one string for an edit, not list"):
+    with pytest.raises(TypeError, match="negative_prompt must be one string, not list"):
         edit(pipe, picture, TARGET, negative_prompt=["hat"])
 
 
