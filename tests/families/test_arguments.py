@@ -10,7 +10,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, KeepAttention, ReferenceAttribute, S2EditPipeline
+from s2edit_pipeline.attention_controls import MapRecorder
 from s2edit_pipeline.inversion_record import INVERSIONS
 
 SOURCE, TARGET = "a photo of a sad lady with glasses", "a photo of a smiling lady with glasses"
@@ -113,6 +114,8 @@ def digest(value: Any) -> str:
         elif isinstance(one, (list, tuple)):
             for item in one:
                 add(item)
+        elif isinstance(one, MapRecorder):
+            add(one.maps)
         elif hasattr(one, "__dataclass_fields__"):
             add({name: item for name, item in vars(one).items() if name not in ("settings", "library_versions")})
         else:
@@ -217,12 +220,12 @@ def drawing(walk: Walk) -> Situation:
     )
 
 
-def editing(walk: Walk, inversion: Any = None, **more: Any) -> Callable[[], dict[str, Any]]:
+def editing(walk: Walk, inversion: Any = None, seed: int | None = None, **more: Any) -> Callable[[], dict[str, Any]]:
     size = {"num_inference_steps": 3, "height": 16, "width": 24}
     made = size if inversion is None or isinstance(inversion, str) else {}
     return lambda: {
         "prompt": TARGET, "image": walk.picture, "source_prompt": SOURCE, "inversion": inversion, "output_type": "np",
-        **made, **more,
+        "generator": None if seed is None else seeded(seed), **made, **more,
     }  # fmt: skip
 
 
@@ -240,7 +243,7 @@ CALLS: dict[str, Callable[[Walk], Situation]] = {
         {"generator": REPEATABLE, "inversion": SITUATION}, ETA,
     ),
     "editing, at random": lambda walk: Situation(
-        "__call__", editing(walk, "edit_friendly", generator=seeded(0)), DRAWING,
+        "__call__", editing(walk, "edit_friendly", seed=0), DRAWING,
         {"keep_attention": MEMORY, "inversion": SITUATION}, ETA,
     ),
     "editing, away from the source": lambda walk: Situation(
@@ -336,12 +339,13 @@ def test_no_argument_of_a_fit_is_ignored(walk: Walk, name: str, monkeypatch: pyt
     package = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit))
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     arguments, refused, idle = FITS[name]
+    other_rates = "constant" if arguments["method"] == "lora" else "cosine"
     values = {
         "image": walk.picture.rotate(180), "prompt": "a photo of a lady", "subject": "glasses", "token": "<ada>",
         "method": None, "mask": ~LEFT, "num_steps": 3, "learning_rate": 1e-4, "semantic_weight": 5.0,
         "spatial_control": False, "generator": seeded(9), "callback_on_step_end": None, "preset": "paper",
         "reference": ReferenceAttribute(walk.picture.rotate(180), "a photo of a man with a hat", "hat", mask=LEFT),
-        "batch_size": 2, "timestep_sampling": "high_noise", "lr_scheduler": "cosine", "early_stop": True,
+        "batch_size": 2, "timestep_sampling": "high_noise", "lr_scheduler": other_rates, "early_stop": True,
         "optimizer": "adamw_8bit", "gradient_checkpointing": True, "lora_rank": 3, "lora_layers": "attention",
         "lora_init": "random", "detach_sentence": True, "renormalize": True, "mask_after": True, "mask_threshold": 0.1,
         "height": 24, "width": 32, "token_learning_rate": 1e-4, "stop": stopped(),
@@ -355,7 +359,11 @@ def test_no_argument_of_a_fit_is_ignored(walk: Walk, name: str, monkeypatch: pyt
         return {"image": walk.picture, "prompt": SOURCE, "subject": "lady", **settings}
 
     idle = {"method": SITUATION, "early_stop": LONG_FITS, "gradient_checkpointing": MEMORY, **idle}
-    changes = {"spatial_control": {"spatial_control": False, "mask": None}} if name == "a mask" else {}
+    changes: dict[str, Any] = {}
+    if name == "a mask":
+        changes["spatial_control"] = {"spatial_control": False, "mask": None}
+    if name == "no spatial control":
+        changes["reference"] = {"reference": replace(values["reference"], mask=None)}
     assert not problems(walk, Situation("fit_identity", fit, refused, idle, changes), values)
 
 
