@@ -55,17 +55,16 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
             return 0
         if args.family == "flow":
             return _train_flow(args)
-        from .avatars.recipe import train_avatars
+        from .avatars.recipe import AUTOENCODER, DENOISER, train_avatars
 
         model = train_avatars(
             args.out,
             num_pictures=args.pictures or 16000,
             num_creatures=12000 if args.creatures is None else args.creatures,
+            autoencoder=replace(AUTOENCODER, num_steps=args.autoencoder_steps, seed=args.seed),
+            denoiser=replace(DENOISER, num_steps=args.denoiser_steps, seed=args.seed),
             start_from=args.start_from,
-            autoencoder_steps=args.autoencoder_steps,
-            denoiser_steps=args.denoiser_steps,
             device=args.device,
-            seed=args.seed,
         )
         print(f"The model is in {model}")
         return 0
@@ -106,16 +105,15 @@ def _train_instruct(parser: argparse.ArgumentParser) -> None:
 
     def run(args: argparse.Namespace) -> int:
         from .avatars import MODEL_FOLDER
-        from .avatars.instruct_training import train_instruct
+        from .avatars.instruct_training import InstructSettings, train_instruct
 
         model = train_instruct(
             args.out,
             model=args.model or MODEL_FOLDER,
             num_people=args.people,
             num_creatures=args.creatures,
-            num_steps=args.steps,
+            settings=InstructSettings(num_steps=args.steps, seed=args.seed),
             device=args.device,
-            seed=args.seed,
         )
         print(f"The model is in {model}")
         return 0

@@ -6,7 +6,10 @@ import pytest
 
 import s2edit_pipeline
 from s2edit_pipeline.avatars import MODEL_FOLDER, instruct_training, recipe
+from s2edit_pipeline.avatars.autoencoder_training import AutoencoderSettings
+from s2edit_pipeline.avatars.denoiser_training import DenoiserSettings
 from s2edit_pipeline.avatars.flow_training import FlowSettings
+from s2edit_pipeline.avatars.instruct_training import InstructSettings
 from s2edit_pipeline.cli import main
 
 
@@ -22,10 +25,12 @@ def test_train_avatars_passes_its_options_on(monkeypatch, capsys):
     options += ["--start-from", "there"]
     assert main(["train-avatars", "--out", "here", *options]) == 0
     assert main(["train-avatars", "--out", "here"]) == 0
-    given = {"num_pictures": 7, "autoencoder_steps": 5, "denoiser_steps": 3, "device": "cpu", "seed": 2}
-    given |= {"num_creatures": 4, "start_from": "there"}
-    plain = {"num_pictures": 16000, "autoencoder_steps": 2400, "denoiser_steps": 3800, "device": None, "seed": 0}
-    plain |= {"num_creatures": 12000, "start_from": None}
+    given = {"num_pictures": 7, "num_creatures": 4, "start_from": "there", "device": "cpu"}
+    given["autoencoder"] = AutoencoderSettings(num_steps=5, seed=2)
+    given["denoiser"] = DenoiserSettings(num_steps=3, seed=2)
+    plain = {"num_pictures": 16000, "num_creatures": 12000, "start_from": None, "device": None}
+    plain["autoencoder"] = AutoencoderSettings(num_steps=2400)
+    plain["denoiser"] = DenoiserSettings(num_steps=3800)
     assert calls == [("here", given), ("here", plain)]
     assert str(Path("here") / "model") in capsys.readouterr().out
 
@@ -62,9 +67,11 @@ def test_train_instruct_passes_its_options_on(monkeypatch, capsys):
     options = "--model there --people 7 --creatures 4 --steps 5 --device cpu --seed 2".split()
     assert main(["train-instruct", "--out", "here", *options]) == 0
     assert main(["train-instruct", "--out", "here"]) == 0
-    given = {"model": "there", "num_people": 7, "num_creatures": 4, "num_steps": 5, "device": "cpu", "seed": 2}
-    plain = {"model": MODEL_FOLDER, "num_people": 8000, "num_creatures": 6000, "num_steps": 1600, "device": None}
-    assert calls == [("here", given), ("here", {**plain, "seed": 0})]
+    given = {"model": "there", "num_people": 7, "num_creatures": 4, "device": "cpu"}
+    given["settings"] = InstructSettings(num_steps=5, seed=2)
+    plain = {"model": MODEL_FOLDER, "num_people": 8000, "num_creatures": 6000, "device": None}
+    plain["settings"] = InstructSettings(num_steps=1600)
+    assert calls == [("here", given), ("here", plain)]
     assert str(Path("here") / "model") in capsys.readouterr().out
 
 

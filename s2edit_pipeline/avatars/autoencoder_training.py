@@ -24,6 +24,27 @@ PATCH = 8
 """Pixels a latent cell, each way."""
 
 
+@dataclass(frozen=True)
+class AutoencoderSettings:
+    """How to train.
+
+    Args:
+        num_steps: in all. The learning rate falls from the end of the warm-up on, see ``learning_rate_factor``.
+        whole_picture_steps: the last of them, which see whole pictures; those before see crops.
+        batch_size: crops in a step. Of whole pictures it's a quarter as many, at least two.
+        latent_noise: deviation of the noise on the latents, which makes the decoder forgiving.
+        ssim_weight: of 1 - SSIM, which flattens flat colours; 0 leaves it out of the sum.
+    """
+
+    num_steps: int = 3000
+    whole_picture_steps: int = 300
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    latent_noise: float = 0.03
+    ssim_weight: float = 0.1
+    seed: int = 0
+
+
 def build_autoencoder() -> AutoencoderKL:
     """The embedded model's autoencoder: 8 pixels a latent cell, 16 channels."""
     return AutoencoderKL(
@@ -143,7 +164,7 @@ def install_linear_encoder(vae: AutoencoderKL, code: LinearCode) -> None:
             resnet.conv_shortcut.weight[i, i, 0, 0] = 1.0
 
     carried = 3
-    for block in encoder.down_blocks[:2]:  # 3 -> 12 -> 48: (row, column, what it held)
+    for block in encoder.down_blocks[:2]:  # 3 -> 12 -> 48: (row, column, channel before)
         widen(block.resnets[0], carried)
         for y in range(2):
             for x in range(2):
@@ -213,42 +234,35 @@ def train_autoencoder(
     pictures: PictureSet,
     validation: PictureSet,
     folder: Path,
+    settings: AutoencoderSettings,
     *,
-    num_steps: int = 3000,
-    whole_picture_steps: int = 300,
-    batch_size: int = 16,
-    learning_rate: float = 2e-3,
-    latent_noise: float = 0.03,
-    ssim_weight: float = 0.1,
     start_from: str | Path | None = None,
     device: str = "cpu",
-    seed: int = 0,
     stop_at: int | None = None,
 ) -> AutoencoderKL:
     """Train from nothing, or go on from ``folder/autoencoder.ckpt``; returns the averaged weights.
 
     The encoder is set to the pictures' linear code and stays there, so the latents are known before the
     first step and the denoiser never has to be trained again for a better decoder. The decoder learns
-    from crops of 64 x 64 pixels, then for ``whole_picture_steps`` from whole pictures, a quarter as many at
-    a time, under MSE + 0.2 L1 + ``ssim_weight`` (1 - SSIM), which flattens flat colours. Noise of deviation
-    ``latent_noise`` on the latents makes it forgiving.
+    from crops of 64 x 64 pixels, then from whole pictures, under MSE + 0.2 L1 +
+    ``settings.ssim_weight`` (1 - SSIM).
 
     Args:
         start_from: an autoencoder's folder whose decoder to start from instead of nothing.
         stop_at: leave at this step, checkpoint written, to go on later.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     code = fit_linear_code(pictures.images[:2000])
     vae = build_autoencoder().to(device)
     install_linear_encoder(vae, code)
     if start_from is not None:
-        started = AutoencoderKL.from_pretrained(str(start_from))
+        initial = AutoencoderKL.from_pretrained(str(start_from))
         for name in ("decoder", "post_quant_conv"):
-            getattr(vae, name).load_state_dict(getattr(started, name).state_dict())
+            getattr(vae, name).load_state_dict(getattr(initial, name).state_dict())
     code = code.to(device)
-    trained = trained_parameters(vae)
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
-    average = WeightAverage(trained, 0.998)
+    parameters = trained_parameters(vae)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)
+    average = WeightAverage(parameters, 0.998)
     checkpoint, log = Checkpoint(folder / "autoencoder.ckpt"), Log(folder / "autoencoder.jsonl")
     first, spent = 0, 0.0
     if state := checkpoint.load():
@@ -262,30 +276,31 @@ def train_autoencoder(
         state = {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average.state_dict()}
         checkpoint.save({**state, "step": step, "seconds": time.time() - start})
         average.swap()
-        shown = validation.images[:: max(1, len(validation.images) // 32)][:32]
-        result = reconstruct(vae, shown)
+        images = validation.images[:: max(1, len(validation.images) // 32)][:32]
+        result = reconstruct(vae, images)
         average.swap()
-        log.write(step=step, psnr=mean_psnr(shown, result), seconds=time.time() - start)
-        sheet = np.concatenate([np.concatenate(list(rows[::4][:8]), 1) for rows in (shown, result)], 0)
+        log.write(step=step, psnr=mean_psnr(images, result), seconds=time.time() - start)
+        sheet = np.concatenate([np.concatenate(list(rows[::4][:8]), 1) for rows in (images, result)], 0)
         Image.fromarray(sheet).save(folder / "autoencoder.png")
 
-    last = num_steps if stop_at is None else min(stop_at, num_steps)
-    bar = tqdm(range(first, last), initial=first, total=num_steps, desc="autoencoder", mininterval=10)
+    last = settings.num_steps if stop_at is None else min(stop_at, settings.num_steps)
+    bar = tqdm(range(first, last), initial=first, total=settings.num_steps, desc="autoencoder", mininterval=10)
     for step in bar:
-        whole = step >= num_steps - whole_picture_steps
-        side, count = (IMAGE_SIZE, max(2, batch_size // 4)) if whole else (IMAGE_SIZE // 2, batch_size)
-        x = _batch(pictures.images, count, side, np.random.default_rng((seed, step))).to(device)
+        side, count = IMAGE_SIZE // 2, settings.batch_size
+        if step >= settings.num_steps - settings.whole_picture_steps:
+            side, count = IMAGE_SIZE, max(2, settings.batch_size // 4)
+        x = _batch(pictures.images, count, side, np.random.default_rng((settings.seed, step))).to(device)
         z = code.encode(x)
-        z = z + latent_noise * torch.randn(z.shape, generator=torch.Generator().manual_seed(step)).to(device)
+        z = z + settings.latent_noise * torch.randn(z.shape, generator=torch.Generator().manual_seed(step)).to(device)
         decoded = vae.decode(z).sample
         error = decoded - x
         loss = error.square().mean() + 0.2 * error.abs().mean()
-        loss = loss + ssim_weight * (1 - structural_similarity(decoded + 1, x + 1))
+        loss = loss + settings.ssim_weight * (1 - structural_similarity(decoded + 1, x + 1))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor(step, num_steps, 100)
+            group["lr"] = settings.learning_rate * learning_rate_factor(step, settings.num_steps, 100)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         average.update()
         running = loss.item() if running == 0 else 0.98 * running + 0.02 * loss.item()

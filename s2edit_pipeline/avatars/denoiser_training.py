@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .captions import Caption, describe
-from .dataset import PictureSet
+from .latent_dataset import LatentSet
 from .training import Checkpoint, Log, WeightAverage, learning_rate_factor
 from .world import IMAGE_SIZE, PARTS, Subject
 
@@ -45,6 +45,24 @@ SAMPLE_PROMPTS = (
     "a photo of a smiling grey cat with a red crown and glasses",
     "a photo of a green dog with stripes on a pink background",
 )
+
+
+@dataclass(frozen=True)
+class DenoiserSettings:
+    """How to train.
+
+    Args:
+        num_steps: in all. The learning rate falls from the end of the warm-up on, see ``learning_rate_factor``.
+        grounding_weight: of :func:`grounding_loss`.
+        drop_caption: share of empty captions.
+    """
+
+    num_steps: int = 2400
+    batch_size: int = 16
+    learning_rate: float = 8e-4
+    grounding_weight: float = 0.03
+    drop_caption: float = 0.1
+    seed: int = 0
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -203,11 +221,13 @@ def trained_parameters(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) 
     return [*unet.parameters(), *text_encoder.parameters()]
 
 
-def min_snr_weight(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Weight of the squared error in v at noise levels ``alphas_cumprod``, any shape, in (0, 1].
+def clamped_snr_plus_one_weight(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """``min(1 + SNR, 5) / (1 + SNR)``: the weight of the squared error in v at noise levels ``alphas_cumprod``, of any
+    shape, in (0, 1).
 
-    An error e in the clean picture is an error of ``sqrt(1 + SNR) e`` in v, so that this weight makes
-    it count ``min(1 + SNR, 5)``.
+    An error e in the clean picture is an error of ``sqrt(1 + SNR) e`` in v, so that this weight makes its square count
+    ``min(1 + SNR, 5)``. Min-SNR (Hang et al. 2023) is another weight, ``min(SNR, 5) / (1 + SNR)``: it goes to 0 where
+    all is noise, this one to 1.
     """
     snr = alphas_cumprod / (1 - alphas_cumprod)
     return (1 + snr).clamp(max=5) / (1 + snr)
@@ -222,54 +242,47 @@ def stratified_timesteps(batch_size: int, num_train: int, generator: torch.Gener
 def denoising_loss(
     predicted: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, scheduler: DDIMScheduler
 ) -> torch.Tensor:
-    """Mean squared error of ``predicted`` (B, C, h, w) against v, weighted by :func:`min_snr_weight`."""
+    """Mean squared error of ``predicted`` (B, C, h, w) against v, weighted by
+    :func:`clamped_snr_plus_one_weight`."""
     error = (predicted - scheduler.get_velocity(x0, noise, t)).square().mean((1, 2, 3))
-    return (min_snr_weight(scheduler.alphas_cumprod.to(t.device)[t]) * error).mean()
+    return (clamped_snr_plus_one_weight(scheduler.alphas_cumprod.to(t.device)[t]) * error).mean()
 
 
 def train_denoiser(
-    pictures: PictureSet,
-    latents: torch.Tensor,
+    data: LatentSet,
     tokenizer: CLIPTokenizer,
-    folder: Path,
     decode: Callable[[torch.Tensor], np.ndarray],
+    folder: Path,
+    settings: DenoiserSettings,
     *,
-    num_steps: int = 2400,
-    batch_size: int = 16,
-    learning_rate: float = 8e-4,
-    grounding_weight: float = 0.03,
-    drop_caption: float = 0.1,
     start_from: str | Path | None = None,
     device: str = "cpu",
-    seed: int = 0,
     stop_at: int | None = None,
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     """Train from nothing, or go on from ``folder/denoiser.ckpt``; returns the averaged weights.
 
-    The loss is v-prediction, weighted so that a clean picture's error counts ``min(1 + SNR, 5)``
-    (min-SNR, Hang et al. 2023, with v's own floor of 1), plus ``grounding_weight`` times
-    :func:`grounding_loss`.
+    The loss is :func:`denoising_loss` plus ``settings.grounding_weight`` times :func:`grounding_loss`.
 
     Args:
-        latents: (N, C, h, w), the encoded ``pictures``.
+        data: encoded pictures.
         decode: latents to (N, H, W, 3) uint8, for the sample sheet.
         start_from: a diffusers folder whose text encoder and U-Net, trained with the same latents and tokenizer, to
             start from instead of nothing.
         stop_at: leave at this step, checkpoint written, to go on later.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     text_encoder = build_text_encoder(tokenizer).to(device)
-    unet = build_unet(latents.shape[1], text_encoder.config.hidden_size).to(device)
+    unet = build_unet(data.latents.shape[1], text_encoder.config.hidden_size).to(device)
     if start_from is not None:
         folders = [str(Path(start_from) / name) for name in ("text_encoder", "unet")]
         text_encoder.load_state_dict(CLIPTextModel.from_pretrained(folders[0], dtype=torch.float32).state_dict())
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(folders[1]).state_dict())
     scheduler = build_scheduler()
     keepers = {name: _MapKeeper() for name in unet.attn_processors if name.endswith("attn2.processor")}
-    unet.set_attn_processor({name: keepers.get(name, held) for name, held in unet.attn_processors.items()})
-    trained = trained_parameters(unet, text_encoder)
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    average = WeightAverage(trained, 0.998)
+    unet.set_attn_processor({name: keepers.get(name, plain) for name, plain in unet.attn_processors.items()})
+    parameters = trained_parameters(unet, text_encoder)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    average = WeightAverage(parameters, 0.998)
     checkpoint, log = Checkpoint(folder / "denoiser.ckpt"), Log(folder / "denoiser.jsonl")
     first, spent = 0, 0.0
     if state := checkpoint.load():
@@ -294,33 +307,32 @@ def train_denoiser(
         average.swap()
         z = sample_latents(unet, text_encoder, tokenizer, scheduler, list(SAMPLE_PROMPTS))
         average.swap()
-        drawn = list(decode(z))
-        lines = [np.concatenate(drawn[i : i + 8], 1) for i in range(0, len(drawn), 8)]
+        samples = list(decode(z))
+        lines = [np.concatenate(samples[i : i + 8], 1) for i in range(0, len(samples), 8)]
         Image.fromarray(np.concatenate(lines)).save(folder / "denoiser.png")
 
-    last = num_steps if stop_at is None else min(stop_at, num_steps)
+    last = settings.num_steps if stop_at is None else min(stop_at, settings.num_steps)
     running: dict[str, float] = {}
-    bar = tqdm(range(first, last), initial=first, total=num_steps, desc="denoiser", mininterval=10)
+    bar = tqdm(range(first, last), initial=first, total=settings.num_steps, desc="denoiser", mininterval=10)
     for step in bar:
-        rng = random.Random(f"{seed}-{step}")
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        index = np.array([rng.randrange(len(latents)) for _ in range(batch_size)])
-        batch = draw_captions(tokenizer, [pictures.subjects[i] for i in index], rng, drop_caption)
-        x0 = latents[index].to(device)
+        rng = random.Random(f"{settings.seed}-{step}")
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        index = np.array([rng.randrange(len(data.latents)) for _ in range(settings.batch_size)])
+        batch = draw_captions(tokenizer, [data.subjects[i] for i in index], rng, settings.drop_caption)
+        x0 = data.latents[index].float().to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
-        t = stratified_timesteps(batch_size, scheduler.config.num_train_timesteps, generator).to(device)
+        t = stratified_timesteps(len(index), scheduler.config.num_train_timesteps, generator).to(device)
         context = text_encoder(batch.input_ids.to(device)).last_hidden_state
         predicted = unet(scheduler.add_noise(x0, noise, t), t, context).sample
         denoising = denoising_loss(predicted, x0, noise, t, scheduler)
-        assert pictures.masks is not None
-        masks = torch.from_numpy(pictures.masks[index]).to(device).float() / 255
+        masks = torch.from_numpy(data.masks[index]).to(device).float() / 255
         grounding = grounding_loss([k.map for k in keepers.values()], batch.token_parts.to(device), masks)  # type: ignore[misc]
-        loss = denoising + grounding_weight * grounding
+        loss = denoising + settings.grounding_weight * grounding
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor(step, num_steps, 50)
+            group["lr"] = settings.learning_rate * learning_rate_factor(step, settings.num_steps, 50)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         average.update()
         for name, value in (("denoising", denoising.item()), ("grounding", grounding.item())):

@@ -55,6 +55,21 @@ class EditPairs:
     target_latents: torch.Tensor
 
 
+@dataclass(frozen=True)
+class InstructSettings:
+    """How to train.
+
+    Args:
+        num_steps: in all. The learning rate falls from the end of the warm-up on, see ``learning_rate_factor``.
+        seed: of the pairs too, see :func:`load_pairs`.
+    """
+
+    num_steps: int = 1600
+    batch_size: int = 8
+    learning_rate: float = 4e-4
+    seed: int = 0
+
+
 # ---------------------------------------------------------------------------- edits and their instructions
 
 
@@ -113,8 +128,8 @@ def load_pairs(num_people: int, num_creatures: int, vae: AutoencoderKL, cache: P
         code = _code_of(vae, load_pictures(min(2000, num_people), cache=cache).images)
         latents = {"source": _draw_latents(subjects, code), "target": _draw_latents(targets, code)}
         save_file(latents, file)
-    held = load_file(file)
-    return EditPairs(subjects, targets, held["source"], held["target"])
+    latents = load_file(file)
+    return EditPairs(subjects, targets, latents["source"], latents["target"])
 
 
 @torch.no_grad()
@@ -164,11 +179,8 @@ def train_instruct(
     model: str | Path = MODEL_FOLDER,
     num_people: int = 8000,
     num_creatures: int = 6000,
-    num_steps: int = 1600,
-    batch_size: int = 8,
-    learning_rate: float = 4e-4,
+    settings: InstructSettings | None = None,
     device: str | None = None,
-    seed: int = 0,
     stop_at: int | None = None,
 ) -> Path:
     """Train from ``model``, or go on from ``folder/instruct.ckpt``.
@@ -178,6 +190,9 @@ def train_instruct(
 
     Args:
         model: a diffusers folder that the avatars' recipe wrote.
+        num_people: training people, each edited once.
+        num_creatures: training creatures beside them.
+        settings: None takes the defaults.
         device: None takes a CUDA device where there is one.
         stop_at: leave at this step, checkpoint written, to go on later.
 
@@ -190,15 +205,16 @@ def train_instruct(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    settings = settings or InstructSettings()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     parts = StableDiffusionPipeline.from_pretrained(str(model)).components
     tokenizer, scheduler = parts["tokenizer"], parts["scheduler"]
-    pairs = load_pairs(num_people, num_creatures, parts["vae"], folder, seed)
+    pairs = load_pairs(num_people, num_creatures, parts["vae"], folder, settings.seed)
     text_encoder: nn.Module = parts["text_encoder"].to(device).eval().requires_grad_(False)
     unet = widen_unet(parts["unet"]).to(device)
-    trained = list(unet.parameters())
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    average = WeightAverage(trained, 0.998)
+    parameters = list(unet.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    average = WeightAverage(parameters, 0.998)
     checkpoint, log = Checkpoint(folder / "instruct.ckpt"), Log(folder / "instruct.jsonl")
     first, spent, running = 0, 0.0, None
     if state := checkpoint.load():
@@ -220,18 +236,18 @@ def train_instruct(
             }
         )
         average.swap()
-        kept = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
-        with atomic_folder((folder / "model").absolute()) as made:  # somebody may be reading the last one
-            export_model(made, unet=unet, pipeline_class=StableDiffusionInstructPix2PixPipeline, **kept)
+        others = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+        with atomic_folder((folder / "model").absolute()) as target:  # somebody may be reading the last one
+            export_model(target, unet=unet, pipeline_class=StableDiffusionInstructPix2PixPipeline, **others)
         average.swap()
 
-    last = num_steps if stop_at is None else min(stop_at, num_steps)
-    bar = tqdm(range(first, last), initial=first, total=num_steps, desc="instruct", mininterval=10)
+    last = settings.num_steps if stop_at is None else min(stop_at, settings.num_steps)
+    bar = tqdm(range(first, last), initial=first, total=settings.num_steps, desc="instruct", mininterval=10)
     for step in bar:
-        rng = random.Random(f"{seed}-{step}")
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        index = [rng.randrange(len(pairs.subjects)) for _ in range(batch_size)]
-        no_text, no_picture = dropped(torch.rand(batch_size, generator=generator))
+        rng = random.Random(f"{settings.seed}-{step}")
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        index = [rng.randrange(len(pairs.subjects)) for _ in range(settings.batch_size)]
+        no_text, no_picture = dropped(torch.rand(len(index), generator=generator))
         instructions = [
             "" if bare else instruct(pairs.subjects[i], pairs.targets[i], rng).text
             for i, bare in zip(index, no_text.tolist(), strict=True)
@@ -240,16 +256,16 @@ def train_instruct(
         x0, picture = (z[index].float().to(device) for z in (pairs.target_latents, pairs.source_latents))
         picture = picture * ~no_picture.to(device)[:, None, None, None]
         noise = torch.randn(x0.shape, generator=generator).to(device)
-        t = stratified_timesteps(batch_size, scheduler.config.num_train_timesteps, generator).to(device)
+        t = stratified_timesteps(len(index), scheduler.config.num_train_timesteps, generator).to(device)
         with torch.no_grad():
             context = text_encoder(ids.to(device)).last_hidden_state
         predicted = unet(torch.cat([scheduler.add_noise(x0, noise, t), picture], 1), t, context).sample
         loss = denoising_loss(predicted, x0, noise, t, scheduler)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor(step, num_steps, 50)
+            group["lr"] = settings.learning_rate * learning_rate_factor(step, settings.num_steps, 50)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         average.update()
         running = loss.item() if running is None else 0.97 * running + 0.03 * loss.item()

@@ -20,8 +20,8 @@ CHUNK = 500
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Encoded pictures of ``subjects``: ``latents`` (N, C, 16, 16) float16 as the encoder gives them, and ``masks``
-    (N, parts, 16, 16) uint8 as those of a ``PictureSet``."""
+    """Encoded pictures of ``subjects``: ``latents`` (N, C, 16, 16) as the encoder gives them, float16 or float32, and
+    ``masks`` (N, parts, 16, 16) uint8 as those of a ``PictureSet``."""
 
     subjects: list[Subject]
     latents: torch.Tensor

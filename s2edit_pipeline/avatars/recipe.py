@@ -11,6 +11,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,31 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import autoencoder_training, denoiser_training
-from .autoencoder_training import build_autoencoder, fit_linear_code, to_tensor, train_autoencoder
+from .autoencoder_training import (
+    AutoencoderSettings,
+    build_autoencoder,
+    fit_linear_code,
+    to_tensor,
+    train_autoencoder,
+)
 from .dataset import PictureSet, load_pictures
-from .denoiser_training import SAMPLE_PROMPTS, build_scheduler, build_text_encoder, build_unet, train_denoiser
+from .denoiser_training import (
+    SAMPLE_PROMPTS,
+    DenoiserSettings,
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+    train_denoiser,
+)
 from .flow_model import build_flow_scheduler, build_transformer, save_flow_folder, shared_parts
 from .flow_training import FlowSettings, train_flow
-from .latent_dataset import load_latents
+from .latent_dataset import LatentSet, load_latents
 from .tokenizer import save_tokenizer
 from .training import Checkpoint
 
 STAGES = ("autoencoder", "denoiser")
-AUTOENCODER_LEARNING_RATE, DENOISER_LEARNING_RATE = 2e-3, 8e-4
+AUTOENCODER, DENOISER = AutoencoderSettings(num_steps=2400), DenoiserSettings(num_steps=3800)
+"""How the stages are trained where nothing else is given."""
 _VALIDATION_FIRST, _VALIDATION_COUNT = 100_000, 60
 _CHUNK = 500  # pictures encoded at a time: as floats they are four times as large
 
@@ -49,11 +64,10 @@ def train_avatars(
     *,
     num_pictures: int = 16000,
     num_creatures: int = 12000,
-    autoencoder_steps: int = 2400,
-    denoiser_steps: int = 3800,
+    autoencoder: AutoencoderSettings = AUTOENCODER,
+    denoiser: DenoiserSettings = DENOISER,
     start_from: str | Path | None = None,
     device: str | None = None,
-    seed: int = 0,
     stages: Iterable[str] = STAGES,
 ) -> Path | None:
     """Train the embedded model in ``folder``, from nothing or from the checkpoints that lie there.
@@ -64,8 +78,10 @@ def train_avatars(
     Args:
         num_pictures: training people; the linear code is fitted to the first 2,000 pictures.
         num_creatures: training creatures beside them.
+        autoencoder: how to train that stage.
+        denoiser: how to train the other.
         start_from: a diffusers folder that this recipe wrote, whose weights and tokenizer to start from instead of
-            nothing. The learning rates are then half as high.
+            nothing. The learning rates are then half as high as the settings'.
         device: None takes a CUDA device where there is one.
         stages: some of "autoencoder", "denoiser". Each is trained by itself, so that two processes
             can share the work.
@@ -84,19 +100,16 @@ def train_avatars(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cache, masks = folder / "pictures", "denoiser" in stages
     pictures = _both_kinds(num_pictures, num_creatures, masks=masks, cache=cache)
-    started = None if start_from is None else Path(start_from)
-    gentler = 1.0 if started is None else 0.5
+    base, rate_factor = (None, 1.0) if start_from is None else (Path(start_from), 0.5)
     if "autoencoder" in stages:
         creatures = _VALIDATION_COUNT if num_creatures else 0
         train_autoencoder(
             pictures,
             _both_kinds(_VALIDATION_COUNT, creatures, split="held_out", first=_VALIDATION_FIRST, cache=cache),
             folder,
-            num_steps=autoencoder_steps,
-            learning_rate=gentler * AUTOENCODER_LEARNING_RATE,
-            start_from=None if started is None else started / "vae",
+            replace(autoencoder, learning_rate=rate_factor * autoencoder.learning_rate),
+            start_from=None if base is None else base / "vae",
             device=device,
-            seed=seed,
         )
     if "denoiser" in stages:
         code = fit_linear_code(pictures.images[:2000])
@@ -107,22 +120,20 @@ def train_avatars(
             pixels = code.decode(z.cpu()).clamp(-1, 1).add(1).mul(127.5).round().byte()
             return pixels.permute(0, 2, 3, 1).numpy()
 
-        if not any((folder / kept).exists() for kept in ("tokenizer", "denoiser.ckpt")):
-            if started is None:
+        if not any((folder / name).exists() for name in ("tokenizer", "denoiser.ckpt")):
+            if base is None:
                 save_tokenizer(folder / "tokenizer")
             else:
-                shutil.copytree(started / "tokenizer", folder / "tokenizer")
+                shutil.copytree(base / "tokenizer", folder / "tokenizer")
+        assert pictures.masks is not None
         train_denoiser(
-            pictures,
-            latents,
+            LatentSet(pictures.subjects, latents, pictures.masks),
             _tokenizer(folder),
-            folder,
             decode,
-            num_steps=denoiser_steps,
-            learning_rate=gentler * DENOISER_LEARNING_RATE,
-            start_from=started,
+            folder,
+            replace(denoiser, learning_rate=rate_factor * denoiser.learning_rate),
+            start_from=base,
             device=device,
-            seed=seed,
         )
     if not all((folder / f"{stage}.ckpt").exists() for stage in STAGES):
         return None
@@ -259,25 +270,25 @@ def load_checkpoints(folder: str | Path) -> dict[str, Any]:
         FileNotFoundError: a stage has written no checkpoint yet, or the tokenizer is missing.
     """
     folder = Path(folder)
-    held = {}
+    states = {}
     for stage in STAGES:
         state = Checkpoint(folder / f"{stage}.ckpt").load()
         if state is None:
             raise FileNotFoundError(
                 f"{folder} holds no {stage}.ckpt; run train_avatars({str(folder)!r}, stages=[{stage!r}]) first."
             )
-        held[stage] = state
+        states[stage] = state
 
     vae = build_autoencoder()
-    vae.load_state_dict(held["autoencoder"]["model"])
-    _copy_average(autoencoder_training.trained_parameters(vae), held["autoencoder"]["average"])
+    vae.load_state_dict(states["autoencoder"]["model"])
+    _copy_average(autoencoder_training.trained_parameters(vae), states["autoencoder"]["average"])
 
     tokenizer = _tokenizer(folder)
     text_encoder = build_text_encoder(tokenizer)
-    text_encoder.load_state_dict(held["denoiser"]["text_encoder"])
+    text_encoder.load_state_dict(states["denoiser"]["text_encoder"])
     unet = build_unet(vae.config.latent_channels, text_encoder.config.hidden_size)
-    unet.load_state_dict(held["denoiser"]["unet"])
-    _copy_average(denoiser_training.trained_parameters(unet, text_encoder), held["denoiser"]["average"])
+    unet.load_state_dict(states["denoiser"]["unet"])
+    _copy_average(denoiser_training.trained_parameters(unet, text_encoder), states["denoiser"]["average"])
     return {
         "vae": vae.eval(),
         "text_encoder": text_encoder.eval(),

@@ -46,9 +46,9 @@ class WeightAverage:
     def swap(self) -> None:
         """Exchange the parameters and their average; call again to undo."""
         for p, a in zip(self.parameters, self.average, strict=True):
-            held = p.detach().clone()
+            weight = p.detach().clone()
             p.copy_(a)
-            a.copy_(held)
+            a.copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "updates": self.updates}

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from s2edit_pipeline.avatars import autoencoder_training
 from s2edit_pipeline.avatars.autoencoder_training import (
     LATENT_CHANNELS,
     PATCH,
+    AutoencoderSettings,
     build_autoencoder,
     fit_linear_code,
     install_linear_encoder,
@@ -147,16 +149,17 @@ def test_the_encoder_is_the_linear_code(pictures, code, latents):
     error = (posterior.mode() - latents).square().mean((0, 2, 3)).sqrt() / latents.std((0, 2, 3))
     assert error.max() < 0.005
     assert posterior.std.max() < 1e-6
-    assert all(torch.equal(held, vae.decoder.state_dict()[name]) for name, held in decoder.items())
+    assert all(torch.equal(weight, vae.decoder.state_dict()[name]) for name, weight in decoder.items())
 
 
 # ---------------------------------------------------------------------------- training
 
 
-def _train(pictures, folder, **more):
-    settings = {"num_steps": 3, "whole_picture_steps": 1, "batch_size": 2, **more}
+def _train(pictures, folder, *, start_from=None, stop_at=None, **more):
+    """Three steps of two pictures, the last of them whole."""
+    settings = replace(AutoencoderSettings(num_steps=3, whole_picture_steps=1, batch_size=2), **more)
     validation = PictureSet(pictures.subjects[:2], pictures.images[:2], None)
-    return train_autoencoder(pictures, validation, folder, **settings)
+    return train_autoencoder(pictures, validation, folder, settings, start_from=start_from, stop_at=stop_at)
 
 
 def test_the_first_step_follows_the_gradient_of_its_loss(pictures, code, tmp_path):
@@ -177,7 +180,7 @@ def test_the_first_step_follows_the_gradient_of_its_loss(pictures, code, tmp_pat
     first = json.loads((tmp_path / "autoencoder.jsonl").read_text().splitlines()[0])
     assert first["loss"] == pytest.approx(loss.item(), rel=1e-4)
     # the optimizer's first moment holds a tenth of the gradient, clipped to norm 1
-    moments = [held["exp_avg"].double() for held in state["optimizer"]["state"].values()]
+    moments = [entry["exp_avg"].double() for entry in state["optimizer"]["state"].values()]
     wanted = torch.cat([g.flatten() for g in gradients]) / norm.clamp(min=1) / 10
     assert (torch.cat([m.flatten() for m in moments]) - wanted).norm() < 1e-3 * wanted.norm()
     # the first of a hundred steps of warm-up: AdamW moves each weight by the learning rate
@@ -213,7 +216,7 @@ def test_a_few_steps_make_it_better(pictures, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "autoencoder.jsonl").read_text().splitlines()]
     assert records[-1]["step"] == 10 and records[-1]["psnr"] == pytest.approx(scores[1], abs=1e-3)
     encoders = [vae.encoder.state_dict() for vae in (before, after)]
-    assert all(torch.equal(held, encoders[1][name]) for name, held in encoders[0].items())
+    assert all(torch.equal(weight, encoders[1][name]) for name, weight in encoders[0].items())
 
 
 def test_going_on_gives_the_same_as_going_through(pictures, tmp_path):

@@ -2,6 +2,7 @@ import functools
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,16 +12,18 @@ from diffusers import UNet2DConditionModel
 from s2edit_pipeline.avatars import denoiser_training
 from s2edit_pipeline.avatars.captions import Caption, describe
 from s2edit_pipeline.avatars.denoiser_training import (
+    DenoiserSettings,
     build_scheduler,
     build_text_encoder,
     build_unet,
+    clamped_snr_plus_one_weight,
     grounding_loss,
-    min_snr_weight,
     sample_latents,
     tokenize_with_parts,
     train_denoiser,
     trained_parameters,
 )
+from s2edit_pipeline.avatars.latent_dataset import LatentSet
 from s2edit_pipeline.avatars.world import PARTS, sample_person
 
 
@@ -57,13 +60,13 @@ def test_the_noise_schedule_is_stable_diffusions():
     assert scheduler.final_alpha_cumprod == scheduler.alphas_cumprod[0]
 
 
-def test_the_weight_makes_an_error_of_the_picture_count_min_snr():
+def test_the_weight_makes_an_error_of_the_picture_count_one_plus_snr_but_at_most_five():
     # for a network that is wrong by e about the picture, v = alpha eps - sigma x0 with
     # eps = (x_t - alpha x0) / sigma is wrong by (alpha^2 / sigma + sigma) e
     for abar in (0.9999, 0.95, 0.8, 0.7999, 0.5, 0.1, 0.005):
         alpha, sigma = math.sqrt(abar), math.sqrt(1 - abar)
         wrong = (alpha**2 / sigma + sigma) ** 2
-        weight = min_snr_weight(torch.tensor([abar], dtype=torch.float64)).item()
+        weight = clamped_snr_plus_one_weight(torch.tensor([abar], dtype=torch.float64)).item()
         assert weight * wrong == pytest.approx(min(1 + abar / (1 - abar), 5), rel=1e-9)
 
 
@@ -150,7 +153,7 @@ def test_keeping_the_maps_changes_nothing(models, tokenizer, latents):
         seen = []
         attention.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
         keepers = {f"{name}.processor": denoiser_training._MapKeeper()}
-        unet.set_attn_processor({n: keepers.get(n, held) for n, held in unet.attn_processors.items()})
+        unet.set_attn_processor({n: keepers.get(n, plain) for n, plain in unet.attn_processors.items()})
         kept = unet(latents[:2], 500, context).sample
     assert (kept - plain).abs().max() < 1e-5
     # softmax(q k / sqrt(d)), head by head in float64
@@ -205,8 +208,11 @@ def train(pictures, latents, tokenizer, monkeypatch):
     def decode(z):
         return np.zeros((len(z), 8, 8, 3), np.uint8)
 
-    def run(folder, **more):
-        return train_denoiser(pictures, latents, tokenizer, folder, decode, **{"num_steps": 3, "batch_size": 2, **more})
+    data = LatentSet(pictures.subjects, latents, pictures.masks)
+    usual = DenoiserSettings(num_steps=3, batch_size=2)
+
+    def run(folder, *, stop_at=None, **more):
+        return train_denoiser(data, tokenizer, decode, folder, replace(usual, **more), stop_at=stop_at)
 
     return run
 

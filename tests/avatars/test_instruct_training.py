@@ -1,6 +1,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from s2edit_pipeline.avatars.autoencoder_training import (
 from s2edit_pipeline.avatars.creatures import Creature, has_unseen_pair
 from s2edit_pipeline.avatars.denoiser_training import build_scheduler, build_text_encoder, build_unet
 from s2edit_pipeline.avatars.instruct_training import (
+    InstructSettings,
     dropped,
     instruct,
     load_pairs,
@@ -165,13 +167,16 @@ def model(vae, tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def train(model, cache):
-    def run(folder, **more):
+    """Three steps of two of ten pairs, which are drawn already."""
+    usual = InstructSettings(num_steps=3, batch_size=2)
+
+    def run(folder, *, stop_at=None, **more):
         folder.mkdir()
         for kept in cache.iterdir():
             if kept.is_file():
                 (folder / kept.name).symlink_to(kept)
-        settings = {"num_people": 8, "num_creatures": 2, "num_steps": 3, "batch_size": 2, "device": "cpu", **more}
-        return train_instruct(folder, model=model, **settings)
+        where = {"model": model, "num_people": 8, "num_creatures": 2, "device": "cpu"}
+        return train_instruct(folder, settings=replace(usual, **more), stop_at=stop_at, **where)
 
     return run
 
@@ -220,9 +225,8 @@ def test_a_picture_that_is_left_out_teaches_its_channels_nothing(train, tmp_path
 def test_going_on_gives_the_same_as_going_through(train, tmp_path, model, cache):
     train(tmp_path / "whole")
     train(tmp_path / "parts", stop_at=1)
-    train_instruct(
-        tmp_path / "parts", model=model, num_people=8, num_creatures=2, num_steps=3, batch_size=2, device="cpu"
-    )
+    settings = InstructSettings(num_steps=3, batch_size=2)
+    train_instruct(tmp_path / "parts", model=model, num_people=8, num_creatures=2, settings=settings, device="cpu")
     states = [torch.load(tmp_path / f / "instruct.ckpt", weights_only=True) for f in ("whole", "parts")]
     for part in ("unet", "average", "optimizer", "step", "running"):
         torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0)
@@ -249,8 +253,8 @@ def test_training_lowers_the_loss_and_the_folder_is_diffusers_own(train, model, 
     # the text encoder stayed as it was, and what is exported is the average
     for name, weight in start["text_encoder"].state_dict().items():
         assert torch.equal(weight, pipe.text_encoder.state_dict()[name])
-    held = torch.load(tmp_path / "run" / "instruct.ckpt", weights_only=True)["average"]["average"]
-    for weight, average in zip(pipe.unet.parameters(), held, strict=True):
+    averages = torch.load(tmp_path / "run" / "instruct.ckpt", weights_only=True)["average"]["average"]
+    for weight, average in zip(pipe.unet.parameters(), averages, strict=True):
         assert torch.equal(weight, average.half().float())
     pipe.set_progress_bar_config(disable=True)
     image = pipe(texts[0], image=[torch.rand(3, 128, 128)], num_inference_steps=1).images[0]

@@ -12,6 +12,7 @@ from transformers import CLIPTokenizer
 
 from s2edit_pipeline.avatars import MODEL_FOLDER, denoiser_training, flow_training, latent_dataset, recipe
 from s2edit_pipeline.avatars.autoencoder_training import (
+    AutoencoderSettings,
     build_autoencoder,
     fit_linear_code,
     install_linear_encoder,
@@ -21,7 +22,13 @@ from s2edit_pipeline.avatars.autoencoder_training import (
 )
 from s2edit_pipeline.avatars.autoencoder_training import trained_parameters as autoencoder_parameters
 from s2edit_pipeline.avatars.dataset import load_pictures
-from s2edit_pipeline.avatars.denoiser_training import build_scheduler, build_text_encoder, build_unet, sample_latents
+from s2edit_pipeline.avatars.denoiser_training import (
+    DenoiserSettings,
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+    sample_latents,
+)
 from s2edit_pipeline.avatars.denoiser_training import trained_parameters as denoiser_parameters
 from s2edit_pipeline.avatars.flow_model import build_transformer, shared_parts
 from s2edit_pipeline.avatars.recipe import (
@@ -143,8 +150,8 @@ def test_older_transformers_find_their_names_and_files(exported, tokenizer):
     vocab = json.loads((exported / "tokenizer" / "vocab.json").read_text("utf-8"))
     assert vocab == tokenizer.get_vocab()
     merges = (exported / "tokenizer" / "merges.txt").read_text("utf-8").splitlines()[1:]
-    held = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    assert [tuple(line.split(" ")) for line in merges] == [tuple(pair) for pair in held]
+    pairs = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    assert [tuple(line.split(" ")) for line in merges] == [tuple(pair) for pair in pairs]
 
 
 # ---------------------------------------------------------------------------- training
@@ -160,7 +167,10 @@ def small(monkeypatch):
     monkeypatch.setattr(denoiser_training, "sample_latents", functools.partial(sample_latents, num_inference_steps=1))
 
 
-TINY = {"num_pictures": 4, "num_creatures": 3, "autoencoder_steps": 1, "denoiser_steps": 2, "device": "cpu"}
+TINY = {
+    "num_pictures": 4, "num_creatures": 3, "device": "cpu",
+    "autoencoder": AutoencoderSettings(num_steps=1), "denoiser": DenoiserSettings(num_steps=2),
+}  # fmt: skip
 
 
 def test_the_stages_can_be_trained_apart_and_the_last_one_writes_the_model(small, tmp_path):
@@ -175,21 +185,21 @@ def test_the_stages_can_be_trained_apart_and_the_last_one_writes_the_model(small
 
     # the averaged weights, not the last ones
     loaded = load_checkpoints(tmp_path)
-    held = {s: torch.load(tmp_path / f"{s}.ckpt", weights_only=True) for s in ("autoencoder", "denoiser")}
+    states = {s: torch.load(tmp_path / f"{s}.ckpt", weights_only=True) for s in ("autoencoder", "denoiser")}
     pairs = [
-        (autoencoder_parameters(loaded["vae"]), held["autoencoder"]["average"]["average"]),
-        (denoiser_parameters(loaded["unet"], loaded["text_encoder"]), held["denoiser"]["average"]["average"]),
+        (autoencoder_parameters(loaded["vae"]), states["autoencoder"]["average"]["average"]),
+        (denoiser_parameters(loaded["unet"], loaded["text_encoder"]), states["denoiser"]["average"]["average"]),
     ]
     for parameters, average in pairs:
         assert all(torch.equal(p, a) for p, a in zip(parameters, average, strict=True))
-    assert not torch.equal(loaded["unet"].conv_in.weight, held["denoiser"]["unet"]["conv_in.weight"])
+    assert not torch.equal(loaded["unet"].conv_in.weight, states["denoiser"]["unet"]["conv_in.weight"])
     assert not any(m.training for m in (loaded["vae"], loaded["unet"], loaded["text_encoder"]))
     assert torch.equal(pipe.unet.conv_in.weight, loaded["unet"].conv_in.weight.half().float())
 
     # nothing is left to train: going on changes nothing
     train_avatars(tmp_path, **TINY)
     again = torch.load(tmp_path / "denoiser.ckpt", weights_only=True)
-    torch.testing.assert_close(again["unet"], held["denoiser"]["unet"], rtol=0, atol=0)
+    torch.testing.assert_close(again["unet"], states["denoiser"]["unet"], rtol=0, atol=0)
 
     # another tokenizer's numbers would be other words
     (tmp_path / "tokenizer").rename(tmp_path / "elsewhere")
@@ -202,43 +212,64 @@ def test_the_stages_can_be_trained_apart_and_the_last_one_writes_the_model(small
 def test_the_denoiser_is_given_the_code_of_every_picture(tmp_path, monkeypatch):
     given = {}
 
-    def record(pictures, latents, tokenizer, folder, decode, **settings):
-        given.update(pictures=pictures, latents=latents, decode=decode, settings=settings)
+    def record(data, tokenizer, decode, folder, settings, **where):
+        given.update(data=data, decode=decode, settings=settings, where=where)
 
     monkeypatch.setattr(recipe, "train_denoiser", record)
     monkeypatch.setattr(recipe, "_CHUNK", 3)
-    settings = {"num_pictures": 8, "num_creatures": 5, "denoiser_steps": 9, "device": "cpu", "seed": 4}
-    assert train_avatars(tmp_path, **settings, stages=["denoiser"]) is None
-    people = load_pictures(8, cache=tmp_path / "pictures")
-    both = people + load_pictures(5, kind="creature", cache=tmp_path / "pictures")
-    images = both.images
-    assert given["pictures"].subjects == both.subjects and len(images) == 13
-    assert np.array_equal(given["pictures"].images, images) and given["pictures"].masks is not None
+    settings = {"num_pictures": 8, "num_creatures": 5, "device": "cpu"}
+    denoiser = DenoiserSettings(num_steps=9, seed=4)
+    assert train_avatars(tmp_path, **settings, denoiser=denoiser, stages=["denoiser"]) is None
+    people = load_pictures(8, masks=True)
+    both = people + load_pictures(5, kind="creature", masks=True)
+    images, data = both.images, given["data"]
+    assert data.subjects == both.subjects and len(images) == 13
+    assert np.array_equal(data.masks, both.masks)
     code = fit_linear_code(images)
-    assert (given["latents"] - code.encode(to_tensor(images))).abs().max() < 1e-5
-    assert given["settings"] == {
-        "num_steps": 9, "device": "cpu", "seed": 4, "learning_rate": 8e-4, "start_from": None,
-    }  # fmt: skip
+    assert (data.latents - code.encode(to_tensor(images))).abs().max() < 1e-5
+    assert given["settings"] == denoiser and denoiser.learning_rate == 8e-4
+    assert given["where"] == {"device": "cpu", "start_from": None}
     # sixteen numbers a patch: what the sheet shows is near the pictures
-    assert mean_psnr(images, given["decode"](given["latents"])) > 20
-    assert math.isclose(given["latents"].square().mean().item(), 1, rel_tol=0.05)
+    assert mean_psnr(images, given["decode"](data.latents)) > 20
+    assert math.isclose(data.latents.square().mean().item(), 1, rel_tol=0.05)
 
 
 def test_it_starts_from_a_models_weights_and_words(small, tmp_path):
     model = train_avatars(tmp_path / "first", **TINY)
-    later = train_avatars(tmp_path / "later", **{**TINY, "autoencoder_steps": 0, "denoiser_steps": 0}, start_from=model)
+    none = {"autoencoder": AutoencoderSettings(num_steps=0), "denoiser": DenoiserSettings(num_steps=0)}
+    later = train_avatars(tmp_path / "later", **{**TINY, **none}, start_from=model)
     assert later is None  # no step, no checkpoint
     kept = [
         CLIPTokenizer.from_pretrained(str(f)).get_vocab() for f in (model / "tokenizer", tmp_path / "later/tokenizer")
     ]
     assert kept[0] == kept[1]
     start = StableDiffusionPipeline.from_pretrained(str(model))
-    train_avatars(tmp_path / "step", **{**TINY, "denoiser_steps": 1}, start_from=model)
+    train_avatars(tmp_path / "step", **{**TINY, "denoiser": DenoiserSettings(num_steps=1)}, start_from=model)
     moved = load_checkpoints(tmp_path / "step")
     for name in ("unet", "text_encoder"):
         before, after = getattr(start, name).state_dict(), moved[name].state_dict()
         # one step of the warm-up, 8e-6, averaged in
         assert 0 < max((after[k] - w).abs().max() for k, w in before.items() if w.is_floating_point()) < 1e-4
+
+
+def test_each_stage_goes_on_from_its_part_of_a_model_at_half_the_rate(small, tmp_path, monkeypatch):
+    calls = {}
+    for stage in ("autoencoder", "denoiser"):
+        # how it is trained is the last of the arguments
+        monkeypatch.setattr(
+            recipe, f"train_{stage}", lambda *args, s=stage, **where: calls.update({s: (args[-1], where)})
+        )
+    assert train_avatars(tmp_path, **TINY, start_from=MODEL_FOLDER) is None
+    assert calls == {
+        "autoencoder": (
+            AutoencoderSettings(num_steps=1, learning_rate=1e-3),
+            {"start_from": MODEL_FOLDER / "vae", "device": "cpu"},
+        ),
+        "denoiser": (
+            DenoiserSettings(num_steps=2, learning_rate=4e-4),
+            {"start_from": MODEL_FOLDER, "device": "cpu"},
+        ),
+    }
 
 
 def test_a_stage_of_another_name_is_refused(tmp_path):
