@@ -227,17 +227,22 @@ def unregister_family(family: type[ModelFamily]) -> None:
     _FAMILIES.remove(family)
 
 
+def known_family(pipe: Any) -> ModelFamily | None:
+    """The family that serves ``pipe``, or None."""
+    return next((family(pipe) for family in _FAMILIES if family.serves(pipe)), None)
+
+
 def family_of(pipe: Any) -> ModelFamily:
     """The family that serves ``pipe``.
 
     Raises:
         ValueError: none does; the message lists those that there are.
     """
-    for family in _FAMILIES:
-        if family.serves(pipe):
-            return family(pipe)
+    family = known_family(pipe)
+    if family is not None:
+        return family
     denoiser = next((part for name in ("unet", "transformer") if (part := getattr(pipe, name, None)) is not None), None)
-    served = "; ".join(f"{family.name} ({', '.join(family.denoiser_classes)})" for family in reversed(_FAMILIES))
+    served = "; ".join(f"{one.name} ({', '.join(one.denoiser_classes)})" for one in reversed(_FAMILIES))
     if denoiser is None:
         raise ValueError(
             f"The pipeline has no unet; load it whole, or pass unet= to from_pretrained. Served are: {served}."

@@ -100,8 +100,8 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     schedule = family.schedule(call.num_inference_steps, size)
     tokens = fitting_identities(call.prompt, call.identity_token, work.overlay)
     prompt = family.tokenize(with_identities(call.prompt, tokens, work.overlay))
-    if call.negative_prompt is not None:
-        family.tokenize(call.negative_prompt)  # refused here if it is too long
+    if call.negative_prompt is not None and not isinstance(call.negative_prompt, str):
+        raise TypeError(f"negative_prompt must be one string, not {type(call.negative_prompt).__name__}.")
     encoded = encode_each(family, [prompt], call.clip_skip)
     with torch.no_grad():
         null = Branch("unconditional", family.encode_negative(call.negative_prompt, encoded, call.clip_skip))

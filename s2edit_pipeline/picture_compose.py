@@ -169,28 +169,26 @@ def _fade(region: np.ndarray, placement: Placement, feather: int) -> np.ndarray:
     pixels deeper; the stairs that a border has are smoothed. The picture's own border is none of the region's.
 
     What the region keeps when half of ``feather``, and a pixel, is cut off all around it is blurred by that half. Parts
-    too thin to come to 1 in this way are done again with a narrower border.
+    too thin to come to 1 in this way get a narrower border, into which the wider one passes over.
     """
     left, top, right, bottom = placement.content
     width, height = placement.picture_size
     at_border = [a == b for a, b in zip(placement.box, (0, 0, width, height), strict=True)]
-    rest = region[top:bottom, left:right]
+    padded = region[top:bottom, left:right]
     around = feather + 1
     for axis, ends in enumerate(((at_border[1], at_border[3]), (at_border[0], at_border[2]))):
         for end, repeated in enumerate(ends):
             sides = [(0, 0), (0, 0)]
             sides[axis] = (around, 0) if end == 0 else (0, around)
-            rest = np.pad(rest, sides, mode="edge") if repeated else np.pad(rest, sides)
-    weight = np.zeros(rest.shape, np.float32)
+            padded = np.pad(padded, sides, mode="edge") if repeated else np.pad(padded, sides)
+    inner = ~_grow(~padded, diagonally=True)  # the filter that draws this larger sees one pixel further
+    weight = np.zeros(padded.shape, np.float32)
+    rest = padded
     half = feather // 2
     while rest.any():
-        core = ~_grown(~rest, half + 1) if half else rest
-        blurred = core.astype(np.float32)
-        for radius in (half // 2, half - half // 2):
-            blurred = _blurred(blurred, radius)
-        if half:  # the filter that draws this larger sees one pixel further
-            blurred *= ~_grow(~rest, diagonally=True)
-        weight = np.maximum(weight, blurred)
+        blurred = _blurred_twice(~_grown(~padded, half + 1) & inner, half) * inner if half else padded
+        here = _blurred_twice(_grown(rest, 2 * half + 1), half)
+        weight = np.maximum(weight, blurred * here)
         if half == 0:
             break
         rest = rest & ~_grown(blurred > 0.999, 3 * half + 3)
@@ -234,6 +232,11 @@ def _blurred(values: np.ndarray, radius: int) -> np.ndarray:
         sums = np.pad(values, ((radius + 1, radius), (0, 0)), mode="edge").cumsum(0, dtype=np.float64)
         values = ((sums[count:] - sums[:-count]) / count).astype(np.float32).T
     return values
+
+
+def _blurred_twice(values: np.ndarray, radius: int) -> np.ndarray:
+    """Blurred by ``radius`` in two goes, so that no edge is left."""
+    return _blurred(_blurred(values.astype(np.float32), radius // 2), radius - radius // 2)
 
 
 def _drift(difference: np.ndarray, ring: np.ndarray) -> np.ndarray:

@@ -62,11 +62,13 @@ from .inversion_stage import InversionCall, invert_words
 from .noise_schedule import NoiseSchedule  # noqa: F401
 from .object_masks import mask_to_picture  # noqa: F401
 from .picture_arrays import pixel_array  # noqa: F401
+from .picture_compose import compose  # noqa: F401
 from .picture_files import read_picture  # noqa: F401
 from .picture_inputs import load_picture  # noqa: F401
 from .picture_metadata import exif_of  # noqa: F401
 from .picture_modes import rgb_of  # noqa: F401
 from .picture_placement import place_picture  # noqa: F401
+from .picture_saving import save_picture  # noqa: F401
 from .pipeline_arguments import (
     BOTH,
     DRAWING,
@@ -237,8 +239,7 @@ class S2EditPipeline(
         Args:
             image: the picture, see ``picture_inputs.load_picture``.
             prompt: P, what it shows: "a photo of a lady with glasses".
-            subject: the noun in it that ``token`` will stand before: "lady".
-            token: one word in brackets.
+            subject, token: the noun in it, "lady", and the word in brackets that will stand before it.
             method: "lora" (None), "full" (the paper's) or "token".
             mask: the subject's mask, white inside, the picture's shape; None finds it by itself.
             num_steps, learning_rate, token_learning_rate: None takes the method's own.
@@ -260,7 +261,7 @@ class S2EditPipeline(
                 comes back and says ``interrupted``.
 
         Returns:
-            The identity, to be saved, loaded, or passed to the pipeline.
+            The identity.
 
         Raises:
             TypeError, ValueError, ImportError: an input that can't be used; nothing has been done then.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from diffusers.utils import logging
 
-from .family_base import ModelFamily, family_of
+from .family_base import ModelFamily, family_of, known_family
 from .identity_adapter import IdentityAdapter
 from .identity_overlay import IdentityOverlay
 from .picture_inputs import load_mask
@@ -90,6 +90,7 @@ class IdentityLoaders:
             ValueError: it belongs to another base model, or its token is taken; nothing is changed then.
             RuntimeError: called in a callback, in the middle of a call that uses the model.
         """
+        turns = self._turns
         adapter = self._adapter(identity, **kwargs)
         if token is not None or reference_token is not None:
             adapter = adapter.renamed(token, reference_token)
@@ -97,7 +98,7 @@ class IdentityLoaders:
             adapter = replace(adapter, mask=load_mask(mask, None))
         if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)) or not np.isfinite(scale):
             raise ValueError(f"scale must be a number, not {scale!r}.")
-        with self._turns.exclusive("load_identity"):
+        with turns.exclusive("load_identity"):
             self._lay(adapter, float(scale))
         return adapter.token
 
@@ -221,15 +222,16 @@ class IdentityLoaders:
         """As every pipeline's, to make others of: without those that are None and that the stock pipeline of this kind
         of model doesn't know, so that ``StableDiffusionPipeline(**pipe.components)`` works, or SDXL's."""
         every: dict[str, Any] = super().components  # type: ignore[misc]
-        known = self.family.stock_components
+        family = known_family(self)  # none where the denoiser is missing yet
+        known = frozenset() if family is None else family.stock_components
         return {name: one for name, one in every.items() if one is not None or name in known}
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """As every pipeline's; the components that the other pipeline lacks are None."""
         names, _ = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
-        absent = {name: None for name in names if name not in pipeline.components}
-        return super().from_pipe(pipeline, **{**absent, **kwargs})  # type: ignore[misc]
+        components = {name: pipeline.components.get(name) for name in names}
+        return super().from_pipe(pipeline, **{**components, **kwargs})  # type: ignore[misc]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As every pipeline's; loaded identities are left out, save them with their own ``save_pretrained``."""

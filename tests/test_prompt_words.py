@@ -75,6 +75,8 @@ def test_accents_and_vowel_signs_stay_with_their_letter() -> None:
     assert split_words("cafe\u0301 CAFÉ") == ["café", "café"]
     assert split_words("STRASSE Straße") == ["strasse", "strasse"]
     assert split_words("می\u200cخواهم") == ["میخواهم"]  # a joiner without width, of Persian
+    assert split_words("ខ្មែរ") == ["ខ្មែ", "រ"]  # Khmer: the sign under the first consonant takes the second
+    assert split_words("α\u0345\u0301") == split_words("\u1fb4")  # accents in another order
     (word,) = words_of("e\u0301te\u0301")
     assert (word.start, word.end) == (0, 5)  # as it was written
 
@@ -176,7 +178,7 @@ def test_a_subject_that_is_not_there_is_refused() -> None:
     ("subject", "word"),
     [
         ("lady", "ladies"), ("man", "men"), ("woman", "women"), ("wolf", "wolves"), ("box", "boxes"), ("dogs", "dog"),
-        ("old lady", "old ladies"), ("person", "people"), ("smiling", "smilling"),
+        ("old lady", "old ladies"), ("person", "people"), ("smiling", "smilling"), ("fireman", "firemen"),
     ],
 )  # fmt: skip
 def test_a_plural_or_a_slip_is_pointed_out(subject: str, word: str) -> None:

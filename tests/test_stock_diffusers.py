@@ -31,7 +31,7 @@ def fitted(pipe: S2EditPipeline, picture: Image.Image, method: str = "lora") -> 
 
 
 def drawn_by_stock_and_by_ours(
-    pipe: S2EditPipeline, identity: Path | None, has_lora: bool = True
+    pipe: S2EditPipeline, identity: Path | None, has_lora: bool = True, prompt: str = PROMPT
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same latents, words and steps; pixels in [0, 1]."""
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -45,13 +45,13 @@ def drawn_by_stock_and_by_ours(
     stock.set_progress_bar_config(disable=True)
     if identity is not None:
         pipe.load_identity(identity)
-    ours = pipe(PROMPT, **arguments).images
+    ours = pipe(prompt, **arguments).images
     pipe.unload_identity()
     if identity is not None:  # last, it isn't taken off to the bit
         if has_lora:
             stock.load_lora_weights(str(identity))
         stock.load_textual_inversion(str(identity))
-    theirs = stock(PROMPT, **arguments).images
+    theirs = stock(prompt, **arguments).images
     return theirs, ours
 
 
@@ -61,7 +61,7 @@ def test_stock_stable_diffusion_draws_the_same_picture(
 ) -> None:
     pipe = make_pipe(prediction_type)
     fitted(pipe, picture).save_pretrained(tmp_path / "ada")
-    bare, _ = drawn_by_stock_and_by_ours(pipe, None)
+    bare, _ = drawn_by_stock_and_by_ours(pipe, None, prompt=PROMPT.replace("[I] ", ""))
     theirs, ours = drawn_by_stock_and_by_ours(pipe, tmp_path / "ada")
     assert np.abs(theirs - ours).max() <= 1e-4
     assert np.abs(theirs - bare).max() > 1e-2

@@ -65,7 +65,7 @@ def test_a_transformers_folder_is_refused_as_it_is_loaded(
 def test_a_pipeline_without_a_denoiser_is_refused_as_it_is_used() -> None:
     """It can be made: another may be passed later."""
     pipe = S2EditPipeline()
-    assert all(component is None for component in pipe.components.values())
+    assert pipe.components == {}
     for call in (lambda: pipe("a lady"), lambda: pipe.load_identity("nowhere"), lambda: pipe.family):
         with pytest.raises(ValueError, match=r"The pipeline has no unet; load it whole, or pass unet= to from_pretr"):
             call()
