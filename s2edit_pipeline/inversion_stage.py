@@ -144,6 +144,7 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
         "clip_skip": request.clip_skip,
     }
     num_steps = schedule.num_steps * method.num_passes
+    work.call.facts |= {"num_timesteps": num_steps, "clip_skip": request.clip_skip}
     with (
         torch.set_grad_enabled(method.needs_gradients),
         frozen(family.denoiser) if method.needs_gradients else nullcontext(),

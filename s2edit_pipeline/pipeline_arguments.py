@@ -140,7 +140,7 @@ def step_report(pipe: Any, callback: Callable[..., Any] | None, names: Sequence[
                         f"A callback may change {', '.join(map(repr, shown))}, which it was shown; it returned "
                         f"{', '.join(map(repr, unknown))}. Name it in callback_on_step_end_tensor_inputs."
                     )
-                changed = {name: tensor for name, tensor in returned.items() if tensor is not shown[name]}
+                changed = dict(returned)  # also what was changed in place
             call.check()
             return changed
 

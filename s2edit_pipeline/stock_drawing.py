@@ -69,6 +69,11 @@ def draw(
         rows = [prompt for prompt in prompts for _ in range(given.get("num_images_per_prompt", 1))]
         seam = work.family.control_attention(_DrawnRows(work, rows), *size)
 
+    work.call.facts |= {
+        "guidance_rescale": arguments.get("guidance_rescale", 0.0),
+        "clip_skip": arguments.get("clip_skip"),
+    }
+
     def on_step(stock: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         facts = work.call.facts
         facts |= {"guidance_scale": stock._guidance_scale, "num_timesteps": stock.num_timesteps}

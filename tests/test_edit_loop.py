@@ -447,6 +447,47 @@ def test_a_callback_that_returns_all_that_it_was_shown_changes_nothing(
     assert torch.equal(result.images, plain) and calls == [0, 1] and not result.interrupted
 
 
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_a_change_in_place_is_a_change(pipe: S2EditPipeline, picture: Image.Image, name: str) -> None:
+    inversion = pipe.invert(picture, SOURCE_PROMPT, num_inference_steps=5)
+    images = []
+    for in_place in (False, True):
+
+        def callback(
+            pipe: S2EditPipeline, step: int, timestep: Any, tensors: dict[str, Any], in_place: bool = in_place
+        ) -> dict[str, Any]:
+            if step == 1:
+                change = tensors[name].mul_ if in_place else tensors[name].mul
+                tensors[name] = change(1.5)
+            return tensors
+
+        images.append(
+            pipe(
+                TARGET_PROMPT, inversion=inversion, callback_on_step_end=callback,
+                callback_on_step_end_tensor_inputs=EVERYTHING, **FREE,
+            ).images
+        )  # fmt: skip
+    assert torch.equal(*images)
+    assert float((images[0] - pipe(TARGET_PROMPT, inversion=inversion, **FREE).images).abs().max()) > 1e-4
+
+
+def test_what_callbacks_of_inversions_and_drawings_read(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    facts: list[tuple[Any, ...]] = []
+
+    def callback(pipe: S2EditPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        facts.append((pipe.num_timesteps, pipe.clip_skip, pipe.guidance_scale, pipe.guidance_rescale))
+        return tensors
+
+    pipe.invert(picture, SOURCE_PROMPT, num_inference_steps=2, clip_skip=1, callback_on_step_end=callback)
+    pipe.invert(picture, SOURCE_PROMPT, "null_text", 2, callback_on_step_end=callback)
+    assert facts == [(2, 1, None, None)] * 2 + [(4, None, None, None)] * 4  # null-text walks down again
+    facts.clear()
+    pipe(
+        TARGET_PROMPT, num_inference_steps=3, guidance_scale=2.5, guidance_rescale=0.25, callback_on_step_end=callback
+    )  # fmt: skip
+    assert facts == [(3, None, 2.5, 0.25)] * 3
+
+
 def test_a_tensor_that_was_not_shown_is_refused(pipe: S2EditPipeline, picture: Image.Image) -> None:
     message = r"may change 'latents', which it was shown; it returned 'prompt_embeds'.*tensor_inputs"
     with pytest.raises(ValueError, match=message):
