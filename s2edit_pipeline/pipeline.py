@@ -47,6 +47,7 @@ from .identity_fitting import FitSettings
 # published this is the only list that its loader follows, see publishing.unfollowed
 from .identity_folder import atomic_folder  # noqa: F401
 from .identity_loading import IdentityLoading  # noqa: F401
+from .identity_lora_layers import AdaptedLayer  # noqa: F401
 from .identity_lora_names import lora_metadata  # noqa: F401
 from .identity_losses import cosine  # noqa: F401
 from .identity_overlay import IdentityOverlay
