@@ -79,18 +79,19 @@ class AdaptedLayer:
 
     def is_settled(self) -> bool:
         """Whether nothing is to be done; asked of every layer before every call, so without PEFT's properties."""
-        wrapper = self.wrapper
-        active = wrapper._active_adapter
-        if self.parent._modules.get(self.child) is not wrapper or wrapper._disable_adapters or wrapper.merged_adapters:
+        wrapper: Any = self.wrapper
+        present: Any = self.parent._modules.get(self.child)
+        if present is not wrapper or wrapper._disable_adapters or wrapper.merged_adapters:
             return False
+        active = wrapper._active_adapter
         if isinstance(active, str) or (self.paused is not None and len(active) > len(self.scalings)):
             return False
-        downs = wrapper._modules["lora_A"]._modules  # type: ignore[union-attr]
+        downs = wrapper._modules["lora_A"]._modules
         for name, scaling in self.scalings.items():
             down = downs.get(name)
             if down is None or name not in active or wrapper.scaling.get(name) != scaling:
                 return False
-            if down._parameters["weight"].requires_grad:  # type: ignore[union-attr]
+            if down._parameters["weight"].requires_grad:
                 return False
         return True
 
@@ -181,7 +182,7 @@ def lora_layers(bases: list[nn.Module], peft_name: str, module: nn.Module) -> li
     for kind, base in zip(kinds, bases, strict=True):
         layer = models[kind] if base is alike[kind] else _twin(models[kind], base)
         layers.append(layer.train(base.training))
-    return layers  # type: ignore[return-value]
+    return layers
 
 
 def _kind(layer: nn.Module) -> Any:
