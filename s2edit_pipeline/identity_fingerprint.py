@@ -31,7 +31,7 @@ from .prompt_tokens import embedding_modules
 BUCKETS = 64
 VECTOR_BUCKETS = 16
 ROW_LENGTH = 4096
-ROWS_AT_A_TIME = 256
+ROWS_AT_A_TIME = 64
 """On the CPU: what is read for the projections is still in the cache for the squares. Elsewhere more at a time."""
 WORDS_OF_A_BLOCK = 4096
 EXACT_TOLERANCE = 1e-6
@@ -116,18 +116,20 @@ class _Bucket:
         self.is_quantised = False
 
     def add(self, name: str, tensor: torch.Tensor, made_in: torch.dtype | None) -> None:
-        """Take ``tensor`` in; ``made_in``: the type that the other fingerprint's weights were in."""
+        """Take ``tensor`` in; ``made_in``: the type that the other fingerprint's weights were in, None where there is
+        none and the squares are wanted instead."""
         flat = tensor.detach().reshape(-1)  # a view, but of channels-last convolutions
         device = flat.device if flat.device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
         signs, factors = _signs().to(device), _factors(name, math.ceil(len(flat) / ROW_LENGTH)).to(device)
         is_float = tensor.is_floating_point()
         self.is_quantised |= not is_float
         rounding = {tensor.dtype, made_in} if is_float and made_in not in (None, tensor.dtype) else set()
-        step = ROWS_AT_A_TIME if device.type == "cpu" else 64 * ROWS_AT_A_TIME
+        step = ROWS_AT_A_TIME if device.type == "cpu" else 256 * ROWS_AT_A_TIME
         for first in range(0, len(factors), step):
             part = flat[first * ROW_LENGTH : (first + step) * ROW_LENGTH].to(device).float()
             self.variances += [_rounding_variance(part, dtype) for dtype in rounding]
-            self.squares.append(torch.dot(part, part).double())
+            if made_in is None:
+                self.squares.append(torch.dot(part, part).double())
             whole = len(part) // ROW_LENGTH
             rows, rest = part[: whole * ROW_LENGTH].view(whole, ROW_LENGTH), part[whole * ROW_LENGTH :]
             # tensor cores would round the weights: not a matrix product there
@@ -137,14 +139,10 @@ class _Bucket:
                 tail = (rest * signs[: len(rest)]).sum(dtype=torch.float64)
                 self.projections.append(tail * factors[first + whole])
 
-    @property
-    def projection(self) -> float:
-        return _total(self.projections)
-
-    @property
-    def tolerance(self) -> float:
-        """How far another fingerprint of the same weights may be from the projection."""
-        return EXACT_TOLERANCE * _total(self.squares) ** 0.5 + ROUNDING_SIGMAS * _total(self.variances) ** 0.5
+    def agrees(self, projection: float, squares: float) -> bool:
+        """Whether a bucket of these sums may have been of the same weights."""
+        tolerance = EXACT_TOLERANCE * max(squares, 0.0) ** 0.5 + ROUNDING_SIGMAS * _total(self.variances) ** 0.5
+        return abs(projection - _total(self.projections)) <= tolerance  # NaN agrees with nothing
 
 
 def _total(parts: list[torch.Tensor]) -> float:
@@ -176,10 +174,6 @@ class _Reading:
     buckets: list[_Bucket]
     word_rows: int
     words: list[_Bucket]
-
-    @property
-    def squares(self) -> float:
-        return sum(_total(bucket.squares) for bucket in self.buckets)
 
 
 def _read(
@@ -230,9 +224,9 @@ def fingerprint(module: nn.Module, originals: Mapping[str, torch.Tensor] | None 
         originals: parameter name -> its base value, of the parameters that are changed now.
 
     Returns:
-        ``dtype`` that the weights are in; their ``count`` and sum of ``squares``; ``sums``, the projections of 64
-        buckets of them; ``word_rows`` of the token embedding and ``word_sums``, the projections of each 4,096 of them.
-        None where weights are offloaded.
+        ``dtype`` that the weights are in; their ``count``; ``sums`` and ``squares``, the projections and sums of
+        squares of 64 buckets of them; ``word_rows`` of the token embedding, ``word_sums`` and ``word_squares`` of each
+        4,096 of them. None where weights are offloaded.
     """
     reading = _read(module, originals, None)
     if reading is None:
@@ -240,10 +234,11 @@ def fingerprint(module: nn.Module, originals: Mapping[str, torch.Tensor] | None 
     return {
         "dtype": reading.dtype,
         "count": reading.count,
-        "squares": reading.squares,
-        "sums": [bucket.projection for bucket in reading.buckets],
+        "sums": [_total(bucket.projections) for bucket in reading.buckets],
+        "squares": [_total(bucket.squares) for bucket in reading.buckets],
         "word_rows": reading.word_rows,
-        "word_sums": [bucket.projection for bucket in reading.words],
+        "word_sums": [_total(bucket.projections) for bucket in reading.words],
+        "word_squares": [_total(bucket.squares) for bucket in reading.words],
     }
 
 
@@ -271,23 +266,21 @@ def is_same_base(
         return len(wanted) == len(numbers) and bool(np.allclose(wanted, numbers, rtol=0.02, atol=1e-3))
     made_in = getattr(torch, wanted["dtype"], None)
     is_float = isinstance(made_in, torch.dtype) and made_in.is_floating_point
-    reading = _read(module, originals, made_in if is_float else None)
+    reading = _read(module, originals, made_in if is_float else torch.float32)
     if reading is None:
         raise ValueError("The weights are offloaded and can't be compared. Call pipe.remove_all_hooks() first.")
     is_quantised = any(bucket.is_quantised for bucket in reading.buckets) or not is_float
     stored_alike = not is_quantised or reading.dtype == wanted["dtype"]
     if stored_alike and wanted["count"] != reading.count:
         return False
-    for i, (total, bucket) in enumerate(zip(wanted["sums"], reading.buckets, strict=True)):
-        comparable = stored_alike or i < VECTOR_BUCKETS
-        if comparable and not abs(total - bucket.projection) <= bucket.tolerance:  # NaN is no equal
-            return False
-    for i, (total, bucket) in enumerate(zip(wanted["word_sums"], reading.words, strict=False)):
+    given = zip(reading.buckets, wanted["sums"], wanted["squares"], strict=True)
+    comparable = [*given][: None if stored_alike else VECTOR_BUCKETS]
+    words = zip(reading.words, wanted["word_sums"], wanted["word_squares"], strict=False)
+    for i, block in enumerate(words):
         rows = [min(WORDS_OF_A_BLOCK, n - i * WORDS_OF_A_BLOCK) for n in (wanted["word_rows"], reading.word_rows)]
-        # a block that ends elsewhere has learned words in it, or had them
-        if rows[0] == rows[1] and not abs(total - bucket.projection) <= bucket.tolerance:
-            return False
-    return True
+        if rows[0] == rows[1]:  # a block that ends elsewhere has learned words in it, or had them
+            comparable.append(block)
+    return all(bucket.agrees(projection, squares) for bucket, projection, squares in comparable)
 
 
 def first_weights(module: nn.Module, originals: Mapping[str, torch.Tensor] | None = None) -> list[float]:

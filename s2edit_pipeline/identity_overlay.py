@@ -21,13 +21,17 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .identity_fingerprint import check_base, check_present, is_same_base
-from .identity_layers import AdaptedLayer, Components, check_fit, check_rows, lora_layers, parameter_of, place_of
+from .identity_lora_layers import AdaptedLayer, LayerPlace, lora_layers
 from .identity_lora_names import name_within
 from .prompt_tokens import lay_rows, with_tokens
+
+Components = Mapping[str, nn.Module]
+
 
 ADAPTER_PREFIX = "s2edit_"
 """Of PEFT's names for identities' adapters."""
@@ -69,11 +73,6 @@ class IdentityOverlay:
     def identities(self) -> Mapping[str, LoadedIdentity]:
         """Token -> identity, in the order of their coming."""
         return MappingProxyType(self._identities)
-
-    @property
-    def adapter_names(self) -> frozenset[str]:
-        """PEFT's names of the identities' adapters."""
-        return frozenset(self._adapter_names.values())
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -132,8 +131,8 @@ class IdentityOverlay:
         check_base(adapter, components, {name: self.originals(name) for name in components})
         plain = self._plain_tokenizers if self._identities else dict(tokenizers)
         extended = {name: with_tokens(t, [*self.tokens, *adapter.learned]) for name, t in plain.items()}
-        check_rows(adapter, {name: components[name] for name in plain})
-        check_fit(adapter, components)
+        _check_rows(adapter, {name: components[name] for name in plain})
+        _check_fit(adapter, components)
 
         self._modules = dict(components)
         loaded, peft_name = LoadedIdentity(adapter, float(scale)), self._free_name()
@@ -188,10 +187,10 @@ class IdentityOverlay:
         if not self._identities:
             return
         self._check_components(components)
-        missing = {layer.component for layer in self._layers.values() if not layer.is_in_place()}
-        for component in missing:
-            self._attach_again(component)
-        self._settle()
+        if not all(map(AdaptedLayer.is_settled, self._layers.values())):
+            for component in {layer.component for layer in self._layers.values() if not layer.is_in_place()}:
+                self._attach_again(component)
+            self._settle()
         for name, (table, rows) in self._tables.items():
             if self._modules[name].get_input_embeddings() is not table:  # type: ignore[operator]
                 self._row_hooks += lay_rows(self._modules[name], rows)
@@ -251,8 +250,8 @@ class IdentityOverlay:
         """Attach the LoRA factors of an identity in ``component``."""
         module = self._modules[component]
         factors = {name_within(module, path): f for path, f in loaded.adapter.lora_factors(component).items()}
-        places = {path: place_of(module, path) for path in factors}
-        made = lora_layers([place.base for place in places.values()], peft_name, module)
+        places = {path: LayerPlace.of(module, path) for path in factors}
+        made = lora_layers([place.base for place in places.values()], peft_name, module) if places else []
         for (path, place), fresh in zip(places.items(), made, strict=True):
             layer = self._layers.get((component, path))
             if layer is None or not layer.is_in_place():
@@ -299,7 +298,7 @@ class IdentityOverlay:
         module = self._modules[component]
         for saved_name, difference in loaded.adapter.plain_differences(component).items():
             name = name_within(module, saved_name)
-            parameter = parameter_of(module, name)
+            parameter = _parameter(module, name)
             assert parameter is not None
             self._originals.setdefault((component, name), parameter.data)
             wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -308,7 +307,7 @@ class IdentityOverlay:
 
     def _put_originals_back(self) -> None:
         for (component, name), original in self._originals.items():
-            parameter = parameter_of(self._modules[component], name)
+            parameter = _parameter(self._modules[component], name)
             assert parameter is not None
             parameter.data = original.to(parameter)
         self._originals.clear()
@@ -352,4 +351,73 @@ class IdentityOverlay:
         return tokenizers
 
 
-# ------------------------------------------------------------------------------ one layer
+# ------------------------------------------------------------------------------ whether an identity fits
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter ``name``, also where PEFT has since wrapped its layer; None where there is none."""
+    layer, _, leaf = name.rpartition(".")
+    try:
+        owner = module.get_submodule(layer)
+        owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
+        parameter = getattr(owner, leaf)
+    except AttributeError:
+        return None
+    return parameter if isinstance(parameter, nn.Parameter) else None
+
+
+def _check_rows(adapter: Any, text_encoders: Components) -> None:
+    wanted = {
+        name: (encoder.get_input_embeddings().weight.shape[1],)  # type: ignore[operator]
+        for name, encoder in text_encoders.items()
+    }
+    for token, (rows, _) in adapter.learned.items():
+        shapes = {name: tuple(row.shape) for name, row in rows.items()}
+        if shapes != wanted:
+            raise ValueError(f"The token {token!r} has rows of {shapes}; this model's are of {wanted}.")
+
+
+def _check_fit(adapter: Any, components: Components) -> None:
+    """Raises:
+    ValueError: the identity's weights are of other components, names or shapes than ``components``.
+    """
+    foreign = {name.split(".")[0] for name in adapter.weights} - components.keys()
+    if foreign:
+        raise ValueError(f"The identity changes {', '.join(sorted(foreign))}, which this model doesn't have.")
+    for component, module in components.items():
+        for saved_name, difference in adapter.plain_differences(component).items():
+            _check_shape(component, module, name_within(module, saved_name), tuple(difference.shape), is_lora=False)
+        for saved_path, factors in adapter.lora_factors(component).items():
+            path = name_within(module, saved_path)
+            # the shape without the product: a small file's factors can multiply out to more than the machine holds
+            shape = (len(factors.up), *factors.down.shape[1:])
+            _check_shape(component, module, f"{path}.weight", shape, is_lora=True)
+            if getattr(LayerPlace.of(module, path).parent, "fused_projections", False):
+                raise ValueError(
+                    f"The {component}'s attention projections are fused, so that an adapter of {path} would be passed "
+                    "by. Call pipe.unfuse_qkv_projections() first."
+                )
+
+
+def _check_shape(component: str, module: nn.Module, name: str, shape: tuple[int, ...], is_lora: bool) -> None:
+    parameter = _parameter(module, name)
+    if parameter is None:
+        raise ValueError(f"The identity changes {component}.{name}, which this model doesn't have.")
+    owner = module.get_submodule(name.rpartition(".")[0])
+    owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
+    is_linear = isinstance(owner, nn.Linear)
+    if is_lora and not is_linear and not isinstance(owner, nn.Conv2d):
+        raise ValueError(
+            f"The identity has a LoRA of {component}.{name}, and that layer is {type(owner).__name__} here, neither "
+            "linear nor a convolution: it was fitted to another model."
+        )
+    # a weight that quantisation has packed: what it stands for
+    packed = is_linear and name.endswith(".weight")
+    present = (owner.out_features, owner.in_features) if packed else tuple(parameter.shape)
+    if present != shape:
+        raise ValueError(f"The identity's {component}.{name} is {shape}; the model's is {present}.")
+    if not is_lora and not parameter.is_floating_point():
+        raise ValueError(
+            f"The identity changes {component}.{name} as a whole, and it is quantised here. Load the model without "
+            "quantisation, or fit the identity with method='lora'."
+        )

@@ -148,10 +148,11 @@ def _is_count(value: Any) -> bool:
 _is_full_fingerprint = _record(
     dtype=_text(30),
     count=_is_count,
-    squares=_is_number,
+    squares=_numbers(64),
     sums=_numbers(64),
     word_rows=_is_count,
     word_sums=_numbers(1000),
+    word_squares=_numbers(1000),
 )
 
 

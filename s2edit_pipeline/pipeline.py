@@ -48,7 +48,7 @@ from .identity_compression import compress  # noqa: F401
 from .identity_files import read_identity  # noqa: F401
 from .identity_fingerprint import fingerprint  # noqa: F401
 from .identity_folder import atomic_folder  # noqa: F401
-from .identity_layers import AdaptedLayer  # noqa: F401
+from .identity_lora_layers import LayerPlace  # noqa: F401
 from .identity_lora_names import lora_metadata  # noqa: F401
 from .identity_overlay import IdentityOverlay
 from .identity_prompts import check_prompt  # noqa: F401
