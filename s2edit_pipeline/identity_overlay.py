@@ -75,6 +75,11 @@ class IdentityOverlay:
         return MappingProxyType(self._identities)
 
     @property
+    def adapter_names(self) -> frozenset[str]:
+        """PEFT's names of the identities' adapters."""
+        return frozenset(self._adapter_names.values())
+
+    @property
     def tokens(self) -> tuple[str, ...]:
         """All learned tokens: the identities' and their reference attributes'."""
         return tuple(token for loaded in self._identities.values() for token in loaded.adapter.learned)
