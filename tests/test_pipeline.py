@@ -124,7 +124,7 @@ def test_a_fit_refuses_before_any_work(
         ({"prompt_embeds": torch.zeros(1, 48, 32)}, ValueError, "prompt_embeds can't be combined with image"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "'noise' can't be handed to callbacks"),
         ({"identity": "./nobody"}, ValueError, "is not a folder"),
-        ({"negative_prompt": ["a hat"]}, TypeError, "negative_prompt must be one string for an edit, not list"),
+        ({"negative_prompt": ["a hat"]}, TypeError, "negative_prompt must be one string, not list"),
     ],
 )
 def test_an_edit_refuses_before_any_work(

@@ -253,10 +253,12 @@ def measure_compositions(
     pictures: dict[str, list[tuple[Image.Image, Image.Image, Image.Image, Image.Image]]] = {n: [] for n in settings}
     for pair in tqdm(pairs, desc="compositions"):
         source, reference, truth = (render(p) for p in (pair.source, pair.reference, pair.truth))
-        attribute = ReferenceAttribute(reference, pair.reference_prompt, pair.noun, mask=pair.reference_mask)
-        task = FitTask(source, pair.source_prompt, pair.source.noun, seed, attribute)
         for name, setting in settings.items():
             arguments = setting if num_steps is None else setting.with_changes(fit={"num_steps": num_steps})
+            masked = (arguments.fit or {}).get("spatial_control", True)  # without spatial control a mask has no effect
+            mask = pair.reference_mask if masked else None
+            attribute = ReferenceAttribute(reference, pair.reference_prompt, pair.noun, mask=mask)
+            task = FitTask(source, pair.source_prompt, pair.source.noun, seed, attribute)
             composed = pipe(
                 insert_token(pair.target_prompt, pair.source.noun, "[I]"),
                 source,
