@@ -4,15 +4,15 @@ S2Edit: Text-Guided Image Editing with Precise Semantic and Spatial Control (202
 beside this one; here arguments become a request, which goes to its stage.
 """
 
-# no `from __future__ import annotations` here: diffusers' from_pipe reads the types of __init__'s parameters
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, UNet2DConditionModel
-from diffusers.image_processor import VaeImageProcessor
+from diffusers import DiffusionPipeline
 from diffusers.loaders import (
     FromSingleFileMixin,
     IPAdapterMixin,
@@ -20,9 +20,6 @@ from diffusers.loaders import (
     TextualInversionLoaderMixin,
 )
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from diffusers.schedulers import KarrasDiffusionSchedulers
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 # diffusers copies only the files that this one names, see publishing.unfollowed: so every module is named here
 from .attention_controls import Controllers  # noqa: F401
@@ -34,7 +31,7 @@ from .edit_output import S2EditPipelineOutput
 from .edit_settings import DEFAULT_GUIDANCE, EDIT_PRESETS, EditRequest, EditSettings, with_preset
 from .edit_stage import DEFAULT_STEPS, edit_picture
 from .edit_words import plan_edits  # noqa: F401
-from .family_base import family_of
+from .family_base import family_of  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401
 from .fit_lora_start import start_along_gradient  # noqa: F401
@@ -50,7 +47,7 @@ from .identity_fingerprint import fingerprint  # noqa: F401
 from .identity_folder import atomic_folder  # noqa: F401
 from .identity_lora_layers import LayerPlace  # noqa: F401
 from .identity_lora_names import lora_metadata  # noqa: F401
-from .identity_overlay import IdentityOverlay
+from .identity_overlay import IdentityOverlay  # noqa: F401
 from .identity_prompts import check_prompt  # noqa: F401
 from .identity_schema import check_config  # noqa: F401
 from .inversion_ddim import ddim_trajectory  # noqa: F401
@@ -79,8 +76,9 @@ from .pipeline_arguments import (
     check_fit,
     step_report,
 )
+from .pipeline_components import PipelineComponents
 from .pipeline_facts import CallFacts
-from .pipeline_loaders import IdentityLoaders, without_component_defaults
+from .pipeline_loaders import IdentityLoaders
 from .pipeline_turns import Turns  # noqa: F401
 from .pipeline_work import Work  # noqa: F401
 from .prompt_alignment import align_prompts  # noqa: F401
@@ -95,6 +93,7 @@ from .stock_drawing import draw
 
 
 class S2EditPipeline(
+    PipelineComponents,
     CallFacts,
     IdentityLoaders,
     DiffusionPipeline,
@@ -122,56 +121,6 @@ class S2EditPipeline(
     Raises:
         ValueError: a model that isn't served, or components that hold another pipeline's identities.
     """
-
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->transformer->vae"
-    _optional_components = [  # noqa: RUF012 (diffusers' form)
-        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3", "unet",
-        "transformer", "safety_checker", "feature_extractor", "image_encoder",
-    ]  # fmt: skip
-    _exclude_from_cpu_offload = ["safety_checker"]  # noqa: RUF012
-    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
-    tokenizer: Any
-
-    def __init__(
-        self,
-        vae: AutoencoderKL = None,
-        text_encoder: CLIPTextModel = None,
-        tokenizer: CLIPTokenizer = None,
-        unet: UNet2DConditionModel = None,
-        scheduler: KarrasDiffusionSchedulers = None,
-        safety_checker: StableDiffusionSafetyChecker = None,
-        feature_extractor: CLIPImageProcessor = None,
-        image_encoder: PreTrainedModel = None,
-        text_encoder_2: CLIPTextModelWithProjection = None,
-        tokenizer_2: CLIPTokenizer = None,
-        transformer: ModelMixin = None,
-        text_encoder_3: PreTrainedModel = None,
-        tokenizer_3: Any = None,
-        requires_safety_checker: bool = False,
-        force_zeros_for_empty_prompt: bool = True,
-    ) -> None:
-        super().__init__()
-        if getattr(tokenizer, "s2edit_tokens", ()):
-            tokens = ", ".join(tokenizer.s2edit_tokens)
-            raise ValueError(
-                f"These components hold identities that another pipeline has loaded ({tokens}). "
-                "Call unload_identity() there first, and load them here again."
-            )
-        self.register_modules(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2, text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3, unet=unet,
-            transformer=transformer, scheduler=scheduler, safety_checker=safety_checker,
-            feature_extractor=feature_extractor, image_encoder=image_encoder,
-        )  # fmt: skip
-        if transformer is not None:
-            family_of(self)  # refused here if nothing serves it
-        block_out_channels = getattr(getattr(vae, "config", None), "block_out_channels", None)
-        self.vae_scale_factor = 2 ** (len(block_out_channels) - 1) if block_out_channels else 8
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self.register_to_config(requires_safety_checker=requires_safety_checker)
-        if text_encoder_2 is not None:
-            self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        self._overlay = IdentityOverlay()
 
     def preview_mask(
         self,
@@ -446,5 +395,3 @@ class S2EditPipeline(
 
 
 _CALL, _INVERT = S2EditPipeline.__call__, S2EditPipeline.invert  # whatever is put around them later
-# what has a default, diffusers' loader takes from the folder, whatever was passed
-S2EditPipeline.__init__.__signature__ = without_component_defaults(S2EditPipeline.__init__)  # type: ignore[attr-defined]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,15 +19,6 @@ from .pipeline_turns import Turns, check_stop_sign, turns_of
 from .pipeline_work import Work
 
 logger = logging.get_logger(__name__)
-
-
-def without_component_defaults(initialiser: Callable[..., None]) -> inspect.Signature:
-    """The signature of a pipeline's ``__init__``, its components without their defaults."""
-    signature = inspect.signature(initialiser)
-    parameters = signature.parameters.values()
-    return signature.replace(
-        parameters=[p if isinstance(p.default, bool) else p.replace(default=p.empty) for p in parameters]
-    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""The components of the pipeline: which there may be, and what is refused among them."""
+
+# no `from __future__ import annotations` here: diffusers' from_pipe reads the types of __init__'s parameters
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
+
+from .family_base import family_of
+from .identity_overlay import IdentityOverlay
+
+
+def without_component_defaults(initialiser: Callable[..., None]) -> inspect.Signature:
+    """The signature of a pipeline's ``__init__``, its components without their defaults: what has a default, diffusers'
+    loader takes from the folder, whatever was passed to it."""
+    signature = inspect.signature(initialiser)
+    parameters = signature.parameters.values()
+    return signature.replace(
+        parameters=[p if isinstance(p.default, bool) else p.replace(default=p.empty) for p in parameters]
+    )
+
+
+class PipelineComponents:
+    """The part of ``S2EditPipeline`` that holds its components; they decide what kind of model it is, see
+    ``family_base.family_of``, and those it lacks are None."""
+
+    register_modules: Callable[..., None]
+    register_to_config: Callable[..., None]
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->transformer->vae"
+    _optional_components = [  # noqa: RUF012 (diffusers' form)
+        "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3", "unet",
+        "transformer", "safety_checker", "feature_extractor", "image_encoder",
+    ]  # fmt: skip
+    _exclude_from_cpu_offload = ["safety_checker"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+    tokenizer: Any
+
+    def __init__(
+        self,
+        vae: AutoencoderKL = None,
+        text_encoder: CLIPTextModel = None,
+        tokenizer: CLIPTokenizer = None,
+        unet: UNet2DConditionModel = None,
+        scheduler: KarrasDiffusionSchedulers = None,
+        safety_checker: StableDiffusionSafetyChecker = None,
+        feature_extractor: CLIPImageProcessor = None,
+        image_encoder: PreTrainedModel = None,
+        text_encoder_2: CLIPTextModelWithProjection = None,
+        tokenizer_2: CLIPTokenizer = None,
+        transformer: ModelMixin = None,
+        text_encoder_3: PreTrainedModel = None,
+        tokenizer_3: Any = None,
+        requires_safety_checker: bool = False,
+        force_zeros_for_empty_prompt: bool = True,
+    ) -> None:
+        super().__init__()
+        if getattr(tokenizer, "s2edit_tokens", ()):
+            tokens = ", ".join(tokenizer.s2edit_tokens)
+            raise ValueError(
+                f"These components hold identities that another pipeline has loaded ({tokens}). "
+                "Call unload_identity() there first, and load them here again."
+            )
+        self.register_modules(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2, text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3, unet=unet,
+            transformer=transformer, scheduler=scheduler, safety_checker=safety_checker,
+            feature_extractor=feature_extractor, image_encoder=image_encoder,
+        )  # fmt: skip
+        if transformer is not None:
+            family_of(self)  # refused here if nothing serves it
+        block_out_channels = getattr(getattr(vae, "config", None), "block_out_channels", None)
+        self.vae_scale_factor = 2 ** (len(block_out_channels) - 1) if block_out_channels else 8
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        if text_encoder_2 is not None:
+            self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        self._overlay = IdentityOverlay()
+
+
+PipelineComponents.__init__.__signature__ = without_component_defaults(PipelineComponents.__init__)  # type: ignore[attr-defined]
