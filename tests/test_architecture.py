@@ -83,7 +83,8 @@ def identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def of_the_components(tree: ast.Module) -> set[int]:
-    """The lines of ``pipeline.py`` and ``pipeline_components.py`` that must name kinds of models: diffusers reads the components from there."""
+    """The lines of ``pipeline.py`` and ``pipeline_components.py`` that must name kinds of models: diffusers reads the
+    components from there."""
     lines: set[int] = set()
     for node in ast.walk(tree):
         parts: list[ast.AST] = []
