@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from .identity_lora_names import lora_metadata, published_name
@@ -88,24 +89,32 @@ def lora_weights(
         return weights, metadata
 
     try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws on the CPU: no other generator is touched
-            torch.default_generator.manual_seed(seed)
-            for name, module in components.items():
-                before = [(p, n, c) for p in module.modules() for n, c in p.named_children()]
-                replaced += before
-                attributes = set(vars(module))
-                peft.inject_adapter_in_model(configs[name], module, adapter_name=adapter)
-                attached += [(module, added) for added in set(vars(module)) - attributes]  # peft_config and the like
-        trained = [p for module in components.values() for n, p in module.named_parameters() if f".{adapter}." in n]
-        for parameter in trained:
-            parameter.data = parameter.data.float()
-        yield trained, harvest
+        for name, module in components.items():
+            replaced += [(p, n, c) for p in module.modules() for n, c in p.named_children()]
+            attributes = set(vars(module))
+            # on the meta device: PEFT would draw from the process's generator, which other threads use
+            peft.inject_adapter_in_model(configs[name], module, adapter_name=adapter, low_cpu_mem_usage=True)
+            attached += [(module, added) for added in set(vars(module)) - attributes]  # peft_config and the like
+        _start(components, adapter, torch.Generator().manual_seed(seed))
+        yield [p for m in components.values() for n, p in m.named_parameters() if f".{adapter}." in n], harvest
     finally:
         for parent, child_name, child in replaced:
             if getattr(parent, child_name) is not child:
                 setattr(parent, child_name, child)
         for module, added in attached:
             delattr(module, added)
+
+
+def _start(components: Mapping[str, nn.Module], adapter: str, generator: torch.Generator) -> None:
+    """Factors in float32 where each layer is, as PEFT starts them: A uniform within 1 / sqrt(in), B zero."""
+    for layer in (m for module in components.values() for m in module.modules() if isinstance(m, LoraLayer)):
+        device = layer.get_base_layer().weight.device
+        down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+        first = nn.init.kaiming_uniform_(torch.empty(down.weight.shape), a=5**0.5, generator=generator)
+        down.weight, up.weight = (
+            nn.Parameter(first.to(device)),
+            nn.Parameter(torch.zeros(up.weight.shape, device=device)),
+        )
 
 
 @contextmanager

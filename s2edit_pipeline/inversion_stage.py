@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
 import torch
-from torch import nn
 
 from .attention_controls import Controllers, SpatialControl
 from .attention_seam import AttentionController
 from .attention_source import AttentionKeeper, KeepAttention
 from .edit_settings import DEFAULT_GUIDANCE
+from .fit_weights import frozen
 from .identity_prompts import (
     branches,
     check_negative,
@@ -147,7 +147,7 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
     work.call.facts |= {"num_timesteps": num_steps, "clip_skip": request.clip_skip}
     with (
         torch.set_grad_enabled(method.needs_gradients),
-        frozen(family.denoiser) if method.needs_gradients else nullcontext(),
+        frozen({family.denoiser_name: family.denoiser}) if method.needs_gradients else nullcontext(),
         family.control_attention(sides, *size),
         work.progress_bar(total=num_steps) as bar,
     ):
@@ -192,15 +192,3 @@ class _SourceOrNull(Controllers):
         self.controllers = tuple(self.of_source) if is_source else ()
         if is_source and self.keeper is not None:
             self.keeper.begin(level)
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Null-text differentiates through the denoiser, not with respect to it."""
-    required = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, before in required:
-            parameter.requires_grad_(before)

@@ -45,7 +45,7 @@ class IdentityLoaders:
 
     @property
     def _turns(self) -> Turns:
-        return turns_of(self.family.denoiser)
+        return turns_of(self.family.tuned_components.values())
 
     @property
     def identities(self) -> tuple[str, ...]:

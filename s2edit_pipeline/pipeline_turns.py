@@ -7,8 +7,9 @@ has the model to itself. Whoever came first goes first, so that nobody waits for
 from __future__ import annotations
 
 import threading
+import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -149,6 +150,20 @@ class Turns:
             finally:
                 self._changed.notify_all()
 
+    def is_idle(self) -> bool:
+        """Whether nobody is at work, or waits.
+
+        Raises:
+            RuntimeError: this thread itself is at work.
+        """
+        with self._changed:
+            if threading.get_ident() in self._owners:
+                raise RuntimeError(
+                    "This thread is in the middle of a call with a model of which the other pipeline shares a part; "
+                    "start the second call after it, not in its callback."
+                )
+            return not self._owners and not self._waiting
+
     @contextmanager
     def unchanged(self) -> Iterator[Hashable]:
         """Within the context nobody's turn begins or ends; gives the key of those at work, None where nobody is."""
@@ -184,7 +199,19 @@ _TURNS: weakref.WeakKeyDictionary[nn.Module, Turns] = weakref.WeakKeyDictionary(
 _TURNS_LOCK = threading.Lock()
 
 
-def turns_of(denoiser: nn.Module) -> Turns:
-    """The turns at ``denoiser``: pipelines that share it, as ``from_pipe`` makes them, take turns as well."""
-    with _TURNS_LOCK:
-        return _TURNS.setdefault(getattr(denoiser, "_orig_mod", denoiser), Turns())
+def turns_of(modules: Iterable[nn.Module]) -> Turns:
+    """The turns at ``modules``: pipelines that share any of them, as ``from_pipe`` makes them, take turns as well.
+
+    Raises:
+        RuntimeError: they bring two models' turns together, and this thread is in the middle of a call at one of these.
+    """
+    every = [getattr(module, "_orig_mod", module) for module in modules]
+    while True:
+        with _TURNS_LOCK:
+            known = list(dict.fromkeys(_TURNS[module] for module in every if module in _TURNS))
+            turns, *others = known or [Turns()]
+            if all(other.is_idle() for other in others):
+                for module in [*every, *(module for module, its in _TURNS.items() if its in others)]:
+                    _TURNS[module] = turns
+                return turns
+        time.sleep(0.01)  # the others' calls are let come to their end

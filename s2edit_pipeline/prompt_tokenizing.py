@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 
 from .prompt_columns import Segment, TokenizedPrompt
 from .prompt_words import TextWord, compared_form, names_something, vector_names, words_of
+
+TOKENIZING = threading.RLock()
+"""A fast tokenizer keeps how it pads and cuts from call to call: one thread at a time."""
 
 _NO_LIMIT = 10**6
 """From here on a tokenizer's ``model_max_length`` is no limit: one without a limit says 1e30."""
@@ -123,9 +127,10 @@ class _Tokens:
 def _encode(tokenizer: Any, before: str, prompt: str, after: str) -> _Tokens:
     """The whole text's tokens, with spans in ``prompt``."""
     try:
-        encoded = tokenizer(
-            before + prompt + after, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
-        )
+        with TOKENIZING:
+            encoded = tokenizer(
+                before + prompt + after, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
+            )
     except NotImplementedError as error:
         raise ValueError(
             f"{type(tokenizer).__name__} doesn't say which letters a token is: load the fast tokenizer, use_fast=True."

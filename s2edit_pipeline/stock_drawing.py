@@ -6,6 +6,7 @@ takes part, so is the picture, to the bit.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from .noise_schedule import check_finite
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import PromptEmbeds, join
+from .prompt_tokenizing import TOKENIZING
 from .prompt_words import split_words
 
 EMBEDDINGS = (
@@ -48,6 +50,7 @@ def draw(
         FloatingPointError: the latents are no numbers any more; the message names the step.
     """
     stock = work.family.stock()
+    stock.encode_prompt = _one_at_a_time(stock.encode_prompt)
     stock.set_progress_bar_config(**getattr(work.family.pipe, "_progress_bar_config", {}))
     given = {name: value for name, value in arguments.items() if value is not None}
     unknown = sorted(given.keys() - inspect.signature(stock.__call__).parameters.keys())
@@ -92,6 +95,17 @@ def draw(
         nsfw_content_detected=getattr(output, "nsfw_content_detected", None),
         interrupted=work.call.interrupted,
     )
+
+
+def _one_at_a_time(encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
+    """The stock pipeline's way to embeddings, which tokenizes."""
+
+    @functools.wraps(encode_prompt)
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        with TOKENIZING:
+            return encode_prompt(*args, **kwargs)
+
+    return encode
 
 
 def _prompts(given: Mapping[str, Any]) -> list[str]:

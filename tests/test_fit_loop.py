@@ -223,26 +223,28 @@ def test_a_seed_decides_everything(pipe: S2EditPipeline, method: str) -> None:
     assert not torch.equal(one.rows[0]["text_encoder"], other.rows[0]["text_encoder"])
 
 
-def test_no_other_generator_is_reseeded(pipe: S2EditPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapters are drawn on the CPU; a device's own generator serves the caller's other work, in other threads."""
-    devices: list[Any] = []
-    fork_rng = torch.random.fork_rng
+def test_no_other_generator_is_drawn_from(pipe: S2EditPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the process's nor a device's: they serve the caller's other work, in other threads too."""
 
-    def fork(*arguments: Any, **options: Any) -> Any:
-        devices.append(options.get("devices", arguments[0] if arguments else None))
-        return fork_rng(*arguments, **options)
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a generator that isn't the fit's was seeded")
 
-    def refuse(*arguments: Any) -> None:
-        raise AssertionError("a device's generator was seeded")
-
-    monkeypatch.setattr(torch.random, "fork_rng", fork)
     for name in ("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all"):
         monkeypatch.setattr(torch.cuda, name, refuse)
+    for name in ("fork_rng", "manual_seed", "set_rng_state", "seed"):
+        monkeypatch.setattr(torch.random, name, refuse)
     example, rows = example_of(pipe)
-    torch.default_generator.manual_seed(1)
-    before = torch.get_rng_state()
+    before, drawn_within = torch.get_rng_state(), []
+    family = pipe.family
+    denoise = type(family).denoise
+
+    def denoise_and_look(*arguments: Any, **options: Any) -> torch.Tensor:
+        drawn_within.append(torch.equal(torch.get_rng_state(), before))
+        return denoise(*arguments, **options)
+
+    monkeypatch.setattr(type(family), "denoise", denoise_and_look)
     fit(pipe, example, rows, method="lora", num_steps=1)
-    assert devices and all(each == [] for each in devices)
+    assert drawn_within and all(drawn_within)
     assert torch.equal(torch.get_rng_state(), before)
 
 

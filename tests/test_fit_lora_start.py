@@ -8,12 +8,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from s2edit_pipeline import fit_loop
 from s2edit_pipeline.fit_loop import FitExample, Objective
 from s2edit_pipeline.fit_lora_start import ROW_LENGTH, start_along_gradient
 from s2edit_pipeline.fit_settings import FitSettings
+from s2edit_pipeline.fit_weights import lora_weights
 from s2edit_pipeline.identity_lora_names import published_name
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.prompt_tokens import token_rows
@@ -71,6 +73,25 @@ def test_the_first_matrices_have_most_of_the_gradient_in_reach(seeds: tuple[int,
         assert float(reached) == pytest.approx(float(values[:2].square().sum()), rel=1e-5)
         assert float(reached) < float(values.square().sum()) * (1 - 1e-3)  # there is more than two rows can reach
         torch.testing.assert_close(rows.flatten(1).norm(dim=1), torch.full((2,), ROW_LENGTH))
+
+
+def test_random_factors_are_as_pefts(pipe: S2EditPipeline) -> None:
+    """A's entries are uniform within 1 / sqrt(in), B is 0; a seed decides A."""
+    components = {"unet": pipe.unet}
+    targets = {"unet": ["to_q", "conv1"]}
+
+    def factors(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        with lora_weights(components, targets, 4, seed):
+            layers = [m for m in pipe.unet.modules() if isinstance(m, LoraLayer)]
+            return [tuple(next(iter(f.values())).weight.detach() for f in (m.lora_A, m.lora_B)) for m in layers]
+
+    one, again, other = factors(1), factors(1), factors(2)
+    assert len(one) > 4 and {a.ndim for a, _ in one} == {2, 4}
+    for (a, b), (same, _), (different, _) in zip(one, again, other, strict=True):
+        bound = a[0].numel() ** -0.5
+        assert a.dtype == b.dtype == torch.float32 and not b.any()
+        assert float(a.abs().max()) <= bound and float(a.std()) == pytest.approx(bound / 3**0.5, rel=0.2)
+        assert torch.equal(a, same) and not torch.equal(a, different)
 
 
 def test_rows_are_as_long_as_pefts_in_the_mean() -> None:

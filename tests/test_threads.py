@@ -259,11 +259,95 @@ def test_two_pipelines_of_one_model_take_turns(
     other.set_progress_bar_config(disable=True)
     identities = [fit(pipe, picture, half_mask, seed) for seed in range(2)]
     alone = [edit(pipe, picture, TARGETS[0], identity=identity) for identity in identities]
-    jobs = [((pipe, other)[i % 2], i // 2 % 2) for i in range(16)]
+    jobs = [((pipe, other)[i % 2], i // 2 % 2) for i in range(8)]
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda job: edit(job[0], picture, TARGETS[0], identity=identities[job[1]]), jobs))
     for (_, which), result in zip(jobs, results, strict=True):
         np.testing.assert_array_equal(result, alone[which])
+
+
+def test_pipelines_that_share_a_text_encoder_alone_take_turns(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray
+) -> None:
+    """An identity lies over the text encoder too."""
+    other = S2EditPipeline.from_pipe(pipe, unet=copy.deepcopy(pipe.unet))
+    other.set_progress_bar_config(disable=True)
+    identities = [fit(pipe, picture, half_mask, seed) for seed in range(2)]
+    alone = [edit(pipe, picture, TARGETS[0], identity=identity) for identity in identities]
+    jobs = [((pipe, other)[i % 2], i // 2 % 2) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda job: edit(job[0], picture, TARGETS[0], identity=identities[job[1]]), jobs))
+    for (_, which), result in zip(jobs, results, strict=True):
+        np.testing.assert_array_equal(result, alone[which])
+
+
+def test_a_pipeline_of_two_others_parts_joins_their_turns(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    other = copy.deepcopy(pipe)
+    both = S2EditPipeline.from_pipe(pipe, unet=other.unet)
+    entered, go_on, order = threading.Event(), threading.Event(), []
+
+    def wait_inside(p: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        entered.set()
+        assert go_on.wait(30)
+        return tensors
+
+    def slow() -> None:
+        edit(other, picture, TARGETS[0].replace("[I] ", ""), callback_on_step_end=wait_inside)
+        order.append("edit")
+
+    def save(folder: Any) -> None:
+        both.unload_identity()  # needs the model to itself
+        order.append("alone")
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(slow)
+        assert entered.wait(30)
+        second = pool.submit(save, None)
+        assert not wait([second], timeout=0.3).done
+        go_on.set()
+        first.result(30), second.result(30)
+    assert order == ["edit", "alone"]
+
+    def call_the_other(p: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        third = S2EditPipeline.from_pipe(pipe, unet=fresh.unet)
+        with pytest.raises(RuntimeError, match="start the second call after it"):
+            third.unload_identity()
+        return tensors
+
+    fresh = copy.deepcopy(pipe)
+    edit(fresh, picture, TARGETS[0].replace("[I] ", ""))  # has turns of its own by now
+    edit(pipe, picture, TARGETS[0].replace("[I] ", ""), callback_on_step_end=call_the_other)
+
+
+def test_tokenizers_serve_one_thread_at_a_time(
+    pipe: S2EditPipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fast tokenizer keeps its padding from call to call, and drawings pad where edits don't."""
+    inside: list[int] = []
+    most = []
+    tokenizer = type(pipe.tokenizer)
+    call = tokenizer.__call__
+
+    def tracked(self: Any, *arguments: Any, **options: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        threading.Event().wait(0.002)
+        try:
+            return call(self, *arguments, **options)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(tokenizer, "__call__", tracked)
+
+    def run(i: int) -> None:
+        if i % 2:
+            edit(pipe, picture, "a photo of a happy lady")
+        else:
+            pipe("a photo of a lady", num_inference_steps=1, output_type="np")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(8)))
+    assert len(most) > 8 and max(most) == 1
 
 
 def test_identities_of_two_pipelines_of_one_model_do_not_overwrite_each_other(
