@@ -289,24 +289,22 @@ def test_a_pipeline_of_two_others_parts_joins_their_turns(pipe: S2EditPipeline, 
     def wait_inside(p: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         entered.set()
         assert go_on.wait(30)
+        order.append("step")
         return tensors
 
-    def slow() -> None:
-        edit(other, picture, TARGETS[0].replace("[I] ", ""), callback_on_step_end=wait_inside)
-        order.append("edit")
-
-    def save(folder: Any) -> None:
+    def alone() -> None:
         both.unload_identity()  # needs the model to itself
         order.append("alone")
 
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(slow)
+        words = TARGETS[0].replace("[I] ", "")
+        first = pool.submit(edit, other, picture, words, callback_on_step_end=wait_inside)
         assert entered.wait(30)
-        second = pool.submit(save, None)
+        second = pool.submit(alone)
         assert not wait([second], timeout=0.3).done
         go_on.set()
         first.result(30), second.result(30)
-    assert order == ["edit", "alone"]
+    assert order == ["step", "step", "alone"]
 
     def call_the_other(p: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         third = S2EditPipeline.from_pipe(pipe, unet=fresh.unet)
