@@ -1,7 +1,7 @@
 """The source's attention, kept while its picture is inverted, so that no edit has to ask for it again.
 
 The evaluation that leads from noise level k up to k + 1 is the one that the source's branch of an edit makes at k on
-the way back: the same latents, the same level, the same words (``latent_inversion.ddim_trajectory``).
+the way back: the same latents, the same level, the same words (``inversion_ddim.ddim_trajectory``).
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def prompt_to_prompt(task: EditTask) -> EditedLatents:
     source = inversion.trajectory[first : first + 1].to(targets[0].embeds.embeds)
     x = source.expand(n, -1, -1, -1)
     regions: list[torch.Tensor | None] = [None] * n
-    for k in range(first, 0, -1):
+    for k in range(first, 0, -1):  # algorithm 1, "for t = T, T - 1, ..., 1"
         step, scale = schedule.num_steps - k, task.guidance()
         level_null = null
         if inversion.unconditional_embeds is not None:
@@ -108,26 +108,29 @@ def prompt_to_prompt(task: EditTask) -> EditedLatents:
             source_output = _ask_free_source(task, source, k, level_null)
         is_guided = step < settings.guidance_stop * schedule.num_steps and scale != 1
         asks_source = inversion.pinned and control.needs_source(step, k, maps=looks_at_source)
+        # M_t of the source, M*_t of the target, and Edit(M_t, M*_t, t) in its place, are ``control``'s
         batch = Batch((*[task.source] * asks_source, *[level_null] * (n * is_guided), *targets))
         control.begin(step, k, batch)
         output = task.denoise(torch.cat([*[source] * asks_source, *[x] * (1 + is_guided)]), k, batch)
         control.end(k)
 
         target_output = output[batch.rows("target")]
-        if is_guided:
+        if is_guided:  # e(null) + w (e(P*) - e(null)) (Ho and Salimans 2022)
             unconditional = output[batch.rows("unconditional")]
             target_output = guided(unconditional, target_output, scale, settings.guidance_rescale)
-        if inversion.residuals is not None:
+        # z*_{t-1} = DM(z*_t, P*, t) with Edit(M_t, M*_t, t) for M
+        if inversion.residuals is not None:  # mu(z*_t) + r_t (Huberman-Spiegelglas et al. 2024)
             mean, _ = schedule.posterior(x, target_output, k, k - 1)
             x = mean + inversion.residuals[k - 1 : k].to(mean)
         else:
             x = schedule.move(x, target_output, k, k - 1)
-        if inversion.pinned:
+        if inversion.pinned:  # the source's z_{t-1} is the inversion's own (Ju et al. 2023)
             source = inversion.trajectory[k - 1 : k].to(x)
         else:
             source = schedule.move(source, source_output, k, k - 1)
 
         check_finite(x, "the edit", first - k)
+        # local blend: z*_{t-1} = (1 - alpha) z_{t-1} + alpha z*_{t-1}, alpha the words' region
         x, regions = confined(task, step, x, source, regions)
         try:
             changed = task.on_step(first - k, k, _tensors(x, targets, null))
