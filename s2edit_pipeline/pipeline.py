@@ -62,6 +62,7 @@ from .picture_arrays import pixel_array  # noqa: F401
 from .picture_compose import compose  # noqa: F401
 from .picture_files import read_picture  # noqa: F401
 from .picture_inputs import load_picture  # noqa: F401
+from .picture_marks import with_origin  # noqa: F401
 from .picture_metadata import exif_of  # noqa: F401
 from .picture_modes import rgb_of  # noqa: F401
 from .picture_placement import place_picture  # noqa: F401
