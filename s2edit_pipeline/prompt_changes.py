@@ -125,15 +125,16 @@ def _exchange_article(pieces: list[Piece], body: Sequence[Piece], old: Sequence[
     old_noun, new_noun = noun_of(old), noun_of(new)
     if old_noun is None or new_noun is None:
         return
-    start = new[0] if body[0] is old[0] else body[0]
+    start = body[0] if body[0] in pieces else new[0]  # its first word may have been exchanged
     if start.text in ARTICLES and not takes_article(new_noun.text):  # "a hat" to "glasses"
         drop(pieces, [start])
         return
     # "red overalls" to "a red shirt"; of names, and in languages without articles, nothing is known
     knows = new_noun.written.islower() and _is_english(pieces)
-    if knows and start.text not in DETERMINERS and not takes_article(old_noun.text):
+    place = pieces.index(start)
+    has_one = start.text in DETERMINERS or (place > 0 and pieces[place - 1].text in DETERMINERS)
+    if knows and not has_one and not takes_article(old_noun.text):
         articles = article_for(new_noun.text, [start])
-        place = pieces.index(start)
         pieces[place:place] = articles
         start.gap = " " if articles else start.gap
 

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Qwen2Toke
 
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.pipeline import S2EditPipeline
+
+# the same cases in every run, so that a gate says the same twice; HYPOTHESIS_PROFILE=random looks for others
+hypothesis.settings.register_profile("same", derandomize=True, database=None)
+hypothesis.settings.register_profile("random")
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(1)

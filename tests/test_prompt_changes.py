@@ -284,6 +284,10 @@ def test_other_words_stay_in_their_order(words: list[str], gone: str, new: str) 
             assert gone not in after or gone in joints
 
 
+def test_a_phrase_whose_noun_is_inside_it() -> None:
+    assert change_words("a 's ,b", replace={"'s": "b"}) == "a b ,b"
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.sampled_from([*WORDS, "man's", "女人", "é", "\n", "(", "'s"]), max_size=8), st.text(max_size=8))
 def test_nothing_but_a_refusal_comes_of_any_text(words: list[str], other: str) -> None:
