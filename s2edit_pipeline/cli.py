@@ -1,32 +1,25 @@
-"""The command line: ``s2edit demo``, ``bench``, ``measure``, ``publish``, ``train-avatars``, ``train-instruct``."""
+"""The command line, ``s2edit``: ``commands`` hold what works on pictures; the others are their modules' own."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
 
 
-def _demo(parser: argparse.ArgumentParser) -> None:
-    from . import demo
+def _of(module: str) -> Callable[[argparse.ArgumentParser], None]:
+    """The arguments of a module's command; only the command that is run is imported: ``--help`` needs no torch."""
 
-    demo.add_arguments(parser)
-    parser.set_defaults(run=demo.run)
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        command = import_module(f".{module}", __package__)
+        command.add_arguments(parser)
+        if parser.get_default("run") is None and hasattr(command, "run"):
+            parser.set_defaults(run=command.run)
 
-
-def _bench(parser: argparse.ArgumentParser) -> None:
-    from .evaluation import benchmark_command
-
-    benchmark_command.add_arguments(parser)
-    parser.set_defaults(run=benchmark_command.run)
-
-
-def _publish(parser: argparse.ArgumentParser) -> None:
-    from . import publishing
-
-    publishing.add_arguments(parser)
-    parser.set_defaults(run=publishing.run)
+    return add_arguments
 
 
 def _train_avatars(parser: argparse.ArgumentParser) -> None:
@@ -121,21 +114,78 @@ def _train_instruct(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _measure(parser: argparse.ArgumentParser) -> None:
-    from .evaluation import measure_command
+@dataclass(frozen=True)
+class Command:
+    """A command of ``s2edit``: what adds its arguments, what it does in one line, and an example of its use."""
 
-    measure_command.add_arguments(parser)
-    parser.set_defaults(run=measure_command.run)
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    summary: str
+    example: str
 
 
-_COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
-    "demo": (_demo, "fit an identity to a drawn face and edit it"),
-    "bench": (_bench, "compare methods on edits whose true result is known"),
-    "measure": (_measure, "measure the base model, inversions, edits, compositions, memory, costs and more"),
-    "publish": (_publish, "push the pipeline to the Hub, where any diffusers script loads it from"),
-    "train-avatars": (_train_avatars, "train the embedded model again, or go on with it"),
-    "train-instruct": (_train_instruct, "train an InstructPix2Pix of the embedded model, to compare with"),
+COMMANDS: dict[str, Command] = {
+    "describe": Command(_of("commands.describe"), "say what a picture shows", "s2edit describe ada.jpg"),
+    "mask": Command(
+        _of("commands.mask"), "show where the subject of a picture is", "s2edit mask ada.jpg --out mask.png"
+    ),
+    "fit": Command(
+        _of("commands.fit"),
+        "fit an identity to one picture",
+        "s2edit fit ada.jpg --prompt 'a photo of a lady with glasses' --subject lady --out ada",
+    ),
+    "edit": Command(
+        _of("commands.edit"),
+        "edit a picture by words, and keep who is in it",
+        "s2edit edit ada.jpg --add glasses --out ada-glasses.jpg",
+    ),
+    "identity": Command(
+        _of("commands.identity"), "show, share or fetch an identity", "s2edit identity push ada me/ada"
+    ),
+    "demo": Command(_of("demo"), "fit an identity to a drawn face and edit it", "s2edit demo --out demo"),
+    "bench": Command(
+        _of("evaluation.benchmark_command"),
+        "compare methods on edits whose true result is known",
+        "s2edit bench --quick",
+    ),
+    "measure": Command(
+        _of("evaluation.measure_command"),
+        "measure the base model, inversions, edits, compositions, memory, costs and more",
+        "s2edit measure costs",
+    ),
+    "publish": Command(
+        _of("publishing"),
+        "push the pipeline to the Hub, where any diffusers script loads it from",
+        "s2edit publish --repo-id me/s2edit",
+    ),
+    "train-avatars": Command(
+        _train_avatars, "train the embedded model again, or go on with it", "s2edit train-avatars --out run"
+    ),
+    "train-instruct": Command(
+        _train_instruct,
+        "train an InstructPix2Pix of the embedded model, to compare with",
+        "s2edit train-instruct --out run",
+    ),
 }
+
+
+def make_parser(commands: Container[str]) -> argparse.ArgumentParser:
+    """The parser of ``s2edit``; of ``commands`` alone it knows the arguments."""
+    parser = argparse.ArgumentParser(
+        prog="s2edit",
+        description="Edit a picture by words, and keep who or what is in it.",
+        epilog="example: " + COMMANDS["edit"].example,
+    )
+    parser.add_argument(
+        "--print-completion", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="print a completion script"
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
+    for name, one in COMMANDS.items():
+        command = subparsers.add_parser(
+            name, help=one.summary, description=one.summary.capitalize() + ".", epilog="example: " + one.example
+        )
+        if name in commands:
+            one.add_arguments(command)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,13 +195,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None takes them from ``sys.argv``.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="s2edit", description="Edit a person in one picture, and keep the person.")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name, (add_arguments, summary) in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
-        # only the command that is run is imported: --help needs no torch
-        if name in argv[:1]:
-            add_arguments(command)
+    parser = make_parser(argv[:1])
     args = parser.parse_args(argv)
+    if args.print_completion:
+        return _print_completion(args.print_completion)
+    if args.command is None:
+        parser.error("say a command; see s2edit --help")
     status: int = args.run(args)
     return status
+
+
+def _print_completion(shell: str) -> int:
+    try:
+        shtab: Any = import_module("shtab")
+    except ImportError:
+        print('s2edit: completion needs one more package: pip install "s2edit-pipeline[cli]".', file=sys.stderr)
+        return 1
+    print(shtab.complete(make_parser(COMMANDS), shell=shell))
+    return 0

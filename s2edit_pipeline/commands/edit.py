@@ -1,0 +1,146 @@
+"""``s2edit edit``: a picture edited by words, with the identity of who is in it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .fit import add_fit, fit_words
+from .identity_cache import identity_folder, load_kept
+from .picture_words import PictureWords, add_words, words_for
+from .shared import Answer, BadArguments, add_model, load_model, run_command, task
+
+if TYPE_CHECKING:
+    from ..identity_adapter import IdentityAdapter
+    from ..picture_files import SourcePicture
+    from ..pipeline import S2EditPipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("picture", help="a file or an address")
+    parser.add_argument("--out", required=True, help="a file, or for several edits a folder")
+    change = parser.add_argument_group("what to change")
+    change.add_argument("--to", action="append", default=[], metavar="PROMPT", help="a target prompt; several are")
+    change.add_argument("--replace", action="append", default=[], metavar="A=B", help="B in the place of A")
+    change.add_argument("--add", action="append", default=[], metavar="WORDS", help="such as glasses, 'a red hat'")
+    change.add_argument("--remove", action="append", default=[], metavar="WORDS", help="such as beard")
+    change.add_argument("--edit-mask", help="where the picture may change, white inside (default: where words look)")
+    change.add_argument("--strength", type=float, default=1.0, help="of the edit, above 0 to 1 (default: %(default)s)")
+    change.add_argument("--guidance", type=float, help="how strongly words pull (default: the model's own)")
+    change.add_argument("--inference-steps", type=int, default=50, help="(default: %(default)s)")
+    who = parser.add_argument_group("who is in it")
+    who.add_argument("--identity", help="a folder or Hub name (default: fitted here, and kept for the next edit)")
+    who.add_argument("--no-cache", action="store_true", help="neither look for a kept identity nor keep this one")
+    add_words(who)
+    add_fit(who)
+    result = parser.add_argument_group("result")
+    result.add_argument("--sheet", help="also one picture of before, after, mask and difference")
+    result.add_argument("--no-prompt-in-metadata", action="store_true", help="leave the prompt out of the file")
+    add_model(parser)
+    parser.set_defaults(run=run_command(edit, "edit"))
+
+
+def edit(args: argparse.Namespace) -> Answer:
+    from ..picture_files import read_picture
+    from ..prompt_words import insert_token, split_words
+
+    _check(args)
+    source = read_picture(args.picture)
+    pipe = load_model(args)
+    words, kept = _words(pipe, source, args)
+    targets = _targets(words, args)
+    started = time.perf_counter()
+    identity = kept or _fitted(pipe, source, words, args)
+    fitted = time.perf_counter()
+    token = pipe.load_identity(identity)
+    prompts = [t if token in split_words(t, [token]) else insert_token(t, words.subject, token) for t in targets]
+    task(pipe, "editing")
+    out: Any = pipe(
+        prompts,
+        image=source.native,
+        source_prompt=words.prompt,
+        num_inference_steps=args.inference_steps,
+        guidance_scale=args.guidance,
+        strength=args.strength,
+        edit_mask=args.edit_mask,
+    )
+    edited = time.perf_counter()
+    paths = _paths(Path(args.out), targets, Path(args.picture).suffix)
+    out.save(paths, prompt_in_metadata=not args.no_prompt_in_metadata)
+    if args.sheet:
+        out.visualize().save(args.sheet)
+    results = [{"out": str(path), "prompt": prompt} for path, prompt in zip(paths, prompts, strict=True)]
+    facts = {
+        "prompt": words.prompt, "subject": words.subject, "results": results, "sheet": args.sheet,
+        "seconds": {"fit": round(fitted - started, 2), "edit": round(edited - fitted, 2)},
+    }  # fmt: skip
+    return Answer(tuple(f'{one["out"]}: "{one["prompt"]}"' for one in results), facts)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises:
+    BadArguments: what is asked for doesn't go together.
+    """
+    if not (args.to or args.replace or args.add or args.remove):
+        raise BadArguments("say what to change: --add glasses, --replace sad=smiling, --remove beard, or --to PROMPT.")
+    if args.to and (args.replace or args.add or args.remove):
+        raise BadArguments("--to is the whole target prompt; leave --replace, --add and --remove out beside it.")
+    for change in args.replace:
+        if not all(part.strip() for part in change.partition("=")[::2]):
+            raise BadArguments(f"--replace {change!r} must be A=B, such as sad=smiling.")
+    if len(args.to) > 1 and Path(args.out).suffix:
+        raise BadArguments(f"--out {args.out} is one file and there are {len(args.to)} edits: give a folder.")
+
+
+def _words(
+    pipe: S2EditPipeline, source: SourcePicture, args: argparse.Namespace
+) -> tuple[PictureWords, IdentityAdapter | None]:
+    """What the picture shows, and the identity that was asked for by name, whose own words are the default."""
+    from ..identity_adapter import IdentityAdapter
+
+    if args.identity is None:
+        return words_for(pipe, source.native, args), None
+    identity = IdentityAdapter.from_pretrained(args.identity)
+    prompt = identity.source_prompt if args.prompt is None else args.prompt
+    return PictureWords(prompt, args.subject or identity.subject), identity
+
+
+def _targets(words: PictureWords, args: argparse.Namespace) -> list[str]:
+    from ..prompt_changes import change_words
+
+    if args.to:
+        return list(args.to)
+    replace = {a.strip(): b.strip() for a, _, b in (change.partition("=") for change in args.replace)}
+    return [change_words(words.prompt, replace=replace, add=args.add, remove=args.remove, subject=words.subject)]
+
+
+def _fitted(
+    pipe: S2EditPipeline, source: SourcePicture, words: PictureWords, args: argparse.Namespace
+) -> IdentityAdapter:
+    from ..inversion_origin import picture_digest
+    from ..picture_files import read_picture
+
+    facts = {"model": args.model, "dtype": args.dtype, "prompt": words.prompt, "subject": words.subject}
+    facts |= {"method": args.method, "steps": args.steps, "seed": args.seed}
+    if args.mask:
+        facts["mask"] = picture_digest(read_picture(args.mask).rgb)
+    folder = identity_folder(picture_digest(source.rgb), facts)
+    kept = None if args.no_cache else load_kept(pipe, folder)
+    if kept is not None:
+        return kept
+    identity = fit_words(pipe, source.native, words, args)
+    if not args.no_cache:
+        identity.save_pretrained(str(folder))
+    return identity
+
+
+def _paths(out: Path, targets: list[str], suffix: str) -> list[Path]:
+    """Where each edit goes; what has no suffix is a folder."""
+    if out.suffix:
+        return [out]
+    out.mkdir(parents=True, exist_ok=True)
+    names = [re.sub(r"[^\w]+", "-", target).strip("-")[:60] or "edit" for target in targets]
+    return [out / f"{i}-{name}{suffix or '.png'}" for i, name in enumerate(names, start=1)]
