@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from .attention_controls import SpatialControl
 from .family_base import ModelFamily
+from .fit_checkpoint import FitCheckpoint
 from .fit_lora_start import start_along_gradient
 from .fit_losses import cosine, reconstruction_loss, semantic_loss
 from .fit_settings import TIMESTEP_SAMPLING, FitSettings, bitsandbytes
@@ -203,6 +204,50 @@ class Plateau:
         return self.failed >= CHECK_PATIENCE
 
 
+@dataclass
+class Training:
+    """What a fit changes from step to step, and all that decides the steps to come."""
+
+    seed: int
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    falling: torch.optim.lr_scheduler.LRScheduler
+    plateau: Plateau | None
+    generator: torch.Generator | None
+    progress: list[FitProgress] = field(default_factory=list)
+    finished: bool = False
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: tensors and plain values."""
+        return {
+            "seed": self.seed,
+            "parameters": [parameter.detach() for parameter in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "falling": self.falling.state_dict(),
+            "plateau": None if self.plateau is None else (self.plateau.best, self.plateau.failed),
+            "generator": None if self.generator is None else self.generator.get_state(),
+            "progress": [(p.step, p.reconstruction_loss, p.semantic_loss, p.cosines) for p in self.progress],
+            "finished": self.finished,
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Be as when ``state`` was taken."""
+        for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+            parameter.copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.falling.load_state_dict(state["falling"])
+        if self.plateau is not None:
+            self.plateau.best, self.plateau.failed = state["plateau"]
+        if self.generator is not None:
+            self.generator.set_state(state["generator"])
+        self.progress = [FitProgress(*one) for one in state["progress"]]
+        self.finished = state["finished"]
+
+
 def fit_weights(
     family: ModelFamily,
     examples: Sequence[FitExample],
@@ -210,6 +255,7 @@ def fit_weights(
     settings: FitSettings,
     generator: torch.Generator | None,
     on_step: Callable[[FitProgress], bool],
+    checkpoint: FitCheckpoint | None = None,
 ) -> FitResult:
     """Minimise ``L = L_recons + lambda L_semantic`` over the tokens' rows and what ``settings.method`` tunes.
 
@@ -222,14 +268,19 @@ def fit_weights(
     Args:
         rows: for each example, text encoder's name -> (D,), where its token starts.
         on_step: called after each step; returning False ends the fit there.
+        checkpoint: where the fit is kept on its way, and goes on from.
 
     Raises:
         FloatingPointError: the loss is no number any more; the message names the step.
+        ValueError: the checkpoint can't be used.
     """
+    kept = None if checkpoint is None else checkpoint.load()
     components = family.tuned_components
     device = examples[0].latents.device
     draw_on = torch.device("cpu") if generator is None else generator.device
-    seed = int(torch.randint(2**31, (1,), generator=generator, device=draw_on))
+    seed = kept["seed"] if kept else int(torch.randint(2**31, (1,), generator=generator, device=draw_on))
+    if checkpoint is not None and generator is None:  # the process's own can't be put back to where it was
+        generator = torch.Generator().manual_seed(seed)
     num_steps, rate = settings.num_steps, settings.learning_rate
     assert num_steps is not None and rate is not None and settings.token_learning_rate is not None
     saving = checkpointed(family.denoiser) if settings.gradient_checkpointing else nullcontext()
@@ -237,7 +288,6 @@ def fit_weights(
     learned = [
         {name: nn.Parameter(row.detach().clone().float().to(device)) for name, row in each.items()} for each in rows
     ]
-    progress: list[FitProgress] = []
     tuned = _tuned(family, settings, seed)
     with torch.enable_grad(), frozen(components), tuned as (weights, harvest), saving, ExitStack() as rows_in_place:
         for name, encoder in family.text_encoders.items():
@@ -252,10 +302,13 @@ def fit_weights(
         scaler = gradient_scaler(device, family.dtype)
         falling = get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=num_steps)
         plateau = Plateau(objectives, seed) if settings.early_stop else None
-        if settings.method == "lora" and settings.lora_init == "gradient":
+        training = Training(seed, [*trained_rows, *weights], optimizer, scaler, falling, plateau, generator)
+        if kept:
+            training.restore(kept)
+        elif settings.method == "lora" and settings.lora_init == "gradient":
             _turn_along_gradient(components, objectives, scaler.get_scale(), generator, draw_on)
 
-        for step in range(num_steps):
+        for step in range(num_steps if training.finished else len(training.progress), num_steps):
             optimizer.zero_grad(set_to_none=True)
             measured = []
             for objective in objectives:
@@ -274,12 +327,17 @@ def fit_weights(
             falling.step()
             reconstructions, semantics, angles = zip(*measured, strict=True)
             n = len(examples)
-            progress.append(FitProgress(step, sum(reconstructions) / n, sum(semantics) / n, angles))
-            if on_step(progress[-1]) is False or (plateau is not None and plateau.reached(step)):
+            training.progress.append(FitProgress(step, sum(reconstructions) / n, sum(semantics) / n, angles))
+            training.finished = (plateau is not None and plateau.reached(step)) or step + 1 == num_steps
+            if checkpoint is not None:
+                checkpoint.save_if_due(training.state)
+            if on_step(training.progress[-1]) is False or training.finished:
                 break
+        if checkpoint is not None:
+            checkpoint.save(training.state())
         fitted_weights, metadata = harvest()
     fitted = tuple({name: row.detach().cpu() for name, row in each.items()} for each in learned)
-    return FitResult(fitted, fitted_weights, metadata, tuple(progress))
+    return FitResult(fitted, fitted_weights, metadata, tuple(training.progress))
 
 
 def _tuned(family: ModelFamily, settings: FitSettings, seed: int) -> AbstractContextManager[TunedWeights]:

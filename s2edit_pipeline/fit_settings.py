@@ -247,6 +247,7 @@ class FitRequest:
         settings: how to fit.
         generator: makes the fit repeatable.
         size: (height, width) to work at; None is the model's own.
+        checkpoint_folder: where the fit is kept on its way, or None.
 
     Raises:
         ValueError: a mask that the settings leave nothing to do, or a threshold where no mask is made.
@@ -256,6 +257,7 @@ class FitRequest:
     settings: FitSettings
     generator: Any = None
     size: tuple[int | None, int | None] = (None, None)
+    checkpoint_folder: Any = None
 
     def __post_init__(self) -> None:
         if any(picture.mask is not None for picture in self.pictures) and not self.settings.spatial_control:

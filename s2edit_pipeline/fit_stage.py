@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from diffusers.utils import logging
 
 from .attention_controls import MapRecorder, mask_at
+from .fit_checkpoint import FitCheckpoint
 from .fit_loop import FitExample, FitProgress, FitResult, fit_weights
 from .fit_settings import FitRequest, FitSettings, ReferenceAttribute
 from .identity_adapter import IdentityAdapter, LearnedAttribute
@@ -143,7 +145,8 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
     ]
     with work.progress_bar(total=settings.num_steps) as bar:
         report = _reporter(work, bar, settings, on_step)
-        result = fit_weights(family, examples, rows, settings, request.generator, report)
+        checkpoint = _checkpoint(work, request, examples)
+        result = fit_weights(family, examples, rows, settings, request.generator, report, checkpoint)
     masks = [None if example.mask is None else example.mask.cpu() for example in examples]
     return _adapter(work, request, inputs, masks, result, time.perf_counter() - started)
 
@@ -156,6 +159,23 @@ def _example(work: Work, one: FitInput, settings: FitSettings, tokenizer: Any) -
         mask = mask_at(one.mask, *latents.shape[-2:])
     token_id = tokenizer.convert_tokens_to_ids(one.token)
     return FitExample(latents, one.prompt, one.prompt_with_token, token_id, mask)
+
+
+def _checkpoint(work: Work, request: FitRequest, examples: Sequence[FitExample]) -> FitCheckpoint | None:
+    """Of the folder that ``request`` names, for this fit alone."""
+    if request.checkpoint_folder is None:
+        return None
+    key = hashlib.sha256()
+    for example in examples:
+        for tensor in (example.latents, example.mask):
+            key.update(b"none" if tensor is None else tensor.detach().float().cpu().numpy().tobytes())
+        key.update(repr((example.prompt.text, example.prompt_with_token.text)).encode())
+    generator = request.generator
+    key.update(b"own" if generator is None else generator.get_state().numpy().tobytes())
+    components = work.family.tuned_components
+    facts = (asdict(request.settings), {name: fingerprint(module) for name, module in components.items()})
+    key.update(repr(facts).encode())
+    return FitCheckpoint(request.checkpoint_folder, key.hexdigest())
 
 
 def _reporter(work: Work, bar: Any, settings: FitSettings, on_step: OnFitStep) -> Callable[[FitProgress], bool]:

@@ -6,6 +6,7 @@ beside this one; here arguments become a request, which goes to its stage.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -33,6 +34,7 @@ from .edit_stage import DEFAULT_STEPS, edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
+from .fit_checkpoint import FitCheckpoint  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401
 from .fit_lora_start import start_along_gradient  # noqa: F401
 from .fit_losses import cosine  # noqa: F401
@@ -165,6 +167,7 @@ class S2EditPipeline(
         generator: torch.Generator | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         *,
+        checkpoint_folder: str | os.PathLike[str] | None = None,
         preset: str | None = None,
         batch_size: int | None = None,
         timestep_sampling: str | None = None,
@@ -201,6 +204,8 @@ class S2EditPipeline(
             generator: makes the fit repeatable.
             callback_on_step_end: ``f(pipe, step, num_steps, measures)``, ``measures`` a dict with
                 ``reconstruction_loss``, ``semantic_loss``, ``cosine`` (and ``reference_cosine``).
+            checkpoint_folder: the fit is kept there every so often. Killed, the same call goes on from there and ends
+                in the same bits. Finished, it is taken as it is.
             preset: "paper" is the paper's reading in one word, see ``fit_settings.FIT_PRESETS``; what is passed beside
                 it wins.
             batch_size, timestep_sampling, lr_scheduler, early_stop, optimizer, gradient_checkpointing, lora_rank,
@@ -226,7 +231,9 @@ class S2EditPipeline(
 
         with self._at_work(None, stop, lambda call: None, alone="fit_identity") as (work, _):
             self._check_bare("A new identity is fitted to the bare model")
-            return fit_picture(work, FitRequest(pictures, settings, generator, (height, width)), on_step)
+            return fit_picture(
+                work, FitRequest(pictures, settings, generator, (height, width), checkpoint_folder), on_step
+            )
 
     def invert(
         self,
