@@ -82,6 +82,7 @@ from .pipeline_arguments import (
 from .pipeline_components import PipelineComponents
 from .pipeline_facts import CallFacts
 from .pipeline_loaders import IdentityLoaders
+from .pipeline_memory import memory_advice  # noqa: F401
 from .pipeline_turns import Turns  # noqa: F401
 from .pipeline_work import Work  # noqa: F401
 from .prompt_alignment import align_prompts  # noqa: F401

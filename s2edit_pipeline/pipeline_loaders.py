@@ -15,6 +15,7 @@ from .identity_adapter import IdentityAdapter
 from .identity_overlay import IdentityOverlay
 from .picture_inputs import load_mask
 from .pipeline_arguments import base_name
+from .pipeline_memory import EDIT_ADVICE, FIT_ADVICE, memory_advice
 from .pipeline_turns import Turns, check_stop_sign, turns_of
 from .pipeline_work import Work
 
@@ -191,7 +192,11 @@ class IdentityLoaders:
         """
         check_stop_sign(stop)
         family, turns = self.family, self._turns
-        with turns.call(stop) as call, ExitStack() as turn:
+        with (
+            memory_advice(FIT_ADVICE if alone == "fit_identity" else EDIT_ADVICE),
+            turns.call(stop) as call,
+            ExitStack() as turn,
+        ):
             if alone:
                 turn.enter_context(turns.exclusive(alone))
             token = turn.enter_context(self._with_identity(identity))
