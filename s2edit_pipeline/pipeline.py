@@ -69,6 +69,7 @@ from .picture_metadata import exif_of  # noqa: F401
 from .picture_modes import rgb_of  # noqa: F401
 from .picture_placement import place_picture  # noqa: F401
 from .picture_saving import save_picture  # noqa: F401
+from .picture_sheet import picture_sheet  # noqa: F401
 from .pipeline_arguments import (
     BOTH,
     DRAWING,

@@ -1,0 +1,1 @@
+"""The web page, and the Space that shows it."""
