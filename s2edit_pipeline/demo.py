@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inversion", default="direct", help="see docs/inversions.md (%(default)s)")
     parser.add_argument("--device", help="where to work (default: a CUDA device if there is one)")
     parser.add_argument("--steps", type=int, default=50, help="inference steps (%(default)s)")
-    parser.add_argument("--guidance", type=float, default=4.5, help="guidance scale (%(default)s)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (the model's own by default)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
 
 

@@ -36,7 +36,8 @@ class EditSettings:
     """How to edit: what ``S2EditPipeline.__call__`` takes by these names.
 
     Attributes:
-        guidance_scale: how strongly the target's words pull; 3.5 to 5.5 are S2Edit's.
+        guidance_scale: how strongly the target's words pull; 3.5 to 5.5 are S2Edit's, a call without one takes the
+            model's own.
         guidance_rescale: from 0 to 1, against colours burnt by guidance (Lin et al. 2024).
         guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024), half of
             them by default; 1 is prompt-to-prompt's own, guided to the end.
@@ -112,16 +113,21 @@ class EditSettings:
         return max(1, round(self.strength * schedule.num_steps))
 
 
-def check_guidance(scale: Any) -> None:
+def check_guidance(scale: Any, name: str = "guidance_scale") -> None:
     """Raises:
     ValueError: ``scale`` is no guidance scale.
     """
     if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
-        raise ValueError(f"guidance_scale must be a number of at least 0, not {scale!r}.")
+        raise ValueError(f"{name} must be a number of at least 0, not {scale!r}.")
 
 
 EDIT_PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {"inversion": "null_text", "guidance_stop": 1.0, "blend_words": False},
+    "paper": {
+        "inversion": "null_text",
+        "guidance_scale": DEFAULT_GUIDANCE,
+        "guidance_stop": 1.0,
+        "blend_words": False,
+    },
 }
 """What ``preset=`` stands for in a call: "paper" is S2Edit's own reading of the edit."""
 

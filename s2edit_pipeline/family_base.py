@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .attention_seam import AttentionController, AttentionSite, attention_control
+from .edit_settings import DEFAULT_GUIDANCE
 from .noise_schedule import NoiseSchedule
 from .picture_inputs import picture_to_tensor, working_size
 from .prompt_columns import TokenizedPrompt
@@ -86,6 +87,13 @@ class ModelFamily(ABC):
         """The denoiser's. diffusers walks through all modules to answer: ask once a call."""
         dtype: torch.dtype = self.denoiser.dtype
         return dtype
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """How strongly words pull where the caller doesn't say: the pipeline's ``default_guidance_scale``, which the
+        model's folder may set, else S2Edit's."""
+        scale = getattr(self.pipe, "config", {}).get("_default_guidance_scale")
+        return DEFAULT_GUIDANCE if scale is None else float(scale)
 
     @property
     def latent_channels(self) -> int:

@@ -13,7 +13,6 @@ import torch
 from .attention_controls import Controllers, SpatialControl
 from .attention_seam import AttentionController
 from .attention_source import AttentionKeeper, KeepAttention
-from .edit_settings import DEFAULT_GUIDANCE
 from .fit_weights import frozen
 from .identity_prompts import (
     branches,
@@ -108,7 +107,7 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     with torch.no_grad():
         null = Branch("unconditional", family.encode_negative(call.negative_prompt, encoded, call.clip_skip))
     (source,) = branches("source", [prompt], encoded)
-    scale = DEFAULT_GUIDANCE if call.guidance_scale is None else call.guidance_scale
+    scale = family.default_guidance_scale if call.guidance_scale is None else call.guidance_scale
     latents = family.encode_picture(picture, *size)
     request = InversionRequest(
         picture, latents, source, null, call.method, schedule, scale, call.generator, call.clip_skip,

@@ -29,7 +29,7 @@ from .attention_source import KeepAttention
 from .edit_attention import EditControl  # noqa: F401
 from .edit_loop import EDITS  # noqa: F401
 from .edit_output import S2EditPipelineOutput
-from .edit_settings import DEFAULT_GUIDANCE, EDIT_PRESETS, EditRequest, EditSettings, with_preset
+from .edit_settings import EDIT_PRESETS, EditRequest, EditSettings, with_preset
 from .edit_stage import DEFAULT_STEPS, edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
@@ -122,6 +122,7 @@ class S2EditPipeline(
         image_encoder: for IP-Adapter, or None.
         requires_safety_checker: only kept, so that Stable Diffusion's folders load.
         force_zeros_for_empty_prompt: whether SDXL is told zeros where there is no negative prompt.
+        default_guidance_scale: what a call without ``guidance_scale=`` takes; None is S2Edit's 4.5.
 
     Raises:
         ValueError: a model that isn't served, or components that hold another pipeline's identities.
@@ -297,7 +298,7 @@ class S2EditPipeline(
         identity: Any = None,
         inversion: Inversion | str | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float = DEFAULT_GUIDANCE,
+        guidance_scale: float | None = None,
         cross_replace_steps: float | Mapping[str, float] = 0.4,
         self_replace_steps: float = 0.4,
         reweight: Mapping[str, float] | None = None,
@@ -349,6 +350,7 @@ class S2EditPipeline(
             guidance_scale, cross_replace_steps, self_replace_steps, reweight, blend_words, keep_words, edit,
                 guidance_rescale, guidance_stop, blend_threshold, change_threshold, strength: how to edit, see
                 ``edit_settings.EditSettings``.
+                A ``guidance_scale`` of None is the model's own: 4.5, or its ``default_guidance_scale``.
             preset: "paper" is the paper's reading in one word (null-text inversion, guided to the end, not confined),
                 see ``edit_settings.EDIT_PRESETS``; what is passed beside it wins, an inversion among it, and
                 ``blend_words=True`` for None's confinement.
@@ -380,13 +382,16 @@ class S2EditPipeline(
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
         given = arguments_of(_CALL, locals())
-        chosen = with_preset(preset, EDIT_PRESETS, given.only(("inversion", "guidance_stop", "blend_words")))
+        chosen = with_preset(
+            preset, EDIT_PRESETS, given.only(("inversion", "guidance_scale", "guidance_stop", "blend_words"))
+        )
+        chosen.setdefault("guidance_scale", self.family.default_guidance_scale)
         settings = EditSettings.of(given.values, chosen)
         if image is None and not hasattr(inversion, "trajectory"):
             names = check_drawing(given)
             steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
             drawn = {**stock_arguments, **given.only((*BOTH, *DRAWING)), "num_inference_steps": steps}
-            drawn["guidance_scale"] = guidance_scale
+            drawn["guidance_scale"] = chosen["guidance_scale"]
             with self._at_work(identity, stop, lambda call: None) as (work, token):
                 output = draw(work, drawn, callback_on_step_end, names, token)
         else:

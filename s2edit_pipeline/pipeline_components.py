@@ -11,8 +11,12 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
+from .edit_settings import check_guidance
 from .family_base import family_of
 from .identity_overlay import IdentityOverlay
+
+OPTIONS = ("requires_safety_checker", "force_zeros_for_empty_prompt", "default_guidance_scale")
+"""What ``__init__`` takes beside the components, and a folder's ``model_index.json`` keeps."""
 
 
 def without_component_defaults(initialiser: Callable[..., None]) -> inspect.Signature:
@@ -20,9 +24,7 @@ def without_component_defaults(initialiser: Callable[..., None]) -> inspect.Sign
     loader takes from the folder, whatever was passed to it."""
     signature = inspect.signature(initialiser)
     parameters = signature.parameters.values()
-    return signature.replace(
-        parameters=[p if isinstance(p.default, bool) else p.replace(default=p.empty) for p in parameters]
-    )
+    return signature.replace(parameters=[p if p.name in OPTIONS else p.replace(default=p.empty) for p in parameters])
 
 
 class PipelineComponents:
@@ -58,6 +60,7 @@ class PipelineComponents:
         tokenizer_3: Any = None,
         requires_safety_checker: bool = False,
         force_zeros_for_empty_prompt: bool = True,
+        default_guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         if getattr(tokenizer, "s2edit_tokens", ()):
@@ -80,7 +83,17 @@ class PipelineComponents:
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         if text_encoder_2 is not None:
             self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        if default_guidance_scale is not None:
+            check_guidance(default_guidance_scale, "default_guidance_scale")
+            self.register_to_config(_default_guidance_scale=float(default_guidance_scale))
         self._overlay = IdentityOverlay()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """diffusers' own. What is of this pipeline alone is kept with an underscore before its name, in a folder as in
+        ``config``: other pipelines pass over that without a word, and ``from_pipe`` brings it back."""
+        ours = {name: config_dict[f"_{name}"] for name in OPTIONS if f"_{name}" in config_dict}
+        return super().extract_init_dict({**ours, **config_dict}, **kwargs)  # type: ignore[misc]
 
 
 PipelineComponents.__init__.__signature__ = without_component_defaults(PipelineComponents.__init__)  # type: ignore[attr-defined]

@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from s2edit_pipeline import S2EditPipeline
+from s2edit_pipeline.pipeline_components import OPTIONS
 
 SOURCE, TARGET = "a photo of a sad lady", "a photo of a smiling lady"
 Call = Callable[..., Any]
-FLAGS = {"requires_safety_checker", "force_zeros_for_empty_prompt"}
-COMPONENTS = set(inspect.signature(S2EditPipeline.__init__).parameters) - {"self"} - FLAGS
+COMPONENTS = set(inspect.signature(S2EditPipeline.__init__).parameters) - {"self", *OPTIONS}
 
 
 @pytest.fixture(params=["draw", "edit"])
@@ -85,7 +85,7 @@ def test_no_component_has_a_default_that_the_loader_could_prefer() -> None:
     """diffusers takes what has one from the folder, whatever was passed; the class can be called without them still."""
     parameters = inspect.signature(S2EditPipeline.__init__).parameters
     assert all(parameters[name].default is inspect.Parameter.empty for name in COMPONENTS)
-    assert all(isinstance(parameters[name].default, bool) for name in FLAGS)
+    assert all(parameters[name].default is not inspect.Parameter.empty for name in OPTIONS)
     assert S2EditPipeline().unet is None
 
 

@@ -30,7 +30,7 @@ def test_what_is_passed_wins_and_none_is_the_presets() -> None:
     assert fit_preset("paper", {"method": "full"}) == FIT_PRESETS["paper"]
     assert with_preset("paper", EDIT_PRESETS, {"blend_words": None}) == EDIT_PRESETS["paper"]
     assert with_preset("paper", EDIT_PRESETS, {"blend_words": ["hat"], "inversion": "ddim"}) == {
-        "inversion": "ddim", "guidance_stop": 1.0, "blend_words": ["hat"],
+        "inversion": "ddim", "guidance_scale": 4.5, "guidance_stop": 1.0, "blend_words": ["hat"],
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -304,6 +304,10 @@ def _copy_average(parameters: list[torch.nn.Parameter], state: dict[str, Any]) -
         parameter.copy_(average)
 
 
+OPTIONS: Mapping[str, Any] = {"default_guidance_scale": 2.0}
+"""What the model's folder says to ``S2EditPipeline`` alone, see ``pipeline_components.PipelineComponents``."""
+
+
 def export_model(
     out: str | Path,
     vae: AutoencoderKL,
@@ -330,6 +334,9 @@ def export_model(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(str(out), safe_serialization=True)
+    index_file = out / "model_index.json"
+    index = {**json.loads(index_file.read_text("utf-8")), **{f"_{name}": value for name, value in OPTIONS.items()}}
+    index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
     # transformers takes the saved dtype for the wanted one, diffusers float32: without this the two would not fit
     config_file = out / "text_encoder" / "config.json"
     config = json.loads(config_file.read_text("utf-8"))

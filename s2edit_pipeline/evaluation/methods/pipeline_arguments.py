@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...edit_settings import EDIT_PRESETS, EditSettings
+from ...edit_settings import DEFAULT_GUIDANCE, EDIT_PRESETS, EditSettings
 from ...fit_settings import FitSettings
 
 
@@ -37,19 +37,20 @@ class PipelineArguments:
         changed = None if self.fit is None else {**self.fit, **(fit or {})}
         return replace(self, fit=changed, edit={**self.edit, **(edit or {})})
 
-    def resolved(self) -> dict[str, Any]:
-        """All of it, the package's own defaults filled in."""
+    def resolved(self, guidance_scale: float = DEFAULT_GUIDANCE) -> dict[str, Any]:
+        """All of it, the package's own defaults filled in; ``guidance_scale`` is the model's."""
         fit = None
         if self.fit is not None:
             arguments = {name: value for name, value in self.fit.items() if name != "preset"}
             fit = {**arguments, **asdict(FitSettings.of(self.fit))}
-        edit = asdict(EditSettings.of(self.edit, {}))
+        edit = asdict(EditSettings.of({"guidance_scale": guidance_scale, **self.edit}, {}))
         return {"fit": fit, "inversion": self.inversion, "edit": {**self.edit, **edit}}
 
 
 PROMPT_TO_PROMPT: Mapping[str, Any] = {
     "cross_replace_steps": 0.8,
     "self_replace_steps": 0.5,
+    "guidance_scale": DEFAULT_GUIDANCE,
     "guidance_stop": 1.0,
     "blend_words": False,
 }

@@ -69,7 +69,7 @@ class PipelineMethod:
     fits: FitCache | None = None
 
     def resolved(self) -> dict[str, Any]:
-        return self.arguments.resolved()
+        return self.arguments.resolved(self.pipe.family.default_guidance_scale)
 
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> PreparedPicture:
         task = FitTask(picture, source_prompt, subject, seed)

@@ -30,7 +30,7 @@ def test_every_argument_is_one_that_the_pipeline_takes() -> None:
 
 def test_the_papers_setting_and_its_ablation() -> None:
     assert PAPER.fit == {"preset": "paper"} and PAPER.inversion == "null_text"
-    assert PAPER.edit == {"guidance_stop": 1.0, "blend_words": False}
+    assert PAPER.edit == {"guidance_scale": 4.5, "guidance_stop": 1.0, "blend_words": False}
     first, tuned, semantic, both = ABLATION.values()
     assert first.fit is None and (tuned.fit, semantic.fit, both.fit) == (
         {"preset": "paper", "semantic_weight": 0.0, "spatial_control": False},
