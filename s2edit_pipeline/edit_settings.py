@@ -36,7 +36,8 @@ class EditSettings:
     """How to edit: what ``S2EditPipeline.__call__`` takes by these names.
 
     Attributes:
-        guidance_scale: how strongly the target's words pull; 3.5 to 5.5 are S2Edit's.
+        guidance_scale: how strongly the target's words pull; 3.5 to 5.5 are S2Edit's. At 1 and below, as everywhere in
+            diffusers, nothing is guided.
         guidance_rescale: from 0 to 1, against colours burnt by guidance (Lin et al. 2024).
         guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024), half of
             them by default; 1 is prompt-to-prompt's own, guided to the end.
@@ -140,7 +141,7 @@ def with_preset(
     return {**chosen, **{name: value for name, value in given.items() if value is not None}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EditRequest:
     """One call's edit of a picture, its arguments as they came.
 
