@@ -17,7 +17,7 @@ from .pipeline_turns import Interrupted
 from .prompt_embeds import Batch, Branch, PromptEmbeds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EditTask:
     """What an edit method works on.
 
@@ -106,7 +106,7 @@ def prompt_to_prompt(task: EditTask) -> EditedLatents:
             level_null = replace(null, embeds=null.embeds.with_embeds(stored))
         if not inversion.pinned:
             source_output = _ask_free_source(task, source, k, level_null)
-        is_guided = step < settings.guidance_stop * schedule.num_steps and scale != 1
+        is_guided = step < settings.guidance_stop * schedule.num_steps and scale > 1
         asks_source = inversion.pinned and control.needs_source(step, k, maps=looks_at_source)
         # M_t of the source, M*_t of the target, and Edit(M_t, M*_t, t) in its place, are ``control``'s
         batch = Batch((*[task.source] * asks_source, *[level_null] * (n * is_guided), *targets))
@@ -148,10 +148,10 @@ register_edit("prompt_to_prompt", EditMethod(prompt_to_prompt))
 def _ask_free_source(task: EditTask, source: torch.Tensor, k: int, null: Branch) -> torch.Tensor:
     """The source's own guided output, in a batch before the targets'."""
     scale = task.settings.guidance_scale
-    batch = Batch((task.source, *[null] * (scale != 1)))
+    batch = Batch((task.source, *[null] * (scale > 1)))
     task.control.begin(task.schedule.num_steps - k, k, batch)
     output = task.denoise(source.expand(len(batch), -1, -1, -1), k, batch)
-    return output if scale == 1 else guided(output[1:], output[:1], scale)
+    return guided(output[1:], output[:1], scale) if scale > 1 else output
 
 
 def confined(

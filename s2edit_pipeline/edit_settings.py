@@ -37,7 +37,7 @@ class EditSettings:
 
     Attributes:
         guidance_scale: how strongly the target's words pull; 3.5 to 5.5 are S2Edit's, a call without one takes the
-            model's own.
+            model's own. At 1 and below, as everywhere in diffusers, nothing is guided.
         guidance_rescale: from 0 to 1, against colours burnt by guidance (Lin et al. 2024).
         guidance_stop: share of the steps after which the edit goes on unguided (Kynkäänniemi et al. 2024), half of
             them by default; 1 is prompt-to-prompt's own, guided to the end.
@@ -146,7 +146,7 @@ def with_preset(
     return {**chosen, **{name: value for name, value in given.items() if value is not None}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EditRequest:
     """One call's edit of a picture, its arguments as they came.
 

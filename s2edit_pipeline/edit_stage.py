@@ -313,9 +313,18 @@ def _edit_task(
         return work.report(step, timesteps[level - 1], tensors)
 
     return EditTask(
-        denoise, schedule, inversion, source, null, targets, settings, control,
-        [plan.confinement for plan in plans], lambda: float(facts["guidance_scale"]), on_step,
-    )  # fmt: skip
+        denoise=denoise,
+        schedule=schedule,
+        inversion=inversion,
+        source=source,
+        null=null,
+        targets=targets,
+        settings=settings,
+        control=control,
+        confinements=[plan.confinement for plan in plans],
+        guidance=lambda: float(facts["guidance_scale"]),
+        on_step=on_step,
+    )
 
 
 def _counted(on_step: Any, bar: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -155,6 +155,10 @@ class ModelFamily(ABC):
         """(1, C, h, w) latents of level 0, in the denoiser's dtype."""
         return self.encode_pixels(picture_to_tensor(picture, height, width))
 
+    def autoencoder_in_range(self) -> AbstractContextManager[None]:
+        """Within the context the autoencoder's numbers don't overflow; it may be of another dtype there."""
+        return nullcontext()
+
     @abstractmethod
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) latents of level 0 of ``pixels`` (B, 3, H, W) in [-1, 1]."""
@@ -176,6 +180,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def training_schedule(self, size: tuple[int, int] | None = None) -> NoiseSchedule:
         """Every level that the model was trained at."""
+
+    def guides(self, guidance_scale: float) -> bool:
+        """Whether this scale asks for the unconditional branch, as diffusers' pipelines have it."""
+        return guidance_scale > 1
 
     @abstractmethod
     def denoise(self, x: torch.Tensor, timestep: Any, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor:

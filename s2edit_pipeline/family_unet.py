@@ -166,7 +166,7 @@ class UNetFamily(ModelFamily):
         return self.pixels_per_latent * 2 ** (len(self.pipe.unet.config.block_out_channels) - 1)
 
     @contextmanager
-    def _vae_in_range(self) -> Iterator[None]:
+    def autoencoder_in_range(self) -> Iterator[None]:
         """SDXL's autoencoder overflows in float16 and says so (``force_upcast``): float32 for the length of the
         context, as diffusers' own pipeline does; then its weights are, to the bit, as before."""
         vae = self.pipe.vae
@@ -186,7 +186,7 @@ class UNetFamily(ModelFamily):
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         vae = self.pipe.vae
-        with self._vae_in_range():
+        with self.autoencoder_in_range():
             encoded = vae.encode(pixels.to(self.device, vae.dtype))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -196,7 +196,7 @@ class UNetFamily(ModelFamily):
     def decode(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         vae = self.pipe.vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        with self._vae_in_range():
+        with self.autoencoder_in_range():
             latents = latents.to(vae.dtype) / vae.config.scaling_factor + shift
             pixels: torch.Tensor = vae.decode(latents, return_dict=False, generator=generator)[0]
             return pixels
@@ -208,6 +208,9 @@ class UNetFamily(ModelFamily):
 
     def training_schedule(self, size: tuple[int, int] | None = None) -> NoiseSchedule:
         return diffusion_training_schedule(self.pipe.scheduler)
+
+    def guides(self, guidance_scale: float) -> bool:
+        return guidance_scale > 1 and self.pipe.unet.config.time_cond_proj_dim is None
 
     def denoise(self, x: torch.Tensor, timestep: Any, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor:
         added = None

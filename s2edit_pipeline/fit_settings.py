@@ -238,7 +238,7 @@ class ReferenceAttribute:
     mask: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitRequest:
     """One call's fit, its arguments as they came.
 

@@ -25,7 +25,7 @@ from .identity_prompts import (
     with_identities,
 )
 from .inversion_origin import made_with, picture_digest
-from .inversion_record import Inversion, InversionTask, MadeWith, check_keeping, inversion_method
+from .inversion_record import INVERSIONS, Inversion, InversionTask, MadeWith, check_keeping, inversion_method
 from .noise_schedule import NoiseSchedule
 from .picture_inputs import load_picture
 from .pipeline_turns import Interrupted
@@ -33,7 +33,7 @@ from .pipeline_work import Work
 from .prompt_embeds import Branch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InversionRequest:
     """What is to be inverted, and how.
 
@@ -64,7 +64,7 @@ class InversionRequest:
     for_later: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InversionCall:
     """One call's inversion, its arguments as they came; see ``S2EditPipeline.invert``."""
 
@@ -87,13 +87,8 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     Raises:
         TypeError, ValueError: an input that can't be used; nothing has been done then.
     """
-    family, method = work.family, inversion_method(call.method)
-    for name, value in (("guidance_scale", call.guidance_scale), ("negative_prompt", call.negative_prompt)):
-        if value is not None and not method.binds_guidance:
-            raise ValueError(
-                f"{name} has no effect on the inversion {call.method!r}, which serves any; leave it out here and pass "
-                "it to the edit."
-            )
+    family = work.family
+    _refuse_what_has_no_effect(call)
     check_keeping(call.method, call.keep)
     check_prompt(call.prompt, "prompt")
     check_tokens(call.prompt, family, work.overlay)
@@ -110,10 +105,37 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     scale = family.default_guidance_scale if call.guidance_scale is None else call.guidance_scale
     latents = family.encode_picture(picture, *size)
     request = InversionRequest(
-        picture, latents, source, null, call.method, schedule, scale, call.generator, call.clip_skip,
-        call.keep or KeepAttention(),
-    )  # fmt: skip
+        picture=picture,
+        latents=latents,
+        source=source,
+        null=null,
+        method=call.method,
+        schedule=schedule,
+        guidance_scale=scale,
+        generator=call.generator,
+        clip_skip=call.clip_skip,
+        keep=call.keep or KeepAttention(),
+    )
     return invert_picture(work, request)
+
+
+def _refuse_what_has_no_effect(call: InversionCall) -> None:
+    """Raises:
+    ValueError: an argument that this method has no use for.
+    """
+    method = inversion_method(call.method)
+    for name, value in (("guidance_scale", call.guidance_scale), ("negative_prompt", call.negative_prompt)):
+        if value is not None and not method.binds_guidance:
+            raise ValueError(
+                f"{name} has no effect on the inversion {call.method!r}, which serves any; leave it out here and pass "
+                "it to the edit."
+            )
+    if call.generator is not None and not method.draws_noise:
+        drawing = ", ".join(repr(name) for name, one in INVERSIONS.items() if one.draws_noise)
+        raise ValueError(
+            f"generator has no effect on the inversion {call.method!r}, which draws no noise; leave it out, or use "
+            f"{drawing}."
+        )
 
 
 def invert_picture(work: Work, request: InversionRequest) -> Inversion:

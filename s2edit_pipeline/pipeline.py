@@ -147,9 +147,10 @@ class S2EditPipeline(
             TypeError, ValueError: as :meth:`fit_identity`.
         """
         request = FitRequest(
-            (ReferenceAttribute(image, prompt, subject, "[I]"),), FitSettings(mask_threshold=threshold),
+            pictures=(ReferenceAttribute(image, prompt, subject, "[I]"),),
+            settings=FitSettings(mask_threshold=threshold),
             size=(height, width),
-        )  # fmt: skip
+        )
         with self._at_work(None, None, lambda call: None) as (work, _):
             self._check_bare("The mask is a fit's, and a fit is to the bare model")
             return preview_mask(work, request)
@@ -234,9 +235,11 @@ class S2EditPipeline(
 
         with self._at_work(None, stop, lambda call: None, alone="fit_identity") as (work, _):
             self._check_bare("A new identity is fitted to the bare model")
-            return fit_picture(
-                work, FitRequest(pictures, settings, generator, (height, width), checkpoint_folder), on_step
-            )
+            request = FitRequest(
+                pictures=pictures, settings=settings, generator=generator, size=(height, width),
+                checkpoint_folder=checkpoint_folder,
+            )  # fmt: skip
+            return fit_picture(work, request, on_step)
 
     def invert(
         self,
@@ -268,7 +271,7 @@ class S2EditPipeline(
             identity: an identity to load for this call.
             guidance_scale, negative_prompt: what "null_text" optimises for and starts from; the others serve any, and
                 refuse them.
-            generator: of "edit_friendly"'s noise; the others draw none.
+            generator: of "edit_friendly"'s noise; the others draw none, and refuse it.
             keep_attention: how much of the source's attention is kept, where the source is pinned to its trajectory
                 ("direct", "fixed_point", "edit_friendly"), so that no edit has to ask for it again; None is
                 ``KeepAttention()``: of 40 % of the steps, at most 1 GiB.
@@ -284,8 +287,10 @@ class S2EditPipeline(
         report = step_report(self, callback_on_step_end, ("latents",))
         with self._at_work(identity, stop, report, alone) as (work, token):
             call = InversionCall(
-                image, prompt, method, token, num_inference_steps, guidance_scale, negative_prompt, (height, width),
-                clip_skip, generator, keep_attention,
+                image=image, prompt=prompt, method=method, identity_token=token,
+                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt, size=(height, width), clip_skip=clip_skip, generator=generator,
+                keep=keep_attention,
             )  # fmt: skip
             return invert_words(work, call)
 
@@ -401,9 +406,12 @@ class S2EditPipeline(
             report = step_report(self, callback_on_step_end, names)
             with self._at_work(identity, stop, report, alone) as (work, token):
                 request = EditRequest(
-                    [prompt] if isinstance(prompt, str) else list(prompt or []), image, source_prompt, token,
-                    method, settings, num_inference_steps, negative_prompt, edit_mask, keep_pixels,
-                    (height, width), clip_skip, generator, keep_attention, output_type, return_attention_maps,
+                    prompts=[prompt] if isinstance(prompt, str) else list(prompt or []), image=image,
+                    source_prompt=source_prompt, identity_token=token, inversion=method, settings=settings,
+                    num_inference_steps=num_inference_steps, negative_prompt=negative_prompt, edit_mask=edit_mask,
+                    keep_pixels=keep_pixels, size=(height, width), clip_skip=clip_skip, generator=generator,
+                    keep_attention=keep_attention, output_type=output_type,
+                    return_attention_maps=return_attention_maps,
                 )  # fmt: skip
                 output = edit_picture(work, request)
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))

@@ -1,20 +1,21 @@
-"""What diffusers' callbacks read of a pipeline and set on it; each thread sees its own call's."""
+"""What diffusers' callbacks read of a pipeline and set on it; each thread sees its own call's, or its last one's."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from .family_base import ModelFamily
 from .pipeline_turns import Turns
 
 
 class CallFacts:
-    """The pipeline's state as callbacks know it. Between calls there is none."""
+    """The pipeline's state as callbacks know it. After a call its facts stand until this thread's next one."""
 
     _turns: Turns
+    family: ModelFamily
 
     def _fact(self, name: str) -> Any:
-        call = self._turns.current()
-        return None if call is None else call.facts.get(name)
+        return self._turns.facts.get(name)
 
     @property
     def interrupt(self) -> bool:
@@ -50,8 +51,9 @@ class CallFacts:
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether this thread's call is guided now."""
-        return (self.guidance_scale or 1.0) > 1.0
+        """Whether the guidance scale of this thread's call asks for the unconditional branch: whether it is above 1, in
+        a model that isn't told the scale itself."""
+        return self.guidance_scale is not None and self.family.guides(self.guidance_scale)
 
     @property
     def num_timesteps(self) -> int | None:

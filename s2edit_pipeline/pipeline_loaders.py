@@ -162,8 +162,11 @@ class IdentityLoaders:
     @contextmanager
     def _with_identity(self, identity: Any) -> Iterator[str | None]:
         """A turn at the model with ``identity`` in it, unless that is None or loaded already; gives its token."""
-        loaded = None if identity is None else self._loaded_token(identity)
-        adapter = None if identity is None or loaded is not None else self._adapter(identity)
+        is_name = isinstance(identity, str) and identity in self._overlay.identities
+        adapter = None if identity is None or is_name else self._adapter(identity)
+        loaded = None if identity is None else self._loaded_token(identity if is_name else adapter)
+        if loaded is not None:
+            adapter = None
 
         def enter() -> None:
             self._overlay.ensure(self.family.tuned_components)
@@ -201,8 +204,11 @@ class IdentityLoaders:
                 turn.enter_context(turns.exclusive(alone))
             token = turn.enter_context(self._with_identity(identity))
             family.check()
-            name = base_name(self)
-            yield Work(family, self._overlay, call, self.progress_bar, report(call), name), token
+            work = Work(
+                family=family, overlay=self._overlay, call=call, progress_bar=self.progress_bar, report=report(call),
+                base_model=base_name(self),
+            )  # fmt: skip
+            yield work, token
 
     def _check_bare(self, why: str) -> None:
         """Raises:

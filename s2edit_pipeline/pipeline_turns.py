@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -70,6 +70,7 @@ class Turns:
         self._waiting: list[object] = []
         self._key: Hashable = None
         self._owners: list[int] = []
+        self._ended = threading.local()
         self.calls: list[Call] = []
 
     @contextmanager
@@ -181,10 +182,18 @@ class Turns:
         finally:
             _CALL.reset(token)
             self.calls.remove(one)
+            self._ended.facts = one.facts
 
     def current(self) -> Call | None:
         """The call that this thread is in, or None."""
         return next((one for one in reversed(_CALL.get()) if one in self.calls), None)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Of the call that this thread is in, or of its last one."""
+        call = self.current()
+        facts: Mapping[str, Any] = getattr(self._ended, "facts", {}) if call is None else call.facts
+        return facts
 
 
 class _Alone:

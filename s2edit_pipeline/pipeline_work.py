@@ -17,7 +17,7 @@ Report = Callable[[int, Any, Mapping[str, torch.Tensor]], Mapping[str, torch.Ten
 it changed; raises ``Interrupted`` where the call was stopped."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """One call's workplace.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -85,9 +85,13 @@ def draw(
         changed = (callback(work.family.pipe, step, timestep, named) if callback is not None else None) or {}
         stock._guidance_scale = facts["guidance_scale"]
         stock._interrupt = work.call.should_stop
+        if step + 1 == stock.num_timesteps and given.get("output_type") != "latent":
+            decoding.enter_context(work.family.autoencoder_in_range())
+            latents = changed.get("latents", tensors["latents"])
+            return {**changed, "latents": latents.to(work.family.pipe.vae.dtype)}
         return dict(changed)
 
-    with seam:
+    with seam, ExitStack() as decoding:
         names = list(dict.fromkeys(["latents", *callback_tensors]))
         output = stock(**given, callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=names)
     return S2EditPipelineOutput(

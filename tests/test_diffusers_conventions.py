@@ -197,7 +197,7 @@ def test_callbacks_get_the_tensors_that_they_name(
 
 
 def test_callbacks_read_the_calls_facts(pipe: S2EditPipeline, arguments: Call) -> None:
-    """Between calls there are none."""
+    """After it too."""
     facts: list[tuple[Any, ...]] = []
 
     def look(pipeline: Any, step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -206,7 +206,7 @@ def test_callbacks_read_the_calls_facts(pipe: S2EditPipeline, arguments: Call) -
 
     pipe(**arguments(callback_on_step_end=look, guidance_scale=3.0))
     assert facts == [(3.0, 3, True)] * 3
-    assert (pipe.guidance_scale, pipe.num_timesteps) == (None, None)
+    assert (pipe.guidance_scale, pipe.num_timesteps, pipe.interrupt) == (3.0, 3, False)
 
 
 def test_a_callback_may_change_the_guidance_of_the_steps_to_come(pipe: S2EditPipeline, arguments: Call) -> None:

@@ -297,6 +297,14 @@ def test_edit_friendly_is_algorithm_1(kind: str) -> None:
         torch.testing.assert_close(result.residuals[k - 1 : k], path[k - 1] - mean)
 
 
+@pytest.mark.parametrize("method", ["direct", "ddim", "fixed_point", "negative_prompt", "null_text"])
+def test_a_generator_is_refused_where_no_noise_is_drawn(
+    make_pipe: Callable[[str], S2EditPipeline], picture: Image.Image, method: str
+) -> None:
+    with pytest.raises(ValueError, match=f"generator has no effect on the inversion '{method}'.*'edit_friendly'"):
+        make_pipe("epsilon").invert(picture, "a photo of a sad lady", method, generator=_seeded(0))
+
+
 @pytest.mark.parametrize("kind", DIFFUSIONS)
 def test_edit_friendly_comes_back_and_edits_in_the_pipeline(
     make_pipe: Callable[[str], S2EditPipeline], picture: Image.Image, kind: str

@@ -40,11 +40,13 @@ def _edit(pipe: S2EditPipeline, picture: Image.Image, **arguments: Any) -> torch
 
 
 def test_an_identity_that_is_loaded_may_be_passed_too(
-    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, identity: IdentityAdapter
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, identity: IdentityAdapter, tmp_path: Path
 ) -> None:
+    """Itself, by its token, or by the folder that it lies in."""
     wanted = _edit(pipe, picture, identity=identity)
+    identity.save_pretrained(tmp_path)
     pipe.load_identity(identity)
-    for same in (identity, "[I]", None):
+    for same in (identity, "[I]", str(tmp_path), tmp_path, None):
         assert torch.equal(_edit(pipe, picture, identity=same), wanted)
     assert pipe.identities == ("[I]",)
     with pytest.raises(ValueError, match="is loaded already"):

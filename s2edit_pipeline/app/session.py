@@ -1,7 +1,7 @@
 """One visitor's work: a picture, its words, its mask, who is in it, and the edits; nothing of a page.
 
-Every method returns what it found or made, and keeps it. The pipeline is shared by all visitors: identities are handed to
-each call, never loaded into it.
+Every method returns what it found or made, and keeps it. The pipeline is shared by all visitors: identities are handed
+to each call, never loaded into it.
 """
 
 from __future__ import annotations
@@ -215,17 +215,23 @@ class Session:
         )
         return self._kept(targets, out)
 
+    def _with_token(self, prompt: str) -> str:
+        """``prompt`` with the identity's token before its subject, where it speaks of that."""
+        identity = self.identity
+        if identity is None or identity.token in split_words(prompt, [identity.token]):
+            return prompt
+        if identity.subject not in split_words(prompt):
+            return prompt
+        return insert_token(prompt, identity.subject, identity.token)
+
     def _inverted(self, steps: int) -> Inversion:
         """The picture's inversion: made once, for all edits under the same words."""
         identity = self.identity
         key = (self.prompt, None if identity is None else (identity.digest, identity.token), steps)
         if self._inversion is None or self._inversion[0] != key:
             keep = KeepAttention(max_bytes=KEPT_ATTENTION)
-            prompt = self.prompt
-            if identity is not None and identity.subject in split_words(prompt):
-                prompt = insert_token(prompt, identity.subject, identity.token)
             inversion = self.pipe.invert(
-                self._picture(), prompt, num_inference_steps=steps, identity=identity, keep_attention=keep,
+                self._picture(), self._with_token(self.prompt), num_inference_steps=steps, identity=identity, keep_attention=keep,
                 stop=self._stop,
             )  # fmt: skip
             if inversion.interrupted:

@@ -230,7 +230,7 @@ def editing(walk: Walk, inversion: Any = None, seed: int | None = None, **more: 
 
 
 def inverted(walk: Walk, method: str) -> Any:
-    return walk.pipe.invert(walk.picture, SOURCE, method, 3, height=16, width=24, generator=seeded(0))
+    return walk.pipe.invert(walk.picture, SOURCE, method, 3, height=16, width=24)
 
 
 CALLS: dict[str, Callable[[Walk], Situation]] = {
@@ -288,11 +288,12 @@ def inversion_of(walk: Walk, method: str) -> Situation:
         "invert",
         lambda: {
             "image": walk.picture, "prompt": SOURCE, "method": method, "num_inference_steps": 2, "height": 16,
-            "width": 24, "generator": seeded(0),
+            "width": 24, **({"generator": seeded(0)} if INVERSIONS[method].draws_noise else {}),
         },
         (set() if guided else {"guidance_scale", "negative_prompt"})
-        | (set() if INVERSIONS[method].pinned else {"keep_attention"}),
-        {"method": SITUATION, **({} if INVERSIONS[method].draws_noise else {"generator": REPEATABLE})},
+        | (set() if INVERSIONS[method].pinned else {"keep_attention"})
+        | (set() if INVERSIONS[method].draws_noise else {"generator"}),
+        {"method": SITUATION},
     )  # fmt: skip
 
 

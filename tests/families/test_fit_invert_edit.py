@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +89,8 @@ def test_fit_save_load_invert_edit(
     assert changed == (set() if method == "token" else components.keys())
     inversions = INVERSIONS if method == "lora" else ("direct",)
     for kind in inversions:
-        inversion = pipe.invert(wide_picture, SOURCE, kind, 2, generator=torch.Generator().manual_seed(0), **SIZE)
+        noise = {"generator": torch.Generator().manual_seed(0)} if kind == "edit_friendly" else {}
+        inversion = pipe.invert(wide_picture, SOURCE, kind, 2, **noise, **SIZE)
         assert inversion.prompt == "a photograph of a sad, bespectacled [I] grandmother!"
         result = pipe(WITH, wide_picture, SOURCE, inversion=inversion, output_type="latent")
         assert result.images.shape == (1, 4, 8, 12) and bool(torch.isfinite(result.images).all())
@@ -214,6 +218,36 @@ def test_sdxls_autoencoder_works_in_float32(
     assert dtypes == [(torch.float16, torch.float16)] * len(dtypes)
     for handle in handles:
         handle.remove()
+
+
+def test_two_drawings_at_once_do_not_cast_sdxls_autoencoder_from_under_each_other(
+    make_family: Callable[..., S2EditPipeline],
+) -> None:
+    pipe = make_family("sdxl", torch.float16)
+    settings = {"num_inference_steps": 1, "height": 16, "width": 16, "output_type": "np"}
+    alone = pipe("a lady", generator=torch.Generator().manual_seed(0), **settings).images
+    at_the_end, dtypes = threading.Barrier(2, timeout=60), []
+
+    def look(module: Any, args: Any, output: Any = None) -> None:
+        time.sleep(0.05)
+        dtypes.append({parameter.dtype for parameter in pipe.vae.parameters()})
+
+    handles = [pipe.vae.decoder.register_forward_pre_hook(look), pipe.vae.decoder.register_forward_hook(look)]
+    before = {name: p.data_ptr() for name, p in pipe.vae.named_parameters()}
+
+    def draw(_: int) -> np.ndarray:
+        return pipe(
+            "a lady", generator=torch.Generator().manual_seed(0), **settings,
+            callback_on_step_end=lambda *_: at_the_end.wait() and {},
+        ).images  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(draw, range(2)))
+    for handle in handles:
+        handle.remove()
+    assert dtypes == [{torch.float32}] * 4
+    assert all(np.array_equal(images, alone) for images in together)
+    assert {name: p.data_ptr() for name, p in pipe.vae.named_parameters()} == before
 
 
 def test_gradients_too_small_for_float16_still_arrive(monkeypatch: pytest.MonkeyPatch) -> None:

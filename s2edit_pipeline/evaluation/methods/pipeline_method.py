@@ -75,11 +75,13 @@ class PipelineMethod:
         task = FitTask(picture, source_prompt, subject, seed)
         fit = fit_identity if self.fits is None else self.fits.identity
         identity = fit(self.pipe, self.arguments, task)
-        binds = inversion_method(self.arguments.inversion).binds_guidance
-        scale = {k: v for k, v in self.arguments.edit.items() if k == "guidance_scale" and binds}
+        method = inversion_method(self.arguments.inversion)
+        more = {k: v for k, v in self.arguments.edit.items() if k == "guidance_scale" and method.binds_guidance}
+        if method.draws_noise:
+            more["generator"] = torch.Generator().manual_seed(seed)
         inversion = self.pipe.invert(
             picture, source_prompt, self.arguments.inversion, self.num_inference_steps,
-            identity=identity, generator=torch.Generator().manual_seed(seed), **scale,
+            identity=identity, **more,
         )  # fmt: skip
         return PreparedPicture(self.pipe, picture, subject, identity, inversion, self.arguments.edit)
 
