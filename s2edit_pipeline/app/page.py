@@ -183,20 +183,12 @@ def _fit(session: Session, prompt: str, subject: str, steps: int) -> Iterator[tu
 
 
 def _edit(
-    session: Session,
-    prompt: str,
-    subject: str,
-    lines: str,
-    add: list[str],
-    strength: float,
-    guidance: float,
-    reach: float,
-    shape: float,
-    steps: int,
+    session: Session, prompt: str, subject: str, lines: str, add: list[str], *sliders: float
 ) -> Iterator[tuple[Any, ...]]:
     session.say(prompt, subject)
     targets = session.targets(lines or "", add or [], [])
-    knobs = Knobs(float(strength), float(guidance) or None, float(reach), float(shape), int(steps))
+    strength, guidance, reach, shape, steps = sliders
+    knobs = Knobs(strength, guidance or None, reach, shape, int(steps))
     yield "Inverting …", gr.skip(), gr.skip(), gr.skip(), gr.skip()
     for said in _told(lambda tell: session.edit(targets, knobs, lambda step: tell(step + 1))):
         if isinstance(said, int):

@@ -191,15 +191,15 @@ class Session:
 
     def edit(self, targets: Sequence[str], knobs: Knobs, on_step: Callable[[int], None]) -> list[Edit]:
         """Edit, each target by itself from one inversion."""
-        picture, identity = self._picture(), self.identity
+        picture = self._picture()
         self._check_words()
         self._stop.clear()
-        prompts = list(targets)
-        if identity is not None and identity.subject in split_words(self.prompt):
-            token = identity.token
-            prompts = [
-                t if token in split_words(t, [token]) else insert_token(t, identity.subject, token) for t in prompts
-            ]
+        prompts = [self._with_token(target) for target in targets]
+
+        def tell(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            on_step(step)
+            return tensors
+
         inversion = self._inverted(knobs.steps)
         if inversion.interrupted:
             return []
@@ -207,9 +207,9 @@ class Session:
             prompts,
             image=picture,
             source_prompt=inversion.prompt,
-            identity=identity,
+            identity=self.identity,
             inversion=inversion,
-            callback_on_step_end=lambda pipe, step, timestep, tensors: on_step(step) or tensors,
+            callback_on_step_end=tell,
             stop=self._stop,
             **knobs.arguments,
         )
@@ -231,9 +231,13 @@ class Session:
         if self._inversion is None or self._inversion[0] != key:
             keep = KeepAttention(max_bytes=KEPT_ATTENTION)
             inversion = self.pipe.invert(
-                self._picture(), self._with_token(self.prompt), num_inference_steps=steps, identity=identity, keep_attention=keep,
+                self._picture(),
+                self._with_token(self.prompt),
+                num_inference_steps=steps,
+                identity=identity,
+                keep_attention=keep,
                 stop=self._stop,
-            )  # fmt: skip
+            )
             if inversion.interrupted:
                 return inversion
             self._inversion = (key, inversion)
