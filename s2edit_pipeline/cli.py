@@ -141,6 +141,7 @@ COMMANDS: dict[str, Command] = {
     "identity": Command(
         _of("commands.identity"), "show, share or fetch an identity", "s2edit identity push ada me/ada"
     ),
+    "app": Command(_of("app.command"), "edit on a web page", "s2edit app"),
     "demo": Command(_of("demo"), "fit an identity to a drawn face and edit it", "s2edit demo --out demo"),
     "bench": Command(
         _of("evaluation.benchmark_command"),
