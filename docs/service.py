@@ -85,16 +85,17 @@ def read(picture: UploadFile) -> bytes:
 
 @app.post("/identities")
 def fit(
-    picture: UploadFile = File(), prompt: str = Form(), subject: str = Form(), steps: int = Form(20)
+    picture: Upload, prompt: Annotated[str, Form()], subject: Annotated[str, Form()], steps: Annotated[int, Form()] = 20
 ) -> dict[str, str]:
     """Learn who is in a picture, in the background."""
     data = read(picture)
 
     def work(job: Job) -> Any:
-        return pipe.fit_identity(
-            data, prompt, subject, num_steps=min(steps, 100), stop=job.stop,
-            callback_on_step_end=lambda p, step, total, measures: job.events.put({"step": step + 1, "of": total, **measures}),
-        )  # fmt: skip
+        def tell(p: Any, step: int, total: int, measures: dict[str, float]) -> None:
+            job.events.put({"step": step + 1, "of": total, **measures})
+
+        count = min(steps, 100)
+        return pipe.fit_identity(data, prompt, subject, num_steps=count, stop=job.stop, callback_on_step_end=tell)
 
     return start(work)
 
