@@ -15,6 +15,8 @@ import torch
 from .attention_source import SourceAttention
 from .edit_settings import check_choice
 from .noise_schedule import NoiseSchedule
+from .picture_files import SourcePicture
+from .picture_placement import Placement
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class Inversion:
         guidance_scale: that the unconditional embeddings were made for, or None where any will do.
         made_with: the model, its adapters and its noise levels.
         picture_digest: a hash of the picture's pixels.
+        source, placement: the picture, and the part of it that was inverted; None where they aren't known.
         clip_skip: how the prompts were encoded.
         attention: what the source attended to, for the edits to come; or None, and they ask for it again.
         interrupted: whether it was stopped before its end; then nothing can be edited with it.
@@ -152,6 +155,8 @@ class Inversion:
     guidance_scale: float | None = None
     made_with: MadeWith = field(default_factory=MadeWith)
     picture_digest: str = ""
+    source: SourcePicture | None = field(default=None, repr=False)
+    placement: Placement | None = None
     clip_skip: int | None = None
     attention: SourceAttention | None = None
     interrupted: bool = False
