@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +28,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 
 from s2edit_pipeline.app.command import launch_options, make_page  # noqa: E402
+from s2edit_pipeline.app.space import assemble_space  # noqa: E402
 
 PROMPT = "a photo of a sad lady with a beard"
 SECONDS = 60_000
@@ -150,3 +158,29 @@ def test_a_phones_width_holds_it_all(browser: Any, address: str, ada: Path) -> N
     tab = visit(browser, address, ada, width=390)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     tab.close()
+
+
+def test_the_spaces_folder_shows_the_page_and_edits(browser: Any, tmp_path: Path) -> None:
+    """By the package that is in it, on the embedded model."""
+    folder = assemble_space(tmp_path / "space")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PORT": str(port), "PYTHONSAFEPATH": ""}
+    environment.pop("PYTHONPATH", None)
+    with subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment) as space:
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(120):
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(address).close()
+                    break
+                time.sleep(0.5)
+            tab = visit(browser, address, folder / "s2edit_pipeline" / "app" / "examples" / "bob.png")
+            tab.fill("#prompt textarea, #prompt input", "a photo of an angry man with a moustache")
+            tab.fill("#subject textarea, #subject input", "man")
+            tab.fill("#targets textarea", "a photo of a smiling man with a moustache")
+            press(tab, "edit", "status", '"a photo')
+            tab.close()
+        finally:
+            space.terminate()
