@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .noise_schedule import NoiseSchedule
+from .prompt_embeds import ShownPicture
 
 DEFAULT_GUIDANCE = 4.5
 """Where neither the caller nor the model says otherwise; S2Edit recommends 3.5 to 5.5."""
@@ -167,6 +168,7 @@ class EditRequest:
         keep_attention: how much of the source's attention is kept, or None.
         output_type: "pil", "np", "pt" or "latent".
         return_attention_maps: whether to say where words looked.
+        shown: what IP-Adapters are shown, or None.
         method: of the edit, see ``edit_loop.EDITS``.
     """
 
@@ -186,4 +188,5 @@ class EditRequest:
     keep_attention: Any = None
     output_type: str = "pil"
     return_attention_maps: bool = False
+    shown: ShownPicture | None = None
     method: str = "prompt_to_prompt"
