@@ -165,7 +165,8 @@ def _attend_fused(attention: _Attention, controller: AttentionController, site: 
 
 
 class _Interception(TorchFunctionMode):
-    """Within the context, of this thread, ``scaled_dot_product_attention`` passes by the controller."""
+    """Within the context, of this thread, ``scaled_dot_product_attention`` passes by the controller. IP-Adapter's
+    attention to pictures comes after the one to the text, and is let be."""
 
     def __init__(self, controller: AttentionController, site: AttentionSite, upcast: bool) -> None:
         super().__init__()
@@ -175,6 +176,8 @@ class _Interception(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self.num_calls += 1
+        if self.num_calls > 1:
+            return func(*args, **(kwargs or {}))
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         attention = _Attention(**dict(zip(names, args, strict=False)), **(kwargs or {}))
         if self.controller.access_needed(self.site) is AttentionAccess.PROBABILITIES:
@@ -260,7 +263,7 @@ class ControlledProcessor:
             return self.installed(attn, *args, **kwargs)
         with _Interception(control.controller, site, getattr(attn, "upcast_attention", False)) as seen:
             output = self.fusing(attn, *args, **kwargs)
-        if seen.num_calls != 1:
+        if seen.num_calls != 1 and not (seen.num_calls and _attends_to_pictures(type(self.installed))):
             raise ValueError(
                 f"{self.name} holds {type(self.installed).__name__}, which made {seen.num_calls} attentions where one "
                 "was expected, so they can't be edited. Put the model's own back, set_default_attn_processor(), and "
@@ -285,6 +288,11 @@ _WITHOUT_FUSED_KERNEL = {"AttnProcessor", "XFormersAttnProcessor", "SlicedAttnPr
 """Processors that do AttnProcessor2_0's arithmetic without its kernel; it stands in where a layer is controlled."""
 
 
+def _attends_to_pictures(kind: type) -> bool:
+    """Whether a processor of this kind is IP-Adapter's, which adds an attention to each picture."""
+    return kind.__name__ == "IPAdapterAttnProcessor2_0"
+
+
 def attention_layers(denoiser: nn.Module) -> dict[str, Any]:
     """Path -> each layer of ``denoiser`` that holds an attention processor."""
     return {
@@ -304,7 +312,7 @@ def check_processors(layers: dict[str, Any]) -> None:
         makes_attention = names is not None and {"scaled_dot_product_attention", "dispatch_attention_fn"} & {
             *names.co_names
         }
-        one = "IPAdapter" not in kind.__name__ and "AddedKV" not in kind.__name__
+        one = _attends_to_pictures(kind) or not any(part in kind.__name__ for part in ("IPAdapter", "AddedKV"))
         if kind.__name__ not in _WITHOUT_FUSED_KERNEL and not (makes_attention and one):
             raise ValueError(
                 f"{name} holds {kind.__name__}, whose attention can't be edited. Take it out first: "
@@ -319,7 +327,7 @@ def attention_control(denoiser: nn.Module, controller: AttentionController, site
     The processors that were there are put back when the last thread leaves. Contexts nest; the inner one counts.
 
     Raises:
-        ValueError: a layer's attention can't be taken over (IP-Adapter, added keys); nothing is changed then.
+        ValueError: a layer's attention can't be taken over (xFormers' IP-Adapter, added keys); nothing is changed then.
     """
     denoiser = getattr(denoiser, "_orig_mod", denoiser)  # behind torch.compile, what it wraps
     with _WRAPPERS_LOCK:

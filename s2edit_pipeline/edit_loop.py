@@ -146,9 +146,9 @@ register_edit("prompt_to_prompt", EditMethod(prompt_to_prompt))
 
 
 def _ask_free_source(task: EditTask, source: torch.Tensor, k: int, null: Branch) -> torch.Tensor:
-    """The source's own guided output, in a batch before the targets'."""
+    """The source's own guided output, in a batch before the targets'; pictures are shown to these alone."""
     scale = task.settings.guidance_scale
-    batch = Batch((task.source, *[null] * (scale > 1)))
+    batch = Batch((task.source, *[null.with_picture(None)] * (scale > 1)))
     task.control.begin(task.schedule.num_steps - k, k, batch)
     output = task.denoise(source.expand(len(batch), -1, -1, -1), k, batch)
     return guided(output[1:], output[:1], scale) if scale > 1 else output

@@ -34,6 +34,7 @@ from .edit_settings import EDIT_PRESETS, EditRequest, EditSettings, with_preset
 from .edit_stage import DEFAULT_STEPS, edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
+from .family_ip_adapter import loaded_adapters  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
 from .fit_checkpoint import FitCheckpoint  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401
@@ -72,17 +73,21 @@ from .picture_modes import rgb_of  # noqa: F401
 from .picture_placement import place_picture  # noqa: F401
 from .picture_saving import save_picture  # noqa: F401
 from .picture_sheet import picture_sheet  # noqa: F401
+from .pipeline_adapters import AdapterLoaders
 from .pipeline_arguments import (
     BOTH,
     DRAWING,
     arguments_of,
+    check_adapters,
     check_call,
     check_drawing,
     check_editing,
     check_fit,
     step_report,
+    stock_names,
 )
 from .pipeline_components import PipelineComponents
+from .pipeline_encoding import PromptEncoding
 from .pipeline_facts import CallFacts
 from .pipeline_loaders import IdentityLoaders
 from .pipeline_memory import memory_advice  # noqa: F401
@@ -103,6 +108,8 @@ class S2EditPipeline(
     PipelineComponents,
     CallFacts,
     IdentityLoaders,
+    AdapterLoaders,
+    PromptEncoding,
     DiffusionPipeline,
     StableDiffusionMixin,
     TextualInversionLoaderMixin,
@@ -354,6 +361,9 @@ class S2EditPipeline(
         clip_skip: int | None = None,
         return_attention_maps: bool = False,
         keep_attention: KeepAttention | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
         stop: Any = None,
         **stock_arguments: Any,
     ) -> S2EditPipelineOutput | tuple[Any, ...]:
@@ -393,6 +403,10 @@ class S2EditPipeline(
             keep_attention: where the inversion is made here: how much of the source's attention is kept meanwhile, as
                 in :meth:`invert`; its ``share`` is what the edit needs. None keeps only where its words look: the
                 source is asked again at the steps that take its attention over, in the least memory.
+            ip_adapter_image, ip_adapter_image_embeds: what a loaded IP-Adapter is shown; in an edit the targets alone
+                are, the source stays the bare model's.
+            cross_attention_kwargs: "scale" weighs the LoRAs that are loaded (not the identities), "ip_adapter_masks"
+                says where each of IP-Adapter's pictures counts.
             stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
                 comes back and says ``interrupted``.
             stock_arguments: only without ``image``: whatever else diffusers' own pipeline of this model takes.
@@ -410,26 +424,27 @@ class S2EditPipeline(
         )
         chosen.setdefault("guidance_scale", self.family.default_guidance_scale)
         settings = EditSettings.of(given.values, chosen)
+        lora_scale, shown = check_adapters(given)
         if image is None and not hasattr(inversion, "trajectory"):
             names = check_drawing(given)
             steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
             drawn = {**stock_arguments, **given.only((*BOTH, *DRAWING)), "num_inference_steps": steps}
-            drawn["guidance_scale"] = chosen["guidance_scale"]
-            with self._at_work(identity, stop, lambda call: None) as (work, token):
+            drawn |= {"guidance_scale": chosen["guidance_scale"], **stock_names(shown)}
+            with self._at_work(identity, stop, lambda call: None, lora_scale=lora_scale) as (work, token):
                 output = draw(work, drawn, callback_on_step_end, names, token)
         else:
             method = chosen.get("inversion", DEFAULT_INVERSION)
-            names = check_editing(given, stock_arguments, self._callback_tensor_inputs)
+            names = check_editing(given, stock_arguments)
             alone = check_call(given, "an edit", method)
             report = step_report(self, callback_on_step_end, names)
-            with self._at_work(identity, stop, report, alone) as (work, token):
+            with self._at_work(identity, stop, report, alone, lora_scale) as (work, token):
                 request = EditRequest(
                     prompts=[prompt] if isinstance(prompt, str) else list(prompt or []), image=image,
                     source_prompt=source_prompt, identity_token=token, inversion=method, settings=settings,
                     num_inference_steps=num_inference_steps, negative_prompt=negative_prompt, edit_mask=edit_mask,
                     keep_pixels=keep_pixels, size=(height, width), clip_skip=clip_skip, generator=generator,
                     keep_attention=keep_attention, output_type=output_type,
-                    return_attention_maps=return_attention_maps, output_size=output_size, crop=crop,
+                    return_attention_maps=return_attention_maps, output_size=output_size, crop=crop, shown=shown,
                 )  # fmt: skip
                 output = edit_picture(work, request)
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))

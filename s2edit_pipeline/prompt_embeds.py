@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from .prompt_columns import TokenizedPrompt
+
+
+@dataclass(frozen=True)
+class ShownPicture:
+    """What IP-Adapters are to be shown, as it came: a picture (or a list, one for each adapter), or encoded pictures in
+    its place; and where each counts."""
+
+    image: Any = None
+    embeds: Sequence[torch.Tensor] | None = None
+    masks: Sequence[torch.Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PicturePrompt:
+    """Encoded pictures for an IP-Adapter, a row for each prompt.
+
+    Attributes:
+        embeds: for each adapter (B, n, ...), its n pictures.
+        shown: for each row whether it is shown them; the others are as without the adapter.
+        masks: for each adapter (1, n, h, w), where its pictures count; None for everywhere.
+    """
+
+    embeds: tuple[torch.Tensor, ...]
+    shown: tuple[bool, ...]
+    masks: tuple[torch.Tensor, ...] | None = None
+
+    def expand(self, count: int) -> PicturePrompt:
+        """Of a single row: ``count`` equal ones, without copies."""
+        embeds = tuple(one.expand(count, *one.shape[1:]) for one in self.embeds)
+        return PicturePrompt(embeds, self.shown * count, self.masks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,11 +50,13 @@ class PromptEmbeds:
         embeds: (B, L, D), what the denoiser's attention to the text sees.
         pooled: (B, P), a summary of the whole prompt, where the model is told one.
         outputs: text encoder's name -> (B, L, D'), its own last output, which the semantic loss compares.
+        picture: what an IP-Adapter is shown beside the words, or None.
     """
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None = None
     outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    picture: PicturePrompt | None = None
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -36,11 +69,12 @@ class PromptEmbeds:
     def expand(self, count: int) -> PromptEmbeds:
         """Of a single prompt: ``count`` equal rows, without copies."""
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)
-        return PromptEmbeds(self.embeds.expand(count, -1, -1), pooled)
+        picture = None if self.picture is None else self.picture.expand(count)
+        return PromptEmbeds(self.embeds.expand(count, -1, -1), pooled, picture=picture)
 
     def with_embeds(self, embeds: torch.Tensor) -> PromptEmbeds:
         """The same summary beside other ``embeds``: null-text inversion optimises these alone."""
-        return PromptEmbeds(embeds, self.pooled)
+        return PromptEmbeds(embeds, self.pooled, picture=self.picture)
 
     def zeros(self) -> PromptEmbeds:
         """What SDXL is told in place of an empty negative prompt."""
@@ -51,7 +85,18 @@ class PromptEmbeds:
 def join(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
     """All rows, in order."""
     pooled = [part.pooled for part in parts if part.pooled is not None]
-    return PromptEmbeds(torch.cat([part.embeds for part in parts]), torch.cat(pooled) if pooled else None)
+    embeds = torch.cat([part.embeds for part in parts])
+    return PromptEmbeds(embeds, torch.cat(pooled) if pooled else None, picture=_join_pictures(parts))
+
+
+def _join_pictures(parts: Sequence[PromptEmbeds]) -> PicturePrompt | None:
+    first = next((part.picture for part in parts if part.picture is not None), None)
+    if first is None:
+        return None
+    nothing = PicturePrompt(tuple(torch.zeros_like(one[:1]) for one in first.embeds), (False,))
+    pictures = [part.picture or nothing.expand(len(part)) for part in parts]
+    embeds = tuple(torch.cat(each) for each in zip(*(picture.embeds for picture in pictures), strict=True))
+    return PicturePrompt(embeds, tuple(row for picture in pictures for row in picture.shown), first.masks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +112,10 @@ class Branch:
     role: str
     embeds: PromptEmbeds
     prompt: TokenizedPrompt | None = None
+
+    def with_picture(self, picture: PicturePrompt | None) -> Branch:
+        """Shown ``picture`` beside its words; None shows it none."""
+        return replace(self, embeds=replace(self.embeds, picture=picture))
 
 
 @dataclass(frozen=True, eq=False)
