@@ -9,12 +9,11 @@ from typing import Any
 import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
 
 from .attention_controls import PromptToPrompt, Reweighting, mask_at
 from .attention_source import KeepAttention
 from .edit_attention import EditControl
-from .edit_loop import EDITS, EditedLatents, EditTask
+from .edit_loop import EDITS, EditedLatents, EditTask, warn_of_outcome
 from .edit_output import S2EditPipelineOutput
 from .edit_settings import EditRequest
 from .edit_words import TargetPlan, plan_edits
@@ -41,8 +40,6 @@ from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import Batch, Branch
 from .prompt_words import parse_weights
-
-logger = logging.get_logger(__name__)
 
 DEFAULT_STEPS = 50
 
@@ -385,17 +382,6 @@ def _finished(
         nsfw_content_detected=flagged,
         interrupted=edited.interrupted,
     )
-
-
-def warn_of_outcome(edited: EditedLatents) -> None:
-    """Say where an edit changed nothing."""
-    for i, target in enumerate(edited.targets):
-        if not edited.interrupted and torch.equal(target, edited.source[0].to(target)):
-            logger.warning(
-                f"Edit {i + 1} of {len(edited.targets)} is the picture itself: no word that differs from the source "
-                "prompt's had a place to change. Change a word, take more steps or a higher strength, or pass "
-                "edit_mask= or blend_words=False."
-            )
 
 
 def _unedited(
