@@ -25,9 +25,12 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from .attention_opaque import OpaqueLayer
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,7 @@ class _Wrappers:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.installed: list[tuple[Any, Any]] = []
+        self.compiled: list[tuple[nn.Module, Any]] = []
         self.controls: list[_Control] = []
 
     def enter(self, control: _Control) -> None:
@@ -218,7 +222,13 @@ class _Wrappers:
                     processor = layer.processor
                     self.installed.append((layer, processor))
                     kind: Any = type(processor)
-                    layer.set_processor(_wrapper_class(kind)(name, processor, self))
+                    wrapper = _wrapper_class(kind)(name, processor, self)
+                    wrapper.opaque = OpaqueLayer(wrapper.attend, layer) if kind.__name__ in _ONE_OUTPUT else None
+                    layer.set_processor(wrapper)
+                if control.has_gradients or not _can_stay_compiled(control.denoiser, layers):
+                    self.compiled = [(m, m._compiled_call_impl) for m in control.denoiser.modules()]
+                    for module, _ in self.compiled:
+                        module._compiled_call_impl = None
             self.controls.append(control)
 
     def leave(self, control: _Control) -> None:
@@ -228,6 +238,9 @@ class _Wrappers:
                 for layer, processor in self.installed:
                     layer.set_processor(processor)
                 self.installed.clear()
+                for module, compiled in self.compiled:
+                    module._compiled_call_impl = compiled
+                self.compiled.clear()
 
     def current(self) -> _Control | None:
         control = _CONTROL.get()
@@ -249,6 +262,7 @@ class ControlledProcessor:
 
     def __init__(self, name: str, installed: Any, wrappers: _Wrappers) -> None:
         self.name, self.installed, self.wrappers = name, installed, wrappers
+        self.opaque: OpaqueLayer | None = None
         self.fusing = AttnProcessor2_0() if type(installed).__name__ in _WITHOUT_FUSED_KERNEL else installed
 
     @torch.compiler.disable
@@ -277,6 +291,11 @@ def _wrapper_class(kind: type) -> type[ControlledProcessor]:
     """diffusers hands a processor those arguments alone that its signature names: a wrapper's is its processor's."""
 
     def __call__(self: ControlledProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and self.opaque is not None and not torch.is_grad_enabled():
+            text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+            others = [*args[2:], *(v for n, v in kwargs.items() if n not in ("hidden_states", "encoder_hidden_states"))]
+            if all(other is None for other in others):
+                return self.opaque(args[0] if args else kwargs["hidden_states"], text)
         return self.attend(attn, *args, **kwargs)
 
     call: Any = __call__
@@ -284,8 +303,18 @@ def _wrapper_class(kind: type) -> type[ControlledProcessor]:
     return type(f"Controlled{kind.__name__}", (ControlledProcessor,), {"__call__": __call__})
 
 
+_ONE_OUTPUT = {
+    "AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor",
+}  # fmt: skip
+"""Processors that answer with one tensor, of the picture cells' shape."""
 _WITHOUT_FUSED_KERNEL = {"AttnProcessor", "XFormersAttnProcessor", "SlicedAttnProcessor"}
 """Processors that do AttnProcessor2_0's arithmetic without its kernel; it stands in where a layer is controlled."""
+
+
+def _can_stay_compiled(denoiser: nn.Module, layers: dict[str, Any]) -> bool:
+    """Whether a graph of ``denoiser``'s blocks wouldn't break at a layer, nor be made anew for each adapter in them."""
+    is_adapted = any(isinstance(module, LoraLayer) for module in denoiser.modules())
+    return not is_adapted and all(layer.processor.opaque is not None for layer in layers.values())
 
 
 def _attends_to_pictures(kind: type) -> bool:

@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from .attention_controls import PromptToPrompt, Reweighting, mask_at
 from .attention_source import KeepAttention
 from .edit_attention import EditControl
-from .edit_loop import EDITS, EditedLatents, EditTask
+from .edit_loop import EDITS, EditTask, warn_of_outcome
 from .edit_output import S2EditPipelineOutput
 from .edit_pictures import edited_pictures, unedited_pictures
 from .edit_settings import EditRequest
@@ -425,14 +425,3 @@ def _counted(on_step: Any, bar: Any) -> Any:
         return changed
 
     return counting
-
-
-def warn_of_outcome(edited: EditedLatents) -> None:
-    """Say where an edit changed nothing."""
-    for i, target in enumerate(edited.targets):
-        if not edited.interrupted and torch.equal(target, edited.source[0].to(target)):
-            logger.warning(
-                f"Edit {i + 1} of {len(edited.targets)} is the picture itself: no word that differs from the source "
-                "prompt's had a place to change. Change a word, take more steps or a higher strength, or pass "
-                "edit_mask= or blend_words=False."
-            )

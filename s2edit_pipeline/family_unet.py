@@ -259,7 +259,8 @@ class UNetFamily(ModelFamily):
             # what SDXL is told of the picture's size: as it was, where it was cut, as it is to be
             size_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=dtype, device=x.device)
             added |= {"text_embeds": embeds.pooled.to(dtype), "time_ids": size_ids.expand(len(x), -1)}
-        output: torch.Tensor = self.denoiser(
+        unet = self.tuned_components["unet"] if torch.is_grad_enabled() else self.denoiser  # gradients: uncompiled
+        output: torch.Tensor = unet(
             x.to(dtype),
             timestep.to(x.device) if isinstance(timestep, torch.Tensor) else timestep,
             encoder_hidden_states=embeds.embeds.to(dtype),

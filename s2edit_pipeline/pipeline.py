@@ -24,6 +24,7 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 
 # diffusers copies only the files that this one names, see publishing.unfollowed: so every module is named here
 from .attention_controls import Controllers  # noqa: F401
+from .attention_opaque import OpaqueLayer  # noqa: F401
 from .attention_seam import attention_control  # noqa: F401
 from .attention_source import KeepAttention
 from .edit_attention import EditControl  # noqa: F401
