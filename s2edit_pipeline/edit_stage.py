@@ -104,7 +104,7 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
         if inversion.interrupted:
             return _unedited(work, request, canvas, inversion, len(targets))
     control = EditControl(
-        lambda batch: spatial_control([branch.prompt for branch in batch.branches], family, work.overlay),
+        lambda batch: spatial_control([branch.prompt for branch in batch.branches], work.overlay),
         prompt_to_prompt,
         Reweighting([plan.weights for plan in plans]),
         inversion.attention,

@@ -20,7 +20,7 @@ from .attention_seam import AttentionController, AttentionSite, attention_contro
 from .edit_settings import DEFAULT_GUIDANCE
 from .noise_schedule import NoiseSchedule
 from .picture_inputs import picture_to_tensor, working_size
-from .prompt_columns import TokenizedPrompt
+from .prompt_columns import Segment, TokenizedPrompt
 from .prompt_embeds import PromptEmbeds
 
 
@@ -130,6 +130,16 @@ class ModelFamily(ABC):
     def encode_negative(self, prompt: str | None, like: PromptEmbeds, clip_skip: int | None = None) -> PromptEmbeds:
         """One row: the negative prompt, or without one the empty prompt; ``like`` is an encoded prompt's form."""
         return self.encode([self.tokenize(prompt or "")], clip_skip)
+
+    def sentence(self, output: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """(D,), ``e_P`` of the semantic loss: what stands for a whole prompt in a text encoder's output.
+
+        A causal encoder has read all of the prompt at what follows it, for CLIP its end token.
+
+        Args:
+            output: (L, D), of the columns of ``segment``.
+        """
+        return output[segment.eos]
 
     # -------------------------------------------------------------------- pictures and latents
 

@@ -128,7 +128,6 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
         FloatingPointError: the loss ran away.
     """
     family, settings = work.family, request.settings
-    first = next(iter(family.tokenizers))
     tokenizers = {
         name: with_tokens(tokenizer, [picture.token for picture in request.pictures])
         for name, tokenizer in family.tokenizers.items()
@@ -138,7 +137,7 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
         for i, picture in enumerate(request.pictures)
     ]
     started = time.perf_counter()
-    examples = [_example(work, one, settings, tokenizers[first]) for one in inputs]
+    examples = [_example(work, one, settings) for one in inputs]
     rows = [
         {n: initial_row(family.tokenizers[n], encoder, one.subject) for n, encoder in family.text_encoders.items()}
         for one in inputs
@@ -151,14 +150,13 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
     return _adapter(work, request, inputs, masks, result, time.perf_counter() - started)
 
 
-def _example(work: Work, one: FitInput, settings: FitSettings, tokenizer: Any) -> FitExample:
+def _example(work: Work, one: FitInput, settings: FitSettings) -> FitExample:
     latents, mask = work.family.encode_picture(one.picture, *one.size), None
     if settings.spatial_control and one.mask is None:
         mask = object_mask(work, latents, one.prompt, one.subject, settings.mask_threshold)
     elif settings.spatial_control and one.mask is not None:
         mask = mask_at(one.mask, *latents.shape[-2:])
-    token_id = tokenizer.convert_tokens_to_ids(one.token)
-    return FitExample(latents, one.prompt, one.prompt_with_token, token_id, mask)
+    return FitExample(latents, one.prompt, one.prompt_with_token, one.token, mask)
 
 
 def _checkpoint(work: Work, request: FitRequest, examples: Sequence[FitExample]) -> FitCheckpoint | None:

@@ -145,7 +145,7 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
     size, dtype = request.latents.shape[-2:], family.dtype
     keeper = AttentionKeeper(request.keep, schedule.num_steps) if method.pinned and request.keep.max_bytes else None
     # the unconditional branch says no token: nothing to mask there
-    sides = _SourceOrNull(spatial_control([request.source.prompt], family, work.overlay), keeper)
+    sides = _SourceOrNull(spatial_control([request.source.prompt], work.overlay), keeper)
     timesteps = schedule.timesteps.tolist()
 
     def denoise(x: torch.Tensor, level: int) -> torch.Tensor:

@@ -228,6 +228,10 @@ class TokenizedPrompt:
         pairs = [pair for s in self.segments for pair in zip(s.columns, s.spans, strict=True)]
         return {column: span for column, span in pairs if span is not None}
 
+    def says(self, token: str) -> bool:
+        """Whether the learned ``token`` is one of the prompt's words."""
+        return any(word.text == token for word in self.words)
+
     def find(self, phrase: str) -> tuple[int, ...]:
         """As :meth:`columns`, in all segments."""
         return self.columns(phrase)

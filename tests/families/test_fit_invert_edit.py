@@ -150,7 +150,7 @@ def test_both_encoders_take_part_in_sdxls_losses(make_family: Callable[..., S2Ed
     plain, with_token = (family.tokenize(text, tokenizers) for text in ("a sad lady", "a sad [I] lady"))
     latents = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(9))
     token_id = tokenizers["text_encoder"].convert_tokens_to_ids("[I]")
-    example = FitExample(latents, plain, with_token, token_id, None)
+    example = FitExample(latents, plain, with_token, "[I]", None)
     rows = rows_of(pipe, "lady")
     settings = FitSettings(method="token", num_steps=1, batch_size=1)
     result = fit_weights(family, [example], [rows], settings, torch.Generator().manual_seed(0), lambda progress: True)
