@@ -143,7 +143,9 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
     assert request.source.prompt is not None
     family, schedule, method = work.family, request.schedule, inversion_method(request.method)
     size, dtype = request.latents.shape[-2:], family.dtype
-    keeper = AttentionKeeper(request.keep, schedule.num_steps) if method.pinned and request.keep.max_bytes else None
+    keeper = None
+    if method.pinned and request.keep.max_bytes:
+        keeper = AttentionKeeper(request.keep, schedule.num_steps, words=request.source.prompt.word_columns)
     # the unconditional branch says no token: nothing to mask there
     sides = _SourceOrNull(spatial_control([request.source.prompt], work.overlay), keeper)
     timesteps = schedule.timesteps.tolist()

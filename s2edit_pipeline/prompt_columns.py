@@ -228,6 +228,11 @@ class TokenizedPrompt:
         pairs = [pair for s in self.segments for pair in zip(s.columns, s.spans, strict=True)]
         return {column: span for column, span in pairs if span is not None}
 
+    @property
+    def word_columns(self) -> list[int]:
+        """Those of all its words: no start, end, template or padding."""
+        return [column for word in self.words for column in word.tokens]
+
     def says(self, token: str) -> bool:
         """Whether the learned ``token`` is one of the prompt's words."""
         return any(word.text == token for word in self.words)

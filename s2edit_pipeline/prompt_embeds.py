@@ -18,8 +18,8 @@ class PromptEmbeds:
     Attributes:
         embeds: (B, L, D), what the denoiser's attention to the text sees.
         pooled: (B, P), a summary of the whole prompt, where the model is told one.
-        outputs: text encoder's name -> (B, L, D'), its own last output at the columns of its segment, which the semantic
-            loss compares.
+        outputs: text encoder's name -> (B, L, D'), its own last output at the columns of its segment, which the
+            semantic loss compares.
     """
 
     embeds: torch.Tensor
