@@ -31,7 +31,14 @@ from .identity_prompts import (
     with_identities,
 )
 from .inversion_origin import check_inversion
-from .inversion_record import DEFAULT_INVERSION, INVERSIONS, Inversion, check_keeping, inversion_method
+from .inversion_record import (
+    INVERSIONS,
+    Inversion,
+    check_keeping,
+    check_residuals,
+    check_served,
+    inversion_method,
+)
 from .inversion_stage import InversionRequest, invert_picture
 from .noise_schedule import NoiseSchedule
 from .object_masks import feather, mask_to_picture
@@ -42,8 +49,6 @@ from .prompt_embeds import Batch, Branch
 from .prompt_words import parse_weights
 
 logger = logging.get_logger(__name__)
-
-DEFAULT_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -175,19 +180,22 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
         _check_request_against(inversion, words.source.text, request, size)
         schedule = family.schedule(inversion.num_inference_steps, size)
         check_inversion(inversion, family, work.overlay, schedule, picture)
+        check_residuals(request.settings.residuals, inversion.method, schedule.prediction)
         return Canvas(picture, height, width, schedule)
     assert picture is not None  # else it would have been drawn from noise
-    method = inversion_method(inversion or DEFAULT_INVERSION)
-    check_keeping(inversion or DEFAULT_INVERSION, request.keep_attention)
+    method = inversion_method(inversion)
+    check_keeping(inversion, request.keep_attention)
     if method.null_is_source and request.negative_prompt is not None:
         raise ValueError(
             f"negative_prompt has no effect with inversion={inversion!r}, which takes the source prompt in its place; "
             "leave it out, or use inversion='direct'."
         )
     size = family.working_size(picture, *request.size)
-    steps = DEFAULT_STEPS if request.num_inference_steps is None else request.num_inference_steps
-    scale = family.pixels_per_latent
-    return Canvas(picture, size[0] // scale, size[1] // scale, family.schedule(steps, size))
+    steps = family.default_steps if request.num_inference_steps is None else request.num_inference_steps
+    scale, schedule = family.pixels_per_latent, family.schedule(steps, size)
+    check_served(inversion, family.guidance, schedule.prediction)
+    check_residuals(request.settings.residuals, inversion, schedule.prediction)
+    return Canvas(picture, size[0] // scale, size[1] // scale, schedule)
 
 
 def _check_request_against(inversion: Any, source_prompt: str, request: EditRequest, size: tuple[int, int]) -> None:
@@ -260,7 +268,7 @@ def _invert_first(
     caller says so: each step's source is asked once, for all targets."""
     assert canvas.picture is not None
     needed = min(1.0, prompt_to_prompt.active_until / canvas.schedule.num_steps)
-    keep = request.keep_attention
+    keep, guides_source = request.keep_attention, inversion_method(request.inversion).guides_source
     scale = work.family.pixels_per_latent
     latents = work.family.encode_picture(canvas.picture, canvas.height * scale, canvas.width * scale)
     inverting = InversionRequest(
@@ -268,9 +276,9 @@ def _invert_first(
         latents=latents,
         source=source,
         null=null,
-        method=request.inversion or DEFAULT_INVERSION,
+        method=request.inversion,
         schedule=canvas.schedule,
-        guidance_scale=request.settings.guidance_scale,
+        guidance_scale=work.family.guidance.neutral if guides_source else request.settings.guidance_scale,
         generator=request.generator,
         clip_skip=request.clip_skip,
         keep=KeepAttention(share=0.0) if keep is None else replace(keep, share=needed),
@@ -297,8 +305,7 @@ def _edit_task(
     control: EditControl,
     plans: Sequence[TargetPlan],
 ) -> EditTask:
-    family, schedule, settings = work.family, canvas.schedule, request.settings
-    timesteps, dtype = schedule.timesteps.tolist(), family.dtype
+    family, schedule, settings, dtype = work.family, canvas.schedule, request.settings, work.family.dtype
     source, null, targets = rows
     facts = work.call.facts
     facts |= {
@@ -307,10 +314,10 @@ def _edit_task(
     }  # fmt: skip
 
     def denoise(x: torch.Tensor, level: int, batch: Batch) -> torch.Tensor:
-        return family.denoise(x, timesteps[level - 1], batch.embeds, dtype)
+        return family.denoise(x, schedule.timestep(level), batch.embeds, dtype)
 
     def on_step(step: int, level: int, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return work.report(step, timesteps[level - 1], tensors)
+        return work.report(step, schedule.timestep(level), tensors)
 
     return EditTask(
         denoise=denoise,
@@ -324,6 +331,8 @@ def _edit_task(
         confinements=[plan.confinement for plan in plans],
         guidance=lambda: float(facts["guidance_scale"]),
         on_step=on_step,
+        combine=family.combine,
+        form=family.guidance,
     )
 
 

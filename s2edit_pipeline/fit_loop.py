@@ -127,7 +127,7 @@ class Objective:
         self.control = SpatialControl(
             {} if example.mask is None else {"token": example.mask},
             [tokens] * self.batch,
-            renormalize=settings.renormalize,
+            renormalize=bool(settings.renormalize),
             mask_after=settings.mask_after,
         )
         self.sentence: PromptEmbeds | None = None
@@ -348,7 +348,8 @@ def fit_weights(
 
 def _tuned(family: ModelFamily, settings: FitSettings, seed: int) -> AbstractContextManager[TunedWeights]:
     """The weights that ``settings.method`` trains."""
-    components = family.tuned_components
+    fixed = family.fixed_components
+    components = {name: module for name, module in family.tuned_components.items() if name not in fixed}
     if settings.method == "full":
         return full_weights(components)
     if settings.method == "token":

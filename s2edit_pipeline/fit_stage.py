@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -128,6 +128,9 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
         FloatingPointError: the loss ran away.
     """
     family, settings = work.family, request.settings
+    if settings.spatial_control and settings.renormalize is None:
+        settings = replace(settings, renormalize=family.renormalizes)
+        request = replace(request, settings=settings)
     tokenizers = {
         name: with_tokens(tokenizer, [picture.token for picture in request.pictures])
         for name, tokenizer in family.tokenizers.items()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from torch.nn import functional as F
 
 from .prompt_columns import TokenizedPrompt
 
@@ -20,11 +21,15 @@ class PromptEmbeds:
         pooled: (B, P), a summary of the whole prompt, where the model is told one.
         outputs: text encoder's name -> (B, L, D'), its own last output at the columns of its segment, which the
             semantic loss compares.
+        mask: (B, L) of bool, the columns that there are, where prompts have as many as they need; None: all.
+        guidance: (B,), how strongly the words pull, where the model is told; None: as it has learned them.
     """
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None = None
     outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    mask: torch.Tensor | None = None
+    guidance: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -32,16 +37,27 @@ class PromptEmbeds:
     def rows(self, chosen: slice) -> PromptEmbeds:
         """The prompts ``chosen``."""
         outputs = {name: output[chosen] for name, output in self.outputs.items()}
-        return PromptEmbeds(self.embeds[chosen], None if self.pooled is None else self.pooled[chosen], outputs)
+        pooled, mask, guidance = (
+            None if each is None else each[chosen] for each in (self.pooled, self.mask, self.guidance)
+        )
+        return PromptEmbeds(self.embeds[chosen], pooled, outputs, mask, guidance)
 
     def expand(self, count: int) -> PromptEmbeds:
         """Of a single prompt: ``count`` equal rows, without copies."""
-        pooled = None if self.pooled is None else self.pooled.expand(count, -1)
-        return PromptEmbeds(self.embeds.expand(count, -1, -1), pooled)
+        embeds, pooled, mask, guidance = (
+            None if each is None else each.expand(count, *each.shape[1:])
+            for each in (self.embeds, self.pooled, self.mask, self.guidance)
+        )
+        assert embeds is not None
+        return PromptEmbeds(embeds, pooled, mask=mask, guidance=guidance)
 
     def with_embeds(self, embeds: torch.Tensor) -> PromptEmbeds:
         """The same summary beside other ``embeds``: null-text inversion optimises these alone."""
-        return PromptEmbeds(embeds, self.pooled)
+        return replace(self, embeds=embeds, outputs={})
+
+    def told(self, scale: float) -> PromptEmbeds:
+        """The same words, which pull as strongly as ``scale``."""
+        return replace(self, guidance=torch.full((len(self),), scale, device=self.embeds.device))
 
     def zeros(self) -> PromptEmbeds:
         """What SDXL is told in place of an empty negative prompt."""
@@ -50,9 +66,28 @@ class PromptEmbeds:
 
 
 def join(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-    """All rows, in order."""
+    """All rows, in order; those of fewer columns than the longest have zeros there that the mask leaves out."""
+    length = max(part.embeds.shape[1] for part in parts)
+    has_mask = any(part.mask is not None or part.embeds.shape[1] < length for part in parts)
+    padded = [F.pad(part.embeds, (0, 0, 0, length - part.embeds.shape[1])) for part in parts]
+    masks = [
+        F.pad(
+            torch.ones_like(part.embeds[..., 0], dtype=torch.bool) if part.mask is None else part.mask,
+            (0, length - part.embeds.shape[1]),
+        )
+        for part in parts
+    ]
     pooled = [part.pooled for part in parts if part.pooled is not None]
-    return PromptEmbeds(torch.cat([part.embeds for part in parts]), torch.cat(pooled) if pooled else None)
+    guidance = None
+    if any(part.guidance is not None for part in parts):
+        each = [part.told(1.0).guidance if part.guidance is None else part.guidance for part in parts]
+        guidance = torch.cat([scale for scale in each if scale is not None])
+    return PromptEmbeds(
+        torch.cat(padded),
+        torch.cat(pooled) if pooled else None,
+        mask=torch.cat(masks) if has_mask else None,
+        guidance=guidance,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +103,10 @@ class Branch:
     role: str
     embeds: PromptEmbeds
     prompt: TokenizedPrompt | None = None
+
+    def told(self, scale: float) -> Branch:
+        """The same, its words pulling as strongly as ``scale``, in a model that is told."""
+        return replace(self, embeds=self.embeds.told(scale))
 
 
 @dataclass(frozen=True, eq=False)
