@@ -329,7 +329,7 @@ def test_the_token_is_exactly_nothing_outside_its_mask_at_every_step_of_fit_edit
         assert float(outside(probs, identity.mask, height)[..., column].abs().max()) == 0
         assert float(outside(probs, identity.mask, height)[..., column + 1].min()) > 0  # the noun looks everywhere
     notes.clear()
-    for inversion in INVERSIONS:
+    for inversion in (name for name, method in INVERSIONS.items() if not method.flows_only):
         pipe(target, picture, source, identity, inversion, num_inference_steps=4)
         assert len(notes) >= (4 + 4) * len(layers) and {name for name, _, _ in notes} == set(layers)
         for _, height, probs in notes:
