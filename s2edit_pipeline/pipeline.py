@@ -33,6 +33,8 @@ from .edit_settings import EDIT_PRESETS, EditRequest, EditSettings, with_preset
 from .edit_stage import edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
+from .family_flow import FlowFamily  # noqa: F401
+from .family_sd3 import StableDiffusion3Family  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
 from .fit_checkpoint import FitCheckpoint  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401

@@ -75,7 +75,8 @@ class TokenizedPrompt:
         segments: their columns lie one after the other in the denoiser: one segment in a U-Net (SDXL's two encoders
             share it), CLIP and T5 in SD3.
         learned: names of learned tokens, whole words wherever they are.
-        summaries: what encoders read that give a summary and no columns (FLUX's CLIP).
+        summaries: what encoders read that give a summary: those without columns (FLUX's CLIP), or others that read the
+            prompt without learned tokens for it (SD3's CLIPs).
     """
 
     text: str
@@ -85,8 +86,12 @@ class TokenizedPrompt:
 
     @property
     def ids(self) -> dict[str, torch.Tensor]:
-        """Text encoder's name -> (1, L)."""
-        return {name: ids for segment in (*self.segments, *self.summaries) for name, ids in segment.ids.items()}
+        """Text encoder's name -> (1, L), what its columns are of, or its summary where it has none."""
+        found: dict[str, torch.Tensor] = {}
+        for segment in (*self.segments, *self.summaries):
+            for name, ids in segment.ids.items():
+                found.setdefault(name, ids)
+        return found
 
     def read_by(self, name: str) -> Segment:
         """What the text encoder ``name`` reads: its segment, or its summary.
