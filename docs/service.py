@@ -1,4 +1,4 @@
-"""A service of one's own around one shared pipeline: fits in the background, edits on request, progress, cancel, limits.
+"""A service of one's own around one shared pipeline: background fits, edits on request, progress, cancel, limits.
 
 Run it with ``uvicorn service:app``; it needs ``pip install fastapi uvicorn python-multipart``.
 """

@@ -175,6 +175,8 @@ class EditRequest:
         keep_attention: how much of the source's attention is kept, or None.
         output_type: "pil", "np", "pt" or "latent".
         return_attention_maps: whether to say where words looked.
+        output_size: "picture" or "model".
+        crop: "auto", None or (left, top, right, bottom).
         method: of the edit, see ``edit_loop.EDITS``.
     """
 
@@ -187,11 +189,13 @@ class EditRequest:
     num_inference_steps: int | None = None
     negative_prompt: Any = None
     edit_mask: Any = None
-    keep_pixels: bool = False
+    keep_pixels: bool = True
     size: tuple[int | None, int | None] = (None, None)
     clip_skip: int | None = None
     generator: Any = None
     keep_attention: Any = None
     output_type: str = "pil"
     return_attention_maps: bool = False
+    output_size: str = "picture"
+    crop: Any = "auto"
     method: str = "prompt_to_prompt"

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import PIL.Image
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 
 from .attention_controls import PromptToPrompt, Reweighting, mask_at
@@ -16,6 +14,7 @@ from .attention_source import KeepAttention
 from .edit_attention import EditControl
 from .edit_loop import EDITS, EditedLatents, EditTask
 from .edit_output import S2EditPipelineOutput
+from .edit_pictures import edited_pictures, unedited_pictures
 from .edit_settings import EditRequest
 from .edit_words import TargetPlan, plan_edits
 from .identity_prompts import (
@@ -41,11 +40,14 @@ from .inversion_record import (
 )
 from .inversion_stage import InversionRequest, invert_picture
 from .noise_schedule import NoiseSchedule
-from .object_masks import feather, mask_to_picture
-from .picture_inputs import load_mask, load_picture, picture_to_tensor
+from .object_search import cells_of, check_crop, close_up, close_up_at, place
+from .picture_files import SourcePicture, read_picture
+from .picture_inputs import load_mask
+from .picture_placement import PlacedPicture
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import Batch, Branch
+from .prompt_parts import changes_only_the_subject
 from .prompt_words import parse_weights
 
 logger = logging.get_logger(__name__)
@@ -63,10 +65,10 @@ class EditWords:
 
 @dataclass(frozen=True)
 class Canvas:
-    """What an edit works on: the picture (None where an inversion stands for it), the size of its latents and the
-    noise levels."""
+    """What an edit works on: the picture and the part of it (None where an inversion stands for it that keeps none),
+    the size of its latents and the noise levels."""
 
-    picture: PIL.Image.Image | None
+    placed: PlacedPicture | None
     height: int
     width: int
     schedule: NoiseSchedule
@@ -85,10 +87,13 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
     family, settings = work.family, request.settings
     words = edit_words(work, request)
     canvas = edit_canvas(work, request, words)
-    region = _given_region(work, request, canvas)
+    mask = _given_mask(work, request, canvas)
     plans = plan_edits(
-        words.source, words.targets, settings, num_steps=canvas.schedule.num_steps, region=region, weights=words.weights
+        words.source, words.targets, settings, num_steps=canvas.schedule.num_steps, region=mask, weights=words.weights
     )
+    canvas = _closer(work, request, words, canvas, mask)
+    if mask is not None:
+        plans = _confined_to(plans, _cells(mask, canvas).to(family.device))
 
     encoded_source = encode_each(family, [words.source], request.clip_skip)
     encoded_targets = encode_each(family, words.targets, request.clip_skip)
@@ -107,9 +112,9 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
     if not hasattr(inversion, "trajectory"):
         inversion = _invert_first(work, request, canvas, source, null, prompt_to_prompt)
         if inversion.interrupted:
-            return _unedited(work, request, canvas, inversion, len(targets))
+            return unedited_pictures(work, request, canvas.placed, inversion.trajectory[:1], len(targets))
     control = EditControl(
-        lambda batch: spatial_control([branch.prompt for branch in batch.branches], work.overlay),
+        lambda batch: spatial_control([branch.prompt for branch in batch.branches], work.overlay, canvas.placed),
         prompt_to_prompt,
         Reweighting([plan.weights for plan in plans]),
         inversion.attention,
@@ -126,7 +131,13 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
     ):
         edited = EDITS[request.method].run(replace(task, on_step=_counted(task.on_step, bar)))
     control.forget_source()  # before the autoencoder needs the room
-    return _finished(work, request, canvas, words, control, edited)
+    warn_of_outcome(edited)
+    maps = None
+    if request.return_attention_maps:
+        prompt = words.targets[0]
+        looks = control.looks(0, (), [word.tokens for word in prompt.words], canvas.latent_size)
+        maps = {word.text: look for word, look in zip(prompt.words, looks, strict=True)}
+    return edited_pictures(work, request, canvas.placed, edited, mask, maps)
 
 
 # ------------------------------------------------------------------------------ before the work
@@ -170,19 +181,20 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
     """The picture, and the size and the noise levels to work at.
 
     Raises:
-        TypeError, ValueError: a picture or a size that can't be used, or an inversion that isn't this edit's.
+        TypeError, ValueError: a picture, a crop or a size that can't be used, or an inversion that isn't this edit's.
     """
     family, inversion = work.family, request.inversion
-    picture = None if request.image is None else load_picture(request.image)
+    check_crop(request.crop)
+    source = None if request.image is None else read_picture(request.image)
     if hasattr(inversion, "trajectory"):
         height, width = inversion.trajectory.shape[-2:]
         size = family.pixel_size(inversion.trajectory)
         _check_request_against(inversion, words.source.text, request, size)
         schedule = family.schedule(inversion.num_inference_steps, size)
-        check_inversion(inversion, family, work.overlay, schedule, picture)
+        check_inversion(inversion, family, work.overlay, schedule, source)
         check_residuals(request.settings.residuals, inversion.method, schedule.prediction)
-        return Canvas(picture, height, width, schedule)
-    assert picture is not None  # else it would have been drawn from noise
+        return Canvas(_placed_as_inverted(work, request, source, size), height, width, schedule)
+    assert source is not None  # else it would have been drawn from noise
     method = inversion_method(inversion)
     check_keeping(inversion, request.keep_attention)
     if method.null_is_source and request.negative_prompt is not None:
@@ -190,12 +202,44 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
             f"negative_prompt has no effect with inversion={inversion!r}, which takes the source prompt in its place; "
             "leave it out, or use inversion='direct'."
         )
-    size = family.working_size(picture, *request.size)
-    steps = family.default_steps if request.num_inference_steps is None else request.num_inference_steps
-    scale, schedule = family.pixels_per_latent, family.schedule(steps, size)
-    check_served(inversion, family.guidance, schedule.prediction)
-    check_residuals(request.settings.residuals, inversion, schedule.prediction)
-    return Canvas(picture, size[0] // scale, size[1] // scale, schedule)
+    canvas = _canvas_of(work, request, place(work, source, request.crop, request.size))
+    check_served(inversion, family.guidance, canvas.schedule.prediction)
+    check_residuals(request.settings.residuals, inversion, canvas.schedule.prediction)
+    return canvas
+
+
+def _canvas_of(work: Work, request: EditRequest, placed: PlacedPicture) -> Canvas:
+    family, steps = work.family, request.num_inference_steps
+    schedule = family.schedule(family.default_steps if steps is None else steps, placed.size)
+    height, width = placed.size
+    return Canvas(placed, height // family.pixels_per_latent, width // family.pixels_per_latent, schedule)
+
+
+def _placed_as_inverted(
+    work: Work, request: EditRequest, source: SourcePicture | None, size: tuple[int, int]
+) -> PlacedPicture | None:
+    """The part of the picture that was inverted at ``size`` (height, width); None where no picture is known.
+
+    Raises:
+        ValueError: the call wishes another part.
+    """
+    inversion, crop = request.inversion, request.crop
+    source = inversion.source if source is None else source
+    if source is None:
+        placed = None
+    elif inversion.placement is None:
+        placed = work.family.place(source, None, size)
+    else:
+        placed = PlacedPicture(source, inversion.placement)
+    if not isinstance(crop, str):
+        wished = None if source is None else work.family.place(source, crop, size)
+        if placed is None or wished is None or wished.placement.box != placed.placement.box:
+            of = "a picture that isn't known" if placed is None else f"{placed.placement.box} of its picture"
+            raise ValueError(
+                f"crop={crop!r}, but the inversion was made of {of}; leave crop= out, or pass it to "
+                f"pipe.invert(..., crop={crop!r})."
+            )
+    return placed
 
 
 def _check_request_against(inversion: Any, source_prompt: str, request: EditRequest, size: tuple[int, int]) -> None:
@@ -244,13 +288,53 @@ def _check_request_against(inversion: Any, source_prompt: str, request: EditRequ
         )
 
 
-def _given_region(work: Work, request: EditRequest, canvas: Canvas) -> torch.Tensor | None:
-    """(h, w) of 0 and 1: the caller's own ``edit_mask``."""
+def _given_mask(work: Work, request: EditRequest, canvas: Canvas) -> torch.Tensor | None:
+    """(H, W) in [0, 1]: the caller's own ``edit_mask``, as large as the picture, or without one as the canvas."""
     if request.edit_mask is None:
         return None
     scale = work.family.pixels_per_latent
-    size = (canvas.width * scale, canvas.height * scale) if canvas.picture is None else canvas.picture.size
-    return mask_at(load_mask(request.edit_mask, size, "edit_mask"), canvas.height, canvas.width).to(work.family.device)
+    size = (canvas.width * scale, canvas.height * scale) if canvas.placed is None else canvas.placed.source.size
+    return load_mask(request.edit_mask, size, "edit_mask")
+
+
+def _cells(mask: torch.Tensor, canvas: Canvas) -> torch.Tensor:
+    if canvas.placed is None:
+        return mask_at(mask, *canvas.latent_size)
+    return cells_of(mask, canvas.placed.placement, canvas.latent_size)
+
+
+def _confined_to(plans: Sequence[TargetPlan], region: torch.Tensor) -> list[TargetPlan]:
+    """``plans`` with ``region`` (h, w), of 0 and 1, in place of the mask that it was made from."""
+    return [
+        plan if plan.confinement is None else replace(plan, confinement=replace(plan.confinement, region=region))
+        for plan in plans
+    ]
+
+
+def _closer(work: Work, request: EditRequest, words: EditWords, canvas: Canvas, mask: torch.Tensor | None) -> Canvas:
+    """The close-up that ``crop="auto"`` goes to: of the caller's own mask, else of the subject, if the words change
+    nothing but it."""
+    placed = canvas.placed
+    source, targets = words.source.text, [target.text for target in words.targets]
+    only_the_subject = all(changes_only_the_subject(source, target) for target in targets)
+    if hasattr(request.inversion, "trajectory"):
+        if placed is not None and not placed.is_whole and mask is None and not only_the_subject:
+            logger.warning(
+                f"The inversion is a close-up of {placed.placement.box}, and the words change more than its subject; "
+                "nothing else of the picture will change. For that invert with pipe.invert(..., crop=None)."
+            )
+        return canvas
+    if placed is None or not isinstance(request.crop, str):
+        return canvas
+    if mask is not None:
+        closer = close_up_at(work, placed, mask, request.size)
+    elif only_the_subject:
+        tokens = identities_in([source], work.overlay)
+        chosen = request.identity_token
+        closer = close_up(work, placed, words.source, tokens if tokens or chosen is None else [chosen], request.size)
+    else:
+        closer = placed
+    return canvas if closer is placed else _canvas_of(work, request, closer)
 
 
 # ------------------------------------------------------------------------------ the work
@@ -266,14 +350,12 @@ def _invert_first(
 ) -> Inversion:
     """The inversion of a call that brings none. For one call the source's attention isn't worth the memory, unless the
     caller says so: each step's source is asked once, for all targets."""
-    assert canvas.picture is not None
+    assert canvas.placed is not None
     needed = min(1.0, prompt_to_prompt.active_until / canvas.schedule.num_steps)
     keep, guides_source = request.keep_attention, inversion_method(request.inversion).guides_source
-    scale = work.family.pixels_per_latent
-    latents = work.family.encode_picture(canvas.picture, canvas.height * scale, canvas.width * scale)
     inverting = InversionRequest(
-        picture=canvas.picture,
-        latents=latents,
+        placed=canvas.placed,
+        latents=work.family.encode_picture(canvas.placed.canvas),
         source=source,
         null=null,
         method=request.inversion,
@@ -347,49 +429,6 @@ def _counted(on_step: Any, bar: Any) -> Any:
     return counting
 
 
-# ------------------------------------------------------------------------------ after the work
-
-
-def _finished(
-    work: Work,
-    request: EditRequest,
-    canvas: Canvas,
-    words: EditWords,
-    control: EditControl,
-    edited: EditedLatents,
-) -> S2EditPipelineOutput:
-    family, scale = work.family, work.family.pixels_per_latent
-    out_height, out_width = canvas.height * scale, canvas.width * scale
-    own_pixels = None
-    if request.keep_pixels:
-        assert canvas.picture is not None
-        everywhere = torch.ones(canvas.latent_size)
-        weights = [feather(everywhere if r is None else r.cpu(), out_height, out_width, scale) for r in edited.regions]
-        own_pixels = (picture_to_tensor(canvas.picture, out_height, out_width), torch.stack(weights)[:, None])
-    warn_of_outcome(edited)
-    images, flagged = decoded_pictures(work, edited.targets, request, own_pixels)
-    source = edited.source  # the caller's own picture: no safety checker looks at it
-    if request.output_type != "latent":
-        pixels = family.decode(source, request.generator)
-        source = VaeImageProcessor().postprocess(pixels, output_type=request.output_type)
-    maps = None
-    if request.return_attention_maps:
-        prompt = words.targets[0]
-        looks = control.looks(0, (), [word.tokens for word in prompt.words], canvas.latent_size)
-        maps = {
-            word.text: _map_picture(look, (out_width, out_height))
-            for word, look in zip(prompt.words, looks, strict=True)
-        }
-    return S2EditPipelineOutput(
-        images=images,
-        attention_maps=maps,
-        edit_masks=[None if r is None else mask_to_picture(r, (out_width, out_height)) for r in edited.regions],
-        source=source[0] if request.output_type == "pil" else source,
-        nsfw_content_detected=flagged,
-        interrupted=edited.interrupted,
-    )
-
-
 def warn_of_outcome(edited: EditedLatents) -> None:
     """Say where an edit changed nothing."""
     for i, target in enumerate(edited.targets):
@@ -399,41 +438,3 @@ def warn_of_outcome(edited: EditedLatents) -> None:
                 "prompt's had a place to change. Change a word, take more steps or a higher strength, or pass "
                 "edit_mask= or blend_words=False."
             )
-
-
-def _unedited(
-    work: Work, request: EditRequest, canvas: Canvas, inversion: Inversion, num_targets: int
-) -> S2EditPipelineOutput:
-    """What a call returns that was stopped while it inverted: the source itself, which says that it was interrupted."""
-    latents = inversion.trajectory[:1]
-    images, _ = decoded_pictures(work, latents.expand(num_targets, -1, -1, -1), request, None)
-    first = images[0] if request.output_type == "pil" else images[:1]
-    return S2EditPipelineOutput(images=images, edit_masks=[None] * num_targets, source=first, interrupted=True)
-
-
-def decoded_pictures(
-    work: Work, latents: torch.Tensor, request: EditRequest, own_pixels: tuple[torch.Tensor, torch.Tensor] | None
-) -> tuple[Any, list[bool] | None]:
-    """Decoded pictures, and which a safety checker flagged. ``own_pixels`` is a picture (1, 3, H, W) and weights
-    (n, 1, H, W): where these are 0 it stays."""
-    if request.output_type == "latent":
-        return latents, None
-    pipe = work.family.pipe
-    pixels = work.family.decode(latents, request.generator)
-    if own_pixels is not None:
-        source, weights = (tensor.to(pixels.device, torch.float32) for tensor in own_pixels)
-        pixels = torch.where(weights == 0, source, torch.lerp(source, pixels.float(), weights))
-    flagged = None
-    processor, checker = VaeImageProcessor(), getattr(pipe, "safety_checker", None)
-    if checker is not None:
-        shown = processor.postprocess(pixels, output_type="pil")
-        features = pipe.feature_extractor(shown, return_tensors="pt").to(work.family.device)
-        _, flagged = checker(images=pixels.clone(), clip_input=features.pixel_values.to(checker.dtype))
-        black = torch.tensor(flagged, device=pixels.device)[:, None, None, None]
-        pixels = torch.where(black, -torch.ones_like(pixels), pixels)
-    return processor.postprocess(pixels, output_type=request.output_type), flagged
-
-
-def _map_picture(attention: torch.Tensor, size: tuple[int, int]) -> PIL.Image.Image:
-    values = (attention / attention.max().clamp(min=1e-12) * 255).round().byte().cpu().numpy()
-    return PIL.Image.fromarray(values).resize(size, PIL.Image.Resampling.BICUBIC)

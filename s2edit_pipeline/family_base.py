@@ -19,7 +19,10 @@ from torch import nn
 from .attention_seam import AttentionController, AttentionSite, attention_control
 from .noise_guidance import PLAIN_GUIDANCE, Guidance, guided
 from .noise_schedule import NoiseSchedule
-from .picture_inputs import picture_to_tensor, working_size
+from .picture_files import SourcePicture
+from .picture_inputs import picture_to_tensor
+from .picture_modes import Box
+from .picture_placement import PlacedPicture, place_picture
 from .prompt_columns import Segment, TokenizedPrompt
 from .prompt_embeds import PromptEmbeds
 
@@ -169,17 +172,21 @@ class ModelFamily(ABC):
     def size_multiple(self) -> int:
         """Every side of a picture is a multiple of this, in pixels."""
 
-    def working_size(self, picture: PIL.Image.Image, height: int | None, width: int | None) -> tuple[int, int]:
-        """(height, width) to work at.
+    def place(
+        self, source: SourcePicture, box: Box | None = None, size: tuple[int | None, int | None] = (None, None)
+    ) -> PlacedPicture:
+        """``source``, or its ``box``, on a canvas of the (height, width) that is wished, or else the model's own.
 
         Raises:
-            ValueError: as ``picture_inputs.working_size``.
+            ValueError: as ``picture_placement.place_picture``.
         """
-        return working_size(picture.size, self.native_size, self.size_multiple, height, width)
+        height, width = size
+        placement = place_picture(source.size, self.native_size, self.size_multiple, box, height, width)
+        return PlacedPicture(source, placement)
 
-    def encode_picture(self, picture: PIL.Image.Image, height: int, width: int) -> torch.Tensor:
-        """(1, C, h, w) latents of level 0, in the denoiser's dtype."""
-        return self.encode_pixels(picture_to_tensor(picture, height, width))
+    def encode_picture(self, canvas: PIL.Image.Image) -> torch.Tensor:
+        """(1, C, h, w) latents of level 0, in the denoiser's dtype, of an RGB picture of a size to work at."""
+        return self.encode_pixels(picture_to_tensor(canvas))
 
     def autoencoder_in_range(self) -> AbstractContextManager[None]:
         """Within the context the autoencoder's numbers don't overflow; it may be of another dtype there."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from .attention_seam import AttentionSite
 from .family_base import DEFAULT_INVERSION, ModelFamily

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import PIL.Image
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import nn
@@ -15,6 +14,9 @@ from .attention_seam import AttentionSite
 from .family_base import register_family
 from .family_flow import FlowFamily, block_number, dynamic_mu, middle_half, picture_then_text, word_mean
 from .noise_schedule import FlowTime
+from .picture_files import SourcePicture
+from .picture_modes import Box
+from .picture_placement import PlacedPicture
 from .prompt_columns import Segment, TokenizedPrompt, one_after_another, side_by_side, with_summary
 from .prompt_embeds import PromptEmbeds
 from .prompt_tokenizing import tokenize
@@ -110,8 +112,8 @@ class StableDiffusion3Family(FlowFamily):
         )
 
     def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int | None = None) -> PromptEmbeds:
-        """As ``StableDiffusion3Pipeline.encode_prompt`` does: both CLIPs' penultimate hidden states side by side, filled
-        up with zeros to T5's width, then T5's output; and both CLIPs' projected output at the end token.
+        """As ``StableDiffusion3Pipeline.encode_prompt`` does: both CLIPs' penultimate hidden states side by side,
+        filled up with zeros to T5's width, then T5's output; and both CLIPs' projected output at the end token.
 
         Args:
             clip_skip: how many of CLIP's layers to stop earlier.
@@ -175,15 +177,21 @@ class StableDiffusion3Family(FlowFamily):
     def size_multiple(self) -> int:
         return self._patch * self.pixels_per_latent
 
-    def working_size(self, picture: PIL.Image.Image, height: int | None, width: int | None) -> tuple[int, int]:
+    def place(
+        self, source: SourcePicture, box: Box | None = None, size: tuple[int | None, int | None] = (None, None)
+    ) -> PlacedPicture:
         """Raises:
         ValueError: as the base's; or a side is beyond the positions that the model has learned.
         """
-        size = super().working_size(picture, height, width)
+        placed = super().place(source, box, size)
         most = self.pipe.transformer.config.pos_embed_max_size * self.size_multiple
-        if max(size) > most:
-            raise ValueError(f"This model draws pictures of at most {most} a side, not {size[0]} x {size[1]}.")
-        return size
+        if max(placed.size) > most:
+            height, width = placed.size
+            raise ValueError(
+                f"This model works at {most} pixels a side or less, not at a height of {height} and a width of {width}; "
+                "pass height= and width=."
+            )
+        return placed
 
     # -------------------------------------------------------------------- noise
 

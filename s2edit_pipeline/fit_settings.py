@@ -231,6 +231,8 @@ class ReferenceAttribute:
         subject: the noun that the token stands before.
         token: the token.
         mask: where it is, white inside; None finds it by itself.
+        crop: what part of the picture is looked at: "auto" goes close up at the subject where it is small in it, None
+            takes all of it, (left, top, right, bottom) that.
     """
 
     image: Any
@@ -238,6 +240,7 @@ class ReferenceAttribute:
     subject: str
     token: str = "[A]"
     mask: Any = None
+    crop: Any = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,15 +13,17 @@ import PIL.Image
 import torch
 from diffusers.utils import logging
 
-from .attention_controls import MapRecorder, mask_at
 from .fit_checkpoint import FitCheckpoint
 from .fit_loop import FitExample, FitProgress, FitResult, fit_weights
 from .fit_settings import FitRequest, FitSettings, ReferenceAttribute
 from .identity_adapter import IdentityAdapter, LearnedAttribute
 from .identity_fingerprint import fingerprint
 from .identity_prompts import check_prompt
-from .object_masks import mask_to_picture, threshold_map
-from .picture_inputs import load_mask, load_picture
+from .object_search import Search, Size, cells_of, check_crop, close_up_at, picture_mask, place, seen_in
+from .picture_compose import mask_warning
+from .picture_files import read_picture
+from .picture_inputs import load_mask
+from .picture_placement import PlacedPicture
 from .pipeline_turns import Interrupted
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
@@ -29,9 +31,6 @@ from .prompt_tokens import initial_row, with_tokens
 from .prompt_words import insert_token, split_words
 
 logger = logging.get_logger(__name__)
-
-MASK_LEVELS = (0.2, 0.35, 0.5, 0.65)
-"""Where the object is looked for: shares of the way from the picture to noise."""
 
 UNKNOWN_ABOVE = 1.0
 """Reconstruction loss at the first step; noise has a mean square of 1."""
@@ -42,35 +41,20 @@ OnFitStep = Callable[[int, int, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class FitInput:
-    """A picture that is to be fitted, checked: prompts without and with the token, the (height, width) to work at, and
-    the caller's own mask (H, W) or None."""
+    """A picture that is to be fitted, checked: prompts without and with the token, the (height, width) that the caller
+    wishes to work at, his own mask (H, W) or None, and whether a close-up within ``placed`` may be worked at."""
 
-    picture: PIL.Image.Image
+    placed: PlacedPicture
     subject: str
     token: str
     prompt: TokenizedPrompt
     prompt_with_token: TokenizedPrompt
-    size: tuple[int, int]
+    size: Size
     mask: torch.Tensor | None
+    closer: bool
 
-
-@torch.no_grad()
-def object_mask(
-    work: Work, latents: torch.Tensor, prompt: TokenizedPrompt, subject: str, threshold: float
-) -> torch.Tensor:
-    """(h, w) float32 of 0 and 1: where ``subject`` is in the picture of ``latents`` (1, C, h, w), from the model as it
-    is now (S2Edit, ``M_obj``)."""
-    family = work.family
-    height, width = latents.shape[-2:]
-    schedule = family.schedule(min(50, family.training_schedule().num_steps), family.pixel_size(latents))
-    recorder, encoded, dtype = MapRecorder(columns=[prompt.word_columns]), family.encode([prompt]), family.dtype
-    generator = torch.Generator().manual_seed(0)  # its own: looking at the mask must not change what is drawn after it
-    with family.control_attention(recorder, height, width):
-        for share in MASK_LEVELS:
-            level = max(1, round(share * schedule.num_steps))
-            noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
-            family.denoise(schedule.noised(latents, noise, level), schedule.timesteps[level - 1].item(), encoded, dtype)
-    return threshold_map(recorder.word_map(0, prompt.find(subject), height, width).cpu(), threshold)
+    def search(self, settings: FitSettings) -> Search:
+        return Search(self.prompt, self.subject, settings.mask_threshold, self.size)
 
 
 def preview_mask(work: Work, request: FitRequest) -> PIL.Image.Image:
@@ -81,9 +65,8 @@ def preview_mask(work: Work, request: FitRequest) -> PIL.Image.Image:
     """
     (picture,) = request.pictures
     one = fit_input(work, picture, "", None, request.size)
-    latents = work.family.encode_picture(one.picture, *one.size)
-    mask = object_mask(work, latents, one.prompt, one.subject, request.settings.mask_threshold)
-    return mask_to_picture(mask, one.picture.size)
+    found = one.search(request.settings).find(work, one.placed, closer=one.closer)
+    return picture_mask(found.mask, found.placed.placement)
 
 
 def fit_input(
@@ -91,7 +74,7 @@ def fit_input(
     picture: ReferenceAttribute,
     name: str,
     tokenizers: Mapping[str, Any] | None,
-    size: tuple[int | None, int | None],
+    size: Size,
 ) -> FitInput:
     """One picture to fit, checked.
 
@@ -105,18 +88,24 @@ def fit_input(
     family, prompt, subject, token = work.family, picture.prompt, picture.subject, picture.token
     check_prompt(prompt, f"{name}prompt")
     check_prompt(subject, f"{name}subject")
-    rgb = load_picture(picture.image, f"{name}image")
+    source = read_picture(picture.image, f"{name}image")
     if token in split_words(prompt, [token]):
         raise ValueError(f"{name}prompt={prompt!r} holds the token {token!r} already; describe the picture without it.")
     with_token = insert_token(prompt, subject, token)
+    mask = None if picture.mask is None else load_mask(picture.mask, source.size, f"{name}mask")
+    placed = place(work, source, check_crop(picture.crop, f"{name}crop"), size)
+    closer = isinstance(picture.crop, str)
+    if closer and mask is not None:
+        placed, closer = close_up_at(work, placed, mask, size), False
     return FitInput(
-        rgb,
+        placed,
         subject,
         token,
         family.tokenize(prompt),
         family.tokenize(prompt if tokenizers is None else with_token, tokenizers),
-        family.working_size(rgb, *size),
-        None if picture.mask is None else load_mask(picture.mask, rgb.size, f"{name}mask"),
+        size,
+        mask,
+        closer,
     )
 
 
@@ -140,7 +129,7 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
         for i, picture in enumerate(request.pictures)
     ]
     started = time.perf_counter()
-    examples = [_example(work, one, settings) for one in inputs]
+    examples, placed = zip(*(_example(work, one, settings) for one in inputs), strict=True)
     rows = [
         {n: initial_row(family.tokenizers[n], encoder, one.subject) for n, encoder in family.text_encoders.items()}
         for one in inputs
@@ -148,18 +137,33 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
     with work.progress_bar(total=settings.num_steps) as bar:
         report = _reporter(work, bar, settings, on_step)
         checkpoint = _checkpoint(work, request, examples)
-        result = fit_weights(family, examples, rows, settings, request.generator, report, checkpoint)
+        result = fit_weights(family, list(examples), rows, settings, request.generator, report, checkpoint)
     masks = [None if example.mask is None else example.mask.cpu() for example in examples]
-    return _adapter(work, request, inputs, masks, result, time.perf_counter() - started)
+    return _adapter(work, request, placed[0], masks, result, time.perf_counter() - started)
 
 
-def _example(work: Work, one: FitInput, settings: FitSettings) -> FitExample:
-    latents, mask = work.family.encode_picture(one.picture, *one.size), None
+def _example(work: Work, one: FitInput, settings: FitSettings) -> tuple[FitExample, PlacedPicture]:
+    """What is learnt from, and where in the picture it is."""
+    placed, latents, mask = one.placed, None, None
     if settings.spatial_control and one.mask is None:
-        mask = object_mask(work, latents, one.prompt, one.subject, settings.mask_threshold)
-    elif settings.spatial_control and one.mask is not None:
-        mask = mask_at(one.mask, *latents.shape[-2:])
-    return FitExample(latents, one.prompt, one.prompt_with_token, one.token, mask)
+        found = one.search(settings).find(work, placed, closer=one.closer)
+        placed, latents, mask = found.placed, found.latents, found.mask
+    elif one.closer:
+        placed, _ = one.search(settings).closer(work, placed)
+    if latents is None:
+        latents = work.family.encode_picture(placed.canvas)
+    if one.mask is not None:
+        mask = cells_of(one.mask, placed.placement, latents.shape[-2:])
+    if mask is not None:
+        warn_of_mask(mask, f"The mask of {one.subject!r}")
+    return FitExample(latents, one.prompt, one.prompt_with_token, one.token, mask), placed
+
+
+def warn_of_mask(mask: torch.Tensor, name: str) -> None:
+    """Say where a mask (h, w) of what is worked on is seldom what was meant."""
+    warning = mask_warning(mask, name)
+    if warning is not None:
+        logger.warning(warning)
 
 
 def _checkpoint(work: Work, request: FitRequest, examples: Sequence[FitExample]) -> FitCheckpoint | None:
@@ -213,7 +217,7 @@ def _reporter(work: Work, bar: Any, settings: FitSettings, on_step: OnFitStep) -
 def _adapter(
     work: Work,
     request: FitRequest,
-    inputs: list[FitInput],
+    placed: PlacedPicture,
     masks: list[torch.Tensor | None],
     result: FitResult,
     seconds: float,
@@ -236,9 +240,10 @@ def _adapter(
     del facts["method"], facts["gradient_checkpointing"]
     facts |= {
         "num_steps": len(result.progress),
-        "automatic_mask": inputs[0].mask is None,
-        "height": inputs[0].size[0],
-        "width": inputs[0].size[1],
+        "automatic_mask": request.pictures[0].mask is None,
+        "height": placed.size[0],
+        "width": placed.size[1],
+        **seen_in(placed),
     }
     if work.call.interrupted:
         facts["interrupted"] = True

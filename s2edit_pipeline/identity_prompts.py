@@ -11,6 +11,8 @@ from diffusers.utils import logging
 from .attention_controls import SpatialControl
 from .family_base import ModelFamily
 from .identity_overlay import IdentityOverlay
+from .object_search import mask_in
+from .picture_placement import PlacedPicture
 from .prompt_changes import prompt_warning
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import Branch, PromptEmbeds, join
@@ -133,14 +135,17 @@ def fitting_identities(prompt: str, chosen: str | None, overlay: IdentityOverlay
     return list(fitting)
 
 
-def spatial_control(prompts: Sequence[TokenizedPrompt | None], overlay: IdentityOverlay) -> SpatialControl:
-    """Each learned token's mask for each row of a batch; rows without a prompt (unconditional) have none."""
+def spatial_control(
+    prompts: Sequence[TokenizedPrompt | None], overlay: IdentityOverlay, placed: PlacedPicture | None = None
+) -> SpatialControl:
+    """Each learned token's mask for each row of a batch, where ``placed`` shows what it is of; rows without a prompt
+    (unconditional) have none."""
     masks, columns = {}, []
     switches: dict[str, list[str]] = {"renormalize": [], "mask_after": []}
     for loaded in overlay.identities.values():
         for token, (_, mask) in loaded.adapter.learned.items():
             if mask is not None:
-                masks[token] = mask
+                masks[token] = mask if placed is None else mask_in(placed, mask, loaded.adapter.settings)
                 for switch, tokens in switches.items():
                     tokens += [token] if loaded.adapter.settings.get(switch) else []
     for prompt in prompts:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import PIL.Image
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -16,12 +15,7 @@ from .identity_fingerprint import fingerprint, is_same_base
 from .identity_overlay import IdentityOverlay
 from .inversion_record import Inversion, MadeWith
 from .noise_schedule import NoiseSchedule
-
-
-def picture_digest(picture: PIL.Image.Image) -> str:
-    """A hash of the picture's pixels and size."""
-    rgb = picture.convert("RGB")
-    return hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()[:32]
+from .picture_files import SourcePicture
 
 
 def made_with(family: ModelFamily, overlay: IdentityOverlay, schedule: NoiseSchedule) -> MadeWith:
@@ -101,7 +95,7 @@ def check_inversion(
     family: ModelFamily,
     overlay: IdentityOverlay,
     schedule: NoiseSchedule,
-    picture: PIL.Image.Image | None,
+    source: SourcePicture | None,
 ) -> None:
     """Raises:
     ValueError: ``inversion`` was made with another model, scheduler, LoRA or identity, or of another picture, than an
@@ -111,7 +105,7 @@ def check_inversion(
     differs = difference(inversion, family, overlay, schedule)
     if differs is not None:
         raise ValueError(f"{differs}. Bring back what was there, or {again}.")
-    if picture is not None and inversion.picture_digest != picture_digest(picture):
+    if source is not None and inversion.picture_digest != source.digest:
         raise ValueError(f"The inversion was made of another picture than image=; pass that one, or {again}.")
     channels = inversion.trajectory.shape[1]
     if channels != family.latent_channels:

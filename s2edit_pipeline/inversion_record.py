@@ -16,6 +16,8 @@ from .attention_source import SourceAttention
 from .edit_settings import check_choice
 from .noise_guidance import Guidance, guided
 from .noise_schedule import NoiseSchedule
+from .picture_files import SourcePicture
+from .picture_placement import Placement
 
 Combine = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -181,6 +183,7 @@ class Inversion:
         guidance_scale: that the unconditional embeddings were made for, or None where any will do.
         made_with: the model, its adapters and its noise levels.
         picture_digest: a hash of the picture's pixels.
+        source, placement: the picture, and the part of it that was inverted; None where they aren't known.
         clip_skip: how the prompts were encoded.
         attention: what the source attended to, for the edits to come; or None, and they ask for it again.
         interrupted: whether it was stopped before its end; then nothing can be edited with it.
@@ -194,6 +197,8 @@ class Inversion:
     guidance_scale: float | None = None
     made_with: MadeWith = field(default_factory=MadeWith)
     picture_digest: str = ""
+    source: SourcePicture | None = field(default=None, repr=False)
+    placement: Placement | None = None
     clip_skip: int | None = None
     attention: SourceAttention | None = None
     interrupted: bool = False

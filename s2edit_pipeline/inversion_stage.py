@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import PIL.Image
 import torch
 
 from .attention_controls import Controllers, SpatialControl
@@ -24,7 +23,7 @@ from .identity_prompts import (
     spatial_control,
     with_identities,
 )
-from .inversion_origin import made_with, picture_digest
+from .inversion_origin import made_with
 from .inversion_record import (
     INVERSIONS,
     Inversion,
@@ -36,7 +35,9 @@ from .inversion_record import (
 )
 from .noise_guidance import Guidance
 from .noise_schedule import NoiseSchedule
-from .picture_inputs import load_picture
+from .object_search import check_crop, close_up, place
+from .picture_files import read_picture
+from .picture_placement import PlacedPicture
 from .pipeline_turns import Interrupted
 from .pipeline_work import Work
 from .prompt_embeds import Branch
@@ -47,7 +48,7 @@ class InversionRequest:
     """What is to be inverted, and how.
 
     Attributes:
-        picture: as it was handed in.
+        placed: the picture, and the part of it to invert.
         latents: (1, C, h, w), its own.
         source: the branch of the source prompt.
         null: the unconditional branch.
@@ -60,7 +61,7 @@ class InversionRequest:
         for_later: whether other calls may use it, which have to know what it was made with.
     """
 
-    picture: PIL.Image.Image
+    placed: PlacedPicture
     latents: torch.Tensor
     source: Branch
     null: Branch
@@ -88,6 +89,7 @@ class InversionCall:
     clip_skip: int | None
     generator: Any
     keep: KeepAttention | None
+    crop: Any = "auto"
 
 
 def invert_words(work: Work, call: InversionCall) -> Inversion:
@@ -101,9 +103,8 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     check_keeping(call.method, call.keep)
     check_prompt(call.prompt, "prompt")
     check_tokens(call.prompt, family, work.overlay)
-    picture = load_picture(call.image)
-    size = family.working_size(picture, *call.size)
-    schedule = family.schedule(call.num_inference_steps, size)
+    placed = place(work, read_picture(call.image), check_crop(call.crop), call.size)
+    schedule = family.schedule(call.num_inference_steps, placed.size)
     check_served(call.method, family.guidance, schedule.prediction)
     tokens = fitting_identities(call.prompt, call.identity_token, work.overlay)
     prompt = family.tokenize(with_identities(call.prompt, tokens, work.overlay))
@@ -115,10 +116,12 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     scale = call.guidance_scale
     if scale is None:
         scale = family.default_guidance_scale if method.binds_guidance else family.guidance.neutral
-    latents = family.encode_picture(picture, *size)
+    if isinstance(call.crop, str):
+        placed = close_up(work, placed, prompt, tokens, call.size)
+        schedule = family.schedule(call.num_inference_steps, placed.size)
     request = InversionRequest(
-        picture=picture,
-        latents=latents,
+        placed=placed,
+        latents=family.encode_picture(placed.canvas),
         source=source,
         null=null,
         method=call.method,
@@ -163,7 +166,7 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
     if method.pinned and request.keep.max_bytes:
         keeper = AttentionKeeper(request.keep, schedule.num_steps, words=request.source.prompt.word_columns)
     # the unconditional branch says no token: nothing to mask there
-    sides = _SourceOrNull(spatial_control([request.source.prompt], work.overlay), keeper)
+    sides = _SourceOrNull(spatial_control([request.source.prompt], work.overlay, request.placed), keeper)
     scale, form, source = request.guidance_scale, family.guidance, request.source.embeds
     guides_source = method.guides_source and form.has_null(scale)
     if method.guides_source and form.form == "told":
@@ -185,7 +188,9 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
         "prompt": request.source.prompt.text,
         "guidance_scale": request.guidance_scale if method.binds_guidance else None,
         "made_with": made_with(family, work.overlay, schedule) if request.for_later else MadeWith(),
-        "picture_digest": picture_digest(request.picture) if request.for_later else "",
+        "picture_digest": request.placed.source.digest if request.for_later else "",
+        "source": request.placed.source,
+        "placement": request.placed.placement,
         "clip_skip": request.clip_skip,
     }
     num_steps = schedule.num_steps * method.num_passes

@@ -88,18 +88,6 @@ def changed_cells(edited: torch.Tensor, source: torch.Tensor, threshold: float) 
     return (change >= threshold * change.max()).to(edited)
 
 
-def feather(region: torch.Tensor, height: int, width: int, radius: int) -> torch.Tensor:
-    """``region`` (h, w) of 0 and 1 as (height, width) weights in [0, 1]: 1 inside, falling to 0 over ``radius``
-    pixels within its border, and exactly 0 outside."""
-    cells = F.interpolate(region[None, None].float(), (height, width), mode="nearest")
-    padded = F.pad(1 - cells, (radius,) * 4, mode="replicate")
-    core = 1 - F.max_pool2d(padded, 2 * radius + 1, stride=1)  # what is more than `radius` from the outside
-    if radius == 0:
-        return core[0, 0]
-    smooth = F.avg_pool2d(F.pad(core, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
-    return smooth[0, 0] * cells[0, 0]
-
-
 def mask_to_picture(mask: torch.Tensor, size: tuple[int, int]) -> Image.Image:
     """A (h, w) mask in [0, 1] as a PIL "L" picture of ``size`` (width, height), its border smooth."""
     picture = Image.fromarray((mask.float().cpu().numpy() * 255).round().astype(np.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import os
@@ -101,6 +102,11 @@ class SourcePicture:
         if self.color_type == np.uint16:
             return np.repeat(deep_gray(self.native.crop(box))[..., None], 3, -1)
         return np.asarray(self.rgb.crop(box))
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of its RGB pixels and its size."""
+        return hashlib.sha256(repr(self.size).encode() + self.rgb.tobytes()).hexdigest()[:32]
 
     @cached_property
     def color_type(self) -> np.dtype[Any]:

@@ -10,7 +10,6 @@ from PIL import Image
 
 from .picture_files import read_picture
 from .picture_modes import has_alpha, rgb_of
-from .picture_placement import MAX_ASPECT_RATIO
 
 
 def load_picture(image: Any, name: str = "image") -> Image.Image:
@@ -29,43 +28,8 @@ def load_picture(image: Any, name: str = "image") -> Image.Image:
     return read_picture(image, name).rgb
 
 
-def working_size(
-    size: tuple[int, int], native: int, multiple: int, height: int | None = None, width: int | None = None
-) -> tuple[int, int]:
-    """The (height, width) at which a picture of ``size`` (width, height) is worked on.
-
-    Asked-for sides are taken; otherwise the picture keeps its shape and gets the model's ``native`` area,
-    each side a multiple of ``multiple``.
-
-    Raises:
-        ValueError: a side asked for isn't such a multiple, or the picture is too long and thin.
-    """
-    for name, side in (("height", height), ("width", width)):
-        if side is not None and (not isinstance(side, int) or side <= 0 or side % multiple):
-            raise ValueError(f"{name} must be a positive multiple of {multiple} for this model, not {side!r}.")
-    picture_width, picture_height = size
-    if height is not None and width is not None:
-        return height, width
-    ratio = picture_width / picture_height
-    if max(ratio, 1 / ratio) > MAX_ASPECT_RATIO:
-        raise ValueError(
-            f"The picture is {picture_width} x {picture_height}; one side may be at most {MAX_ASPECT_RATIO:g} times "
-            "the other. Crop it to what you want to edit (image.crop((left, top, right, bottom))), or pass height= "
-            "and width= to have it resized."
-        )
-    if height is not None:
-        return height, max(multiple, round(height * ratio / multiple) * multiple)
-    if width is not None:
-        return max(multiple, round(width / ratio / multiple) * multiple), width
-    tall = native / ratio**0.5
-    wide = native * ratio**0.5
-    return max(multiple, round(tall / multiple) * multiple), max(multiple, round(wide / multiple) * multiple)
-
-
-def picture_to_tensor(picture: Image.Image, height: int, width: int) -> torch.Tensor:
-    """(1, 3, height, width) float32 in [-1, 1], resized if need be."""
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+def picture_to_tensor(picture: Image.Image) -> torch.Tensor:
+    """(1, 3, H, W) float32 in [-1, 1] of an RGB picture."""
     array = np.asarray(picture).astype(np.float32)
     return torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1.0
 

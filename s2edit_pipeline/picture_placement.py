@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+from .picture_files import SourcePicture
 from .picture_modes import Box
 
 Values = TypeVar("Values", Image.Image, np.ndarray, torch.Tensor)
@@ -156,6 +158,30 @@ class Placement:
         array = np.asarray(content)
         around = ((top, height - bottom), (left, width - right), (0, 0))[: array.ndim]
         return Image.fromarray(np.pad(array, around, mode=mode))
+
+
+@dataclass(frozen=True)
+class PlacedPicture:
+    """A picture, and where the part of it that is worked on lies on the model's canvas."""
+
+    source: SourcePicture
+    placement: Placement
+
+    @cached_property
+    def canvas(self) -> Image.Image:
+        """What the model sees, RGB."""
+        return self.placement.to_canvas(self.source.rgb)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the canvas."""
+        width, height = self.placement.canvas_size
+        return height, width
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the picture is worked on."""
+        return self.placement.box == (0, 0, *self.placement.picture_size)
 
 
 def mask_values(values: Any) -> np.ndarray:

@@ -29,6 +29,7 @@ from .attention_source import KeepAttention
 from .edit_attention import EditControl  # noqa: F401
 from .edit_loop import EDITS  # noqa: F401
 from .edit_output import S2EditPipelineOutput
+from .edit_pictures import edited_pictures  # noqa: F401
 from .edit_settings import EDIT_PRESETS, EditRequest, EditSettings, with_preset
 from .edit_stage import edit_picture
 from .edit_words import plan_edits  # noqa: F401
@@ -63,6 +64,7 @@ from .inversion_stage import InversionCall, invert_words
 from .noise_guidance import guided  # noqa: F401
 from .noise_schedule import NoiseSchedule  # noqa: F401
 from .object_masks import mask_to_picture  # noqa: F401
+from .object_search import object_mask  # noqa: F401
 from .picture_arrays import pixel_array  # noqa: F401
 from .picture_compose import compose  # noqa: F401
 from .picture_files import read_picture  # noqa: F401
@@ -138,19 +140,21 @@ class S2EditPipeline(
         subject: str,
         *,
         threshold: float = MASK_THRESHOLD,
+        crop: Any = "auto",
         height: int | None = None,
         width: int | None = None,
     ) -> PIL.Image.Image:
         """The object mask that ``fit_identity`` would use: a PIL "L" picture of the size of ``image``.
 
         The noun's cross-attention under ``prompt``, averaged over noise levels and over the layers of 1/16 to 1/32
-        of the picture's side, normalised, smoothed, thresholded, largest component kept (S2Edit, ``M_obj``).
+        of the picture's side, normalised, smoothed, thresholded, largest component kept (S2Edit, ``M_obj``). With
+        ``crop="auto"`` a subject that is small in the picture is found coarse, then fine.
 
         Raises:
             TypeError, ValueError: as :meth:`fit_identity`.
         """
         request = FitRequest(
-            pictures=(ReferenceAttribute(image, prompt, subject, "[I]"),),
+            pictures=(ReferenceAttribute(image, prompt, subject, "[I]", crop=crop),),
             settings=FitSettings(mask_threshold=threshold),
             size=(height, width),
         )
@@ -189,6 +193,7 @@ class S2EditPipeline(
         renormalize: bool | None = None,
         mask_after: bool = False,
         mask_threshold: float = MASK_THRESHOLD,
+        crop: Any = "auto",
         height: int | None = None,
         width: int | None = None,
         token_learning_rate: float | None = None,
@@ -218,6 +223,8 @@ class S2EditPipeline(
             batch_size, timestep_sampling, lr_scheduler, early_stop, optimizer, gradient_checkpointing, lora_rank,
                 lora_layers, lora_init, detach_sentence, renormalize, mask_after, mask_threshold, token_learning_rate:
                 see ``fit_settings.FitSettings``; None takes the method's own.
+            crop: what part of the picture to work at. "auto": close up at the subject where it fills little of a large
+                picture; None: all of it; (left, top, right, bottom): that. The identity's settings tell.
             height, width: work at another size than the model's own.
             stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
                 comes back and says ``interrupted``.
@@ -230,7 +237,10 @@ class S2EditPipeline(
             FloatingPointError: the loss ran away; the message names the step.
         """
         settings = FitSettings.of(locals())
-        pictures = (ReferenceAttribute(image, prompt, subject, token, mask), *check_fit(self, generator, reference))
+        pictures = (
+            ReferenceAttribute(image, prompt, subject, token, mask, crop),
+            *check_fit(self, generator, reference),
+        )
 
         def on_step(step: int, total: int, measures: Mapping[str, float]) -> None:
             if callback_on_step_end is not None:
@@ -255,6 +265,7 @@ class S2EditPipeline(
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         generator: torch.Generator | None = None,
+        crop: Any = "auto",
         height: int | None = None,
         width: int | None = None,
         clip_skip: int | None = None,
@@ -278,6 +289,8 @@ class S2EditPipeline(
             guidance_scale, negative_prompt: what "null_text" optimises for and starts from; "flowedit" guides the
                 source by the first; the others serve any, and refuse them.
             generator: of "edit_friendly"'s and "flowedit"'s noise; the others draw none, and refuse it.
+            crop: as in :meth:`fit_identity`: "auto" works where an identity was fitted to this picture, else close up
+                at the subject of ``prompt`` where that fills little of a large picture. The edits work there too.
             keep_attention: how much of the source's attention is kept, where the source is pinned to its trajectory
                 ("direct", "fixed_point", "midpoint", "edit_friendly", "flowedit"), so that no edit has to ask for it
                 again. None is ``KeepAttention()`` of a U-Net: of 40 % of the steps, at most 1 GiB; of a transformer
@@ -299,7 +312,7 @@ class S2EditPipeline(
                 image=image, prompt=prompt, method=method, identity_token=token,
                 num_inference_steps=steps, guidance_scale=guidance_scale,
                 negative_prompt=negative_prompt, size=(height, width), clip_skip=clip_skip, generator=generator,
-                keep=keep_attention,
+                keep=keep_attention, crop=crop,
             )  # fmt: skip
             return invert_words(work, call)
 
@@ -333,7 +346,9 @@ class S2EditPipeline(
         residuals: bool = True,
         strength: float = 1.0,
         keep_words: Sequence[str] | None = None,
-        keep_pixels: bool = False,
+        keep_pixels: bool = True,
+        output_size: str = "picture",
+        crop: Any = "auto",
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         prompt_embeds: torch.Tensor | None = None,
@@ -372,8 +387,11 @@ class S2EditPipeline(
                 ``blend_words=True`` for None's confinement.
             edit_mask: where the edit may change the picture, white inside; replaces the words' own region, so that
                 ``keep_words`` doesn't go with it.
-            keep_pixels: outside the region, return the picture's own pixels, not the autoencoder's; its border is
-                feathered inwards.
+            keep_pixels: outside the region the picture's own pixels, to the bit, and what the autoencoder lost given
+                back where the edit changed nothing, see ``picture_compose``; False: all as the autoencoder gives it.
+            output_size: "picture": as large as ``image``, in its mode; "model": as large as it was worked at.
+            crop: as in :meth:`invert`; "auto" works at all of the picture where the words change its background or
+                place, and close up at ``edit_mask`` where one is given.
             generator: of the noise, without ``image`` or with ``inversion="edit_friendly"``.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: ``f(pipe, step, timestep, tensors)``; it may return tensors by the names that it was
@@ -425,7 +443,7 @@ class S2EditPipeline(
                     num_inference_steps=num_inference_steps, negative_prompt=negative_prompt, edit_mask=edit_mask,
                     keep_pixels=keep_pixels, size=(height, width), clip_skip=clip_skip, generator=generator,
                     keep_attention=keep_attention, output_type=output_type,
-                    return_attention_maps=return_attention_maps,
+                    return_attention_maps=return_attention_maps, output_size=output_size, crop=crop,
                 )  # fmt: skip
                 output = edit_picture(work, request)
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))

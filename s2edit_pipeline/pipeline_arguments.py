@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .edit_settings import check_guidance
+from .edit_settings import check_choice, check_guidance
 from .family_base import ModelFamily
 from .fit_settings import ReferenceAttribute
 from .inversion_record import inversion_method
@@ -180,7 +180,7 @@ def _is_default(value: Any, default: Any) -> bool:
 EDITING = (
     "source_prompt", "inversion", "preset", "reweight", "edit_mask", "keep_words", "keep_pixels", "blend_words",
     "blend_threshold", "change_threshold", "guidance_stop", "strength", "edit", "cross_replace_steps",
-    "self_replace_steps", "return_attention_maps", "keep_attention", "residuals",
+    "self_replace_steps", "return_attention_maps", "keep_attention", "residuals", "output_size", "crop",
 )  # fmt: skip
 """Arguments that only editing a picture can obey."""
 DRAWING = (
@@ -216,8 +216,6 @@ def _refuse_for_editing(arguments: Arguments, stock_arguments: Mapping[str, Any]
         raise ValueError(f"{name} can't be combined with image: {reason}.")
     for name in stock_arguments:
         raise TypeError(f"An edit has no argument {name!r}; without image= diffusers' own pipeline may have it.")
-    if arguments["keep_pixels"] and (arguments["image"] is None or arguments["output_type"] == "latent"):
-        raise ValueError("keep_pixels=True needs image=, and pictures for an output, not latents.")
 
 
 _OF_GUIDANCE = {
@@ -299,6 +297,7 @@ def check_editing(arguments: Arguments, stock_arguments: Mapping[str, Any], tens
     """
     _check_output_type(arguments["output_type"])
     _refuse_for_editing(arguments, stock_arguments)
+    check_choice("output_size", arguments["output_size"], ("picture", "model"))
     _refuse_guidance(arguments)
     return _checked_tensor_inputs(arguments["callback_on_step_end_tensor_inputs"], tensors)
 

@@ -13,6 +13,7 @@ from diffusers.utils import logging
 from .family_base import ModelFamily, family_of, known_family
 from .identity_adapter import IdentityAdapter
 from .identity_overlay import IdentityOverlay
+from .object_search import PLACED_MASK
 from .picture_inputs import load_mask
 from .pipeline_arguments import base_name
 from .pipeline_memory import EDIT_ADVICE, FIT_ADVICE, memory_advice
@@ -87,7 +88,8 @@ class IdentityLoaders:
         if token is not None or reference_token is not None:
             adapter = adapter.renamed(token, reference_token)
         if mask is not None:
-            adapter = replace(adapter, mask=load_mask(mask, None))
+            settings = {**adapter.settings, **PLACED_MASK}
+            adapter = replace(adapter, mask=load_mask(mask, None), settings=settings)
         if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)) or not np.isfinite(scale):
             raise ValueError(f"scale must be a number, not {scale!r}.")
         with turns.exclusive("load_identity"):

@@ -22,6 +22,8 @@ PREPOSITIONS = frozenset(
         "among between inside outside above below across along for as while"
     ).split()
 )
+PLACES = PREPOSITIONS - {"with", "without", "for", "as"}
+"""What joins a caption's place or background to it."""
 CARRYING = frozenset("wearing holding carrying having has sporting".split())
 """What goes when the last thing that is worn or held goes."""
 PICTURES = frozenset(
@@ -169,6 +171,34 @@ def noun_of(body: Sequence[Piece]) -> Piece | None:
     while len(words) > 1 and is_participle(words[-1].text):
         words.pop()
     return words[-1] if words else None
+
+
+def subject_noun(prompt: str) -> str | None:
+    """The noun that a caption is about: "lady" of "a photo of a sad lady with glasses"; None where there is none."""
+    parts = parts_of(pieces_of(prompt))
+    noun = noun_of(parts[subject_part(parts, None)].body)
+    return None if noun is None else noun.text
+
+
+def changes_only_the_subject(source: str, target: str) -> bool:
+    """Whether all that ``target`` says otherwise than ``source`` is of the subject: how it looks, what it does, wears
+    or has. The background, the place and the kind of picture are not."""
+    before, after = (_told(parts_of(pieces_of(text))) for text in (source, target))
+    changed = [part for part in (*before, *after) if (part in before) != (part in after)]
+    return all(is_the_subjects for *_, is_the_subjects in changed)
+
+
+def _told(parts: Sequence[Part]) -> list[tuple[tuple[str, ...], tuple[str, ...], bool]]:
+    """Each part's words, and whether it tells of the subject: it names it, or what it has or does."""
+    subject, told, is_the_subjects = subject_part(parts, None), [], False
+    for i, part in enumerate(parts):
+        if i == subject:
+            is_the_subjects = True
+        elif not part.goes_on:
+            is_the_subjects = i > subject and not part.leads & PLACES
+        lead, body = (tuple(p.text for p in pieces if not p.is_token) for pieces in (part.lead, part.body))
+        told.append((lead, body, is_the_subjects))
+    return told
 
 
 def list_end(parts: Sequence[Part], first: int) -> int:

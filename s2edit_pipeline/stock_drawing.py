@@ -19,6 +19,8 @@ from .attention_seam import AttentionAccess, AttentionController, AttentionSite,
 from .edit_output import S2EditPipelineOutput
 from .identity_prompts import check_prompt, check_takes_part, check_tokens, encode_each, spatial_control
 from .noise_schedule import check_finite
+from .picture_files import read_picture
+from .picture_marks import origin_here, with_origin
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import PromptEmbeds, join
@@ -94,8 +96,15 @@ def draw(
     with seam, ExitStack() as decoding:
         names = list(dict.fromkeys(["latents", *callback_tensors]))
         output = stock(**given, callback_on_step_end=on_step, callback_on_step_end_tensor_inputs=names)
+    pictures = None
+    if given.get("output_type", "pil") == "pil":
+        words = [given.get("prompt")] if isinstance(given.get("prompt"), str) else list(given.get("prompt") or texts)
+        each = given.get("num_images_per_prompt", 1)
+        marks = [origin_here(work.base_model, text, drawn=True) for text in words for _ in range(each)]
+        pictures = [with_origin(read_picture(image), mark) for image, mark in zip(output.images, marks, strict=False)]
     return S2EditPipelineOutput(
         images=output.images,
+        pictures=pictures,
         nsfw_content_detected=getattr(output, "nsfw_content_detected", None),
         interrupted=work.call.interrupted,
     )

@@ -271,7 +271,7 @@ def test_fitting_fits(pipe: S2EditPipeline, picture: Image.Image, method: str) -
         generator, total = torch.Generator().manual_seed(4), 0.0
         with torch.no_grad():
             embeds = pipe.family.encode([prompt]).embeds
-            latents = pipe.family.encode_picture(picture, 32, 32)
+            latents = pipe.family.encode_picture(picture)
             for t in range(50, 1000, 100):
                 eps, a = torch.randn(latents.shape, generator=generator), float(pipe.scheduler.alphas_cumprod[t])
                 out = pipe.unet(a**0.5 * latents + (1 - a) ** 0.5 * eps, t, embeds).sample

@@ -259,12 +259,12 @@ def test_a_fit_takes_one_generator(pipe: S2EditPipeline, picture: Image.Image) -
 
 
 def test_the_tuple_has_every_field_in_its_place(pipe: S2EditPipeline, picture: Image.Image) -> None:
-    images, maps, masks, source, flagged, interrupted = pipe(
+    images, maps, masks, source, flagged, interrupted, pictures = pipe(
         SOURCE, picture, SOURCE, num_inference_steps=1, return_dict=False, callback_on_step_end_tensor_inputs=None
     )
     assert len(images) == len(masks) == 1 and maps is None and flagged is None and source.size == (32, 32)
-    assert interrupted is False
-    assert len(pipe("a lady", num_inference_steps=1, return_dict=False)) == 6
+    assert interrupted is False and pictures[0].native is images[0]
+    assert len(pipe("a lady", num_inference_steps=1, return_dict=False)) == 7
 
 
 def test_weighing_a_word_down_stays_in_its_place(pipe: S2EditPipeline, picture: Image.Image) -> None:

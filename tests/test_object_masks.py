@@ -17,17 +17,16 @@ from scipy import ndimage
 
 from s2edit_pipeline.attention_controls import MapRecorder
 from s2edit_pipeline.attention_seam import AttentionSite
-from s2edit_pipeline.fit_stage import MASK_LEVELS, object_mask
 from s2edit_pipeline.noise_schedule import NoiseSchedule
 from s2edit_pipeline.object_masks import (
     changed_cells,
     edit_region,
-    feather,
     gaussian_smooth,
     largest_component,
     mask_to_picture,
     threshold_map,
 )
+from s2edit_pipeline.object_search import MASK_LEVELS, object_mask
 
 
 def noise_of(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -76,21 +75,6 @@ def test_an_edit_region_is_the_union_over_words() -> None:
     union[0:3, 0:3] = union[3:6, 3:6] = 1  # spread by one cell
     assert torch.equal(edit_region([a, b], 0.4), union)
     assert torch.equal(edit_region([a], 0.4), torch.where(torch.arange(6) < 3, union, 0))
-
-
-@pytest.mark.parametrize("radius", [0, 2, 4])
-def test_feathering_is_nothing_outside_and_whole_inside(radius: int) -> None:
-    region = torch.zeros(6, 8)
-    region[2:5, 0:5] = 1
-    weights = feather(region, 48, 64, radius)
-    cells = torch.from_numpy(np.kron(region.numpy(), np.ones((8, 8))))
-    assert float(weights[cells == 0].abs().max()) == 0
-    distance = torch.from_numpy(ndimage.distance_transform_cdt(np.pad(cells, 9, mode="edge"), "chessboard"))[9:-9, 9:-9]
-    assert float(weights[distance > 2 * radius].min()) == 1
-    assert float(weights[(distance > 0)].min()) > 0
-    if radius:
-        along = weights[28, 20:44]  # out through the right border: only ever less
-        assert bool((along.diff() <= 1e-6).all()) and 0 < float(along[16]) < 1
 
 
 def test_a_word_that_looks_nowhere_may_change_nothing() -> None:

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from s2edit_pipeline.picture_inputs import load_mask, load_picture, picture_to_tensor, working_size
+from s2edit_pipeline.picture_inputs import load_mask, load_picture, picture_to_tensor
 
 
 def pixels(height: int = 5, width: int = 7, channels: int = 3) -> np.ndarray:
@@ -137,38 +135,10 @@ def test_the_callers_picture_is_left_alone() -> None:
     assert (image.tobytes(), image.mode) == (before, mode)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([(512, 64), (768, 64), (128, 16), (32, 4)]))
-def test_a_working_size_keeps_shape_and_area(width: int, height: int, model: tuple[int, int]) -> None:
-    native, multiple = model
-    if max(width / height, height / width) > 4:
-        with pytest.raises(ValueError, match=f"{width} x {height}.*[Cc]rop"):
-            working_size((width, height), native, multiple)
-        return
-    tall, wide = working_size((width, height), native, multiple)
-    assert tall % multiple == 0 and wide % multiple == 0
-    ratio = width / height
-    # each side within half a multiple of the exact one
-    assert (
-        abs(tall - native / ratio**0.5) <= multiple / 2 + 1e-6
-        and abs(wide - native * ratio**0.5) <= multiple / 2 + 1e-6
-    )
-
-
-def test_sides_asked_for() -> None:
-    assert working_size((400, 200), 512, 64, height=256) == (256, 512)
-    assert working_size((400, 200), 512, 64, width=256) == (128, 256)
-    assert working_size((3, 4000), 512, 64, 512, 512) == (512, 512)
-    for bad in (500, 0, -64, 64.0):
-        with pytest.raises(ValueError, match="height must be a positive multiple of 64"):
-            working_size((400, 200), 512, 64, height=bad)  # type: ignore[arg-type]
-
-
 def test_pixels_run_from_minus_one_to_one() -> None:
-    found = picture_to_tensor(Image.fromarray(RGB), 5, 7)
+    found = picture_to_tensor(Image.fromarray(RGB))
     wanted = torch.from_numpy(RGB.astype(np.float64) / 127.5 - 1).permute(2, 0, 1)[None]
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6)
-    assert picture_to_tensor(Image.fromarray(RGB), 8, 16).shape == (1, 3, 8, 16)
 
 
 HALF = np.zeros((6, 8), bool)

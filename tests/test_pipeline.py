@@ -266,14 +266,13 @@ def test_kept_pixels_are_the_pictures_own(pipe: S2EditPipeline, half_mask: np.nd
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)  # nothing that an autoencoder would give back
     arguments: dict[str, Any] = {"source_prompt": SOURCE, "num_inference_steps": 3, "edit_mask": half_mask}
-    (kept,) = pipe(TARGET, picture, keep_pixels=True, **arguments).images
-    (decoded,) = pipe(TARGET, picture, **arguments).images
+    (kept,) = pipe(TARGET, picture, **arguments).images
+    (decoded,) = pipe(TARGET, picture, keep_pixels=False, **arguments).images
     assert np.array_equal(np.asarray(kept)[~half_mask], picture[~half_mask])
     assert not np.array_equal(np.asarray(decoded)[~half_mask], picture[~half_mask])
-    assert np.array_equal(np.asarray(kept)[:, :12], np.asarray(decoded)[:, :12])  # well inside, the edit alone
-    for changes in ({"output_type": "latent"}, {"image": None, "inversion": pipe.invert(picture, SOURCE)}):
-        with pytest.raises(ValueError, match="keep_pixels=True needs image="):
-            pipe(TARGET, **{"image": picture, "source_prompt": SOURCE, "keep_pixels": True, **changes})
+    inversion = pipe.invert(picture, SOURCE, num_inference_steps=3)  # which keeps the picture
+    (again,) = pipe(TARGET, inversion=inversion, edit_mask=half_mask).images
+    assert np.array_equal(np.asarray(again), np.asarray(kept))
 
 
 def test_kept_words_are_taken_out_of_the_region(pipe: S2EditPipeline, picture: Image.Image) -> None:
@@ -287,12 +286,15 @@ def test_kept_words_are_taken_out_of_the_region(pipe: S2EditPipeline, picture: I
 
 def test_a_wide_picture_keeps_its_shape(pipe: S2EditPipeline, half_mask: np.ndarray) -> None:
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 80, 3), dtype=np.uint8))
-    result = pipe(TARGET, wide, SOURCE, num_inference_steps=2)
-    assert result.images[0].size == (44, 24)  # the model's 32 x 32, in the picture's shape
+    whole = {"crop": None, "num_inference_steps": 2}
+    result = pipe(TARGET, wide, SOURCE, **whole)
+    assert result.images[0].size == result.source.size == result.edit_masks[0].size == (80, 40)
     assert pipe.preview_mask(wide, SOURCE, "lady").size == (80, 40)
-    identity = pipe.fit_identity(wide, SOURCE, "lady", num_steps=1)
-    assert identity.mask is not None and identity.mask.shape == (12, 22)
-    assert pipe(WITH, wide, identity=identity, num_inference_steps=2).images[0].size == (44, 24)
+    as_worked_at = pipe(TARGET, wide, SOURCE, output_size="model", **whole)
+    assert as_worked_at.images[0].size == (48, 24) == as_worked_at.edit_masks[0].size  # the model's 32 x 32
+    identity = pipe.fit_identity(wide, SOURCE, "lady", num_steps=1, crop=None)
+    assert identity.mask is not None and identity.mask.shape == (12, 24)
+    assert pipe(WITH, wide, identity=identity, **whole).images[0].size == (80, 40)
 
 
 def test_guidance_may_stop_early(pipe: S2EditPipeline, picture: Image.Image) -> None:

@@ -55,13 +55,14 @@ def edit(args: argparse.Namespace) -> Answer:
     started = time.perf_counter()
     identity = kept or _fitted(pipe, source, words, args)
     fitted = time.perf_counter()
-    token = pipe.load_identity(identity)
+    token = identity.token
     prompts = [t if token in split_words(t, [token]) else insert_token(t, words.subject, token) for t in targets]
     task(pipe, "editing")
     out: Any = pipe(
         prompts,
         image=source.native,
         source_prompt=words.prompt,
+        identity=identity,
         num_inference_steps=args.inference_steps,
         guidance_scale=args.guidance,
         strength=args.strength,
@@ -120,14 +121,13 @@ def _targets(words: PictureWords, args: argparse.Namespace) -> list[str]:
 def _fitted(
     pipe: S2EditPipeline, source: SourcePicture, words: PictureWords, args: argparse.Namespace
 ) -> IdentityAdapter:
-    from ..inversion_origin import picture_digest
     from ..picture_files import read_picture
 
     facts = {"model": args.model, "dtype": args.dtype, "prompt": words.prompt, "subject": words.subject}
     facts |= {"method": args.method, "steps": args.steps, "seed": args.seed}
     if args.mask:
-        facts["mask"] = picture_digest(read_picture(args.mask).rgb)
-    folder = identity_folder(picture_digest(source.rgb), facts)
+        facts["mask"] = read_picture(args.mask).digest
+    folder = identity_folder(source.digest, facts)
     kept = None if args.no_cache else load_kept(pipe, folder)
     if kept is not None:
         return kept

@@ -64,6 +64,8 @@ def _show_picture(path: str) -> Answer:
 def push(args: argparse.Namespace) -> Answer:
     from ..identity_adapter import IdentityAdapter
 
+    if not Path(args.folder).is_dir():
+        raise BadArguments(f"{args.folder} is no folder; make an identity first: s2edit fit PICTURE --out FOLDER.")
     identity = IdentityAdapter.from_pretrained(args.folder)
     _check_consent(args, identity.subject)
     url = str(identity.push_to_hub(args.repo_id, private=args.private or None))

@@ -24,9 +24,11 @@ from s2edit_pipeline.inversion_record import INVERSIONS
 
 SOURCE, TARGET = "a photo of a sad lady with glasses", "a photo of a smiling lady with glasses"
 LEFT = np.arange(24)[None].repeat(16, 0) < 12
+PART = (0, 0, 12, 8)
 
 REPEATABLE = "a call that draws no noise is repeatable with any generator"
 MEMORY = "it is about memory alone"
+OWN_SIZE = {"output_size": "the picture is as large as what is worked at"}
 OTHER_METHOD = "another method than the preset's is fitted as that method is"
 LONG_FITS = "it ends fits that gain nothing any more: test_fit_cost.py::test_a_fit_that_gains_nothing_ends"
 SITUATION = "it makes the situation"
@@ -169,8 +171,8 @@ def call_values(walk: Walk) -> dict[str, Any]:
         "output_type": "pt", "return_dict": False, "callback_on_step_end": None,
         "callback_on_step_end_tensor_inputs": ["prompt_embeds"], "preset": "paper", "edit": "refine",
         "blend_threshold": 0.999, "change_threshold": 0.95, "guidance_rescale": 0.7, "guidance_stop": 1.0,
-        "strength": 0.5, "residuals": False, "keep_words": ["smiling", "sad"], "keep_pixels": True,
-        "negative_prompt": "a hat",
+        "strength": 0.5, "residuals": False, "keep_words": ["smiling", "sad"], "keep_pixels": False,
+        "negative_prompt": "a hat", "output_size": "model", "crop": PART,
         "num_images_per_prompt": 2, "prompt_embeds": noise(1, 77, width), "negative_prompt_embeds": noise(1, 77, width),
         "pooled_prompt_embeds": noise(1, 24), "negative_pooled_prompt_embeds": noise(1, 24), "original_size": (40, 30),
         "crops_coords_top_left": (3, 5), "target_size": (16, 32), "latents": noise(1, 4, 8, 12), "height": 24,
@@ -182,7 +184,7 @@ def call_values(walk: Walk) -> dict[str, Any]:
 EDITING = {
     "source_prompt", "inversion", "preset", "reweight", "edit_mask", "keep_words", "keep_pixels", "blend_words",
     "blend_threshold", "change_threshold", "guidance_stop", "strength", "edit", "cross_replace_steps",
-    "self_replace_steps", "return_attention_maps", "keep_attention", "residuals",
+    "self_replace_steps", "return_attention_maps", "keep_attention", "residuals", "output_size", "crop",
 }  # fmt: skip
 DRAWING = {
     "num_images_per_prompt", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
@@ -194,7 +196,7 @@ XL_ALONE = {
     "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "original_size", "crops_coords_top_left", "target_size"
 }  # fmt: skip
 ETA = {"stock_arguments": {"eta": 0.5}}
-OF_THE_INVERSION = {"num_inference_steps", "height", "width", "clip_skip", "source_prompt", "keep_attention"}
+OF_THE_INVERSION = {"num_inference_steps", "height", "width", "clip_skip", "source_prompt", "keep_attention", "crop"}
 """Arguments that a finished inversion has settled."""
 
 
@@ -238,40 +240,40 @@ def inverted(walk: Walk, method: str) -> Any:
 CALLS: dict[str, Callable[[Walk], Situation]] = {
     "drawing": drawing,
     "editing": lambda walk: Situation(
-        "__call__", editing(walk), NOT_OF_AN_EDIT, {"generator": REPEATABLE, "keep_attention": MEMORY}, ETA
+        "__call__", editing(walk), NOT_OF_AN_EDIT, {**OWN_SIZE, "generator": REPEATABLE, "keep_attention": MEMORY}, ETA
     ),
     "editing, not pinned": lambda walk: Situation(
         "__call__", editing(walk, "ddim"), NOT_OF_AN_EDIT | {"keep_attention"},
-        {"generator": REPEATABLE, "inversion": SITUATION}, ETA,
+        {**OWN_SIZE, "generator": REPEATABLE, "inversion": SITUATION}, ETA,
     ),
     "editing, at random": lambda walk: Situation(
         "__call__", editing(walk, "edit_friendly", seed=0), NOT_OF_AN_EDIT,
-        {"keep_attention": MEMORY, "inversion": SITUATION}, ETA,
+        {**OWN_SIZE, "keep_attention": MEMORY, "inversion": SITUATION}, ETA,
     ),
     "editing, away from the source": lambda walk: Situation(
         "__call__", editing(walk, "negative_prompt"), NOT_OF_AN_EDIT | {"keep_attention", "negative_prompt"},
-        {"generator": REPEATABLE, "inversion": SITUATION}, ETA,
+        {**OWN_SIZE, "generator": REPEATABLE, "inversion": SITUATION}, ETA,
     ),
     "editing, where the caller says": lambda walk: Situation(
         "__call__", editing(walk, edit_mask=LEFT),
         NOT_OF_AN_EDIT | {"blend_words", "blend_threshold", "change_threshold", "keep_words"},
-        {"generator": REPEATABLE, "keep_attention": MEMORY, "edit_mask": SITUATION},
+        {**OWN_SIZE, "generator": REPEATABLE, "keep_attention": MEMORY, "edit_mask": SITUATION},
         {**ETA, "blend_words": {"blend_words": ["glasses"]}},
     ),
     "editing, anywhere": lambda walk: Situation(
         "__call__", editing(walk, blend_words=False),
         NOT_OF_AN_EDIT | {"blend_threshold", "change_threshold", "keep_words"},
-        {"generator": REPEATABLE, "keep_attention": MEMORY, "keep_pixels": "there is nothing outside the region"},
+        {**OWN_SIZE, "generator": REPEATABLE, "keep_attention": MEMORY},
         {**ETA, "blend_words": {"blend_words": None}},
     ),
     "editing, with a finished inversion": lambda walk: Situation(
         "__call__", editing(walk, inverted(walk, "direct")), NOT_OF_AN_EDIT | OF_THE_INVERSION | {"image", "identity"},
-        {"generator": REPEATABLE, "inversion": SITUATION}, ETA,
+        {**OWN_SIZE, "generator": REPEATABLE, "inversion": SITUATION}, ETA,
     ),
     "editing, with a null-text inversion": lambda walk: Situation(
         "__call__", editing(walk, inverted(walk, "null_text")),
         NOT_OF_AN_EDIT | OF_THE_INVERSION | {"image", "identity", "guidance_scale", "negative_prompt"},
-        {"generator": REPEATABLE, "inversion": SITUATION}, ETA,
+        {**OWN_SIZE, "generator": REPEATABLE, "inversion": SITUATION}, ETA,
     ),
 }  # fmt: skip
 
@@ -306,7 +308,7 @@ def test_no_argument_of_an_inversion_is_ignored(walk: Walk, method: str) -> None
         "image": walk.picture.rotate(180), "prompt": "a photo of a lady", "method": None, "num_inference_steps": 3,
         "identity": walk.identity, "guidance_scale": 9.0, "negative_prompt": "a hat", "generator": seeded(9),
         "height": 24, "width": 32, "clip_skip": 1, "keep_attention": KeepAttention(max_bytes=0),
-        "callback_on_step_end": None, "stop": stopped(),
+        "callback_on_step_end": None, "stop": stopped(), "crop": PART,
     }  # fmt: skip
     assert not problems(walk, inversion_of(walk, method), values)
 
@@ -351,7 +353,7 @@ def test_no_argument_of_a_fit_is_ignored(walk: Walk, name: str, monkeypatch: pyt
         "batch_size": 2, "timestep_sampling": "high_noise", "lr_scheduler": other_rates, "early_stop": True,
         "optimizer": "adamw_8bit", "gradient_checkpointing": True, "lora_rank": 3, "lora_layers": "attention",
         "lora_init": "random", "detach_sentence": True, "renormalize": True, "mask_after": True, "mask_threshold": 0.1,
-        "height": 24, "width": 32, "token_learning_rate": 1e-4, "stop": stopped(),
+        "height": 24, "width": 32, "token_learning_rate": 1e-4, "stop": stopped(), "crop": PART,
     }  # fmt: skip
 
     def fit() -> dict[str, Any]:
@@ -377,7 +379,7 @@ def test_no_argument_of_a_preview_is_ignored(walk: Walk) -> None:
 
     values = {
         "image": walk.picture.rotate(180), "prompt": "a photo of a lady", "subject": "glasses", "threshold": 0.9,
-        "height": 24, "width": 48,
+        "height": 24, "width": 48, "crop": PART,
     }  # fmt: skip
     assert not problems(walk, Situation("preview_mask", preview), values)
 

@@ -30,6 +30,8 @@ SOURCE = "a photo of a sad lady with glasses"
 TARGET = "a photo of a smiling lady with glasses"
 LEFT = np.arange(24)[None].repeat(16, 0) < 12
 SIZE = {"height": 16, "width": 24}
+LARGER = {"height": 32, "width": 48, "inversion": "direct", "output_type": "np"}
+PART = (0, 0, 12, 8)
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -228,6 +230,7 @@ FIT: dict[str, Callable[[Calls], bool]] = {
     ),
     "height": lambda c: c.fit(height=8).mask.shape == (4, 12),
     "width": lambda c: c.fit(width=12).mask.shape == (8, 6),
+    "crop": lambda c: c.fit(crop=PART).settings["crop"] == "0,0,12,8" and bool(c.fit(crop=PART).mask.all()),
 }
 
 # ------------------------------------------------------------------------------ inversions
@@ -278,6 +281,7 @@ INVERT: dict[str, Callable[[Calls], bool]] = {
     "height": lambda c: path(c, height=8).shape[-2:] == (4, 12),
     "width": lambda c: path(c, width=12).shape[-2:] == (8, 6),
     "clip_skip": lambda c: apart(path(c, clip_skip=1), path(c)),
+    "crop": lambda c: c.invert(crop=PART).placement.box == PART and apart(path(c, crop=PART), path(c)),
     "keep_attention": invert_keep_attention,
 }
 
@@ -360,6 +364,11 @@ EDIT: dict[str, Callable[[Calls], bool]] = {
     ),
     "edit_mask": edit_mask,
     "keep_pixels": edit_keep_pixels,
+    "output_size": lambda c: (
+        c.edit(**LARGER, output_size="model").images.shape == (1, 32, 48, 3)
+        and c.edit(**LARGER).images.shape == (1, 16, 24, 3)
+    ),
+    "crop": lambda c: np.array_equal(c.edit(**LARGER, crop=PART).images[0, 8:], np.float32(c.picture)[8:] / 255),
     "negative_prompt": lambda c: apart(c.edit(negative_prompt="a hat").images, c.edit().images),
     "generator": lambda c: apart(*(c.edit(inversion="edit_friendly", seed=seed).images for seed in (0, 1))),
     "height": lambda c: c.edit(inversion="direct", height=8).images.shape[-2:] == (4, 12),

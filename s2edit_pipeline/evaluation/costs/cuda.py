@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...avatars.captions import describe
 from ...avatars.world import render, sample_person
 from ...prompt_words import insert_token
+from ..methods.pipeline_arguments import AS_THE_MODEL_GIVES_IT
 from ..metrics.counterfactual import demo_edits
 from ..tables import markdown_table
 from .edits import PERSON
@@ -198,7 +199,7 @@ class _Measurement:
     def _edit(self, side: int, target: str, **changes: Any) -> Any:
         return self.pipe(
             target, image=self.picture, source_prompt=self.prompt, num_inference_steps=self.num_inference_steps,
-            height=side, width=side, **changes,
+            height=side, width=side, **AS_THE_MODEL_GIVES_IT, **changes,
         )  # fmt: skip
 
     def _edit_timings(self, side: int) -> dict[str, Timing]:

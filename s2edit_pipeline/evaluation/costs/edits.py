@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from ...avatars.captions import describe
 from ...avatars.world import render, sample_person
 from ...edit_settings import EditSettings
-from ..methods.pipeline_arguments import PROMPT_TO_PROMPT
+from ..methods.pipeline_arguments import AS_THE_MODEL_GIVES_IT, PROMPT_TO_PROMPT
 from ..metrics.counterfactual import demo_edits
 from ..metrics.pixels import psnr
 from ..tables import markdown_table, number
@@ -127,7 +127,7 @@ def measure_edit_costs(
         picture = picture.resize((side, side))
 
     def edit(prompts: str | list[str], **changes: Any) -> Any:
-        return pipe(prompts, image=picture, source_prompt=prompt, **settings, **changes)
+        return pipe(prompts, image=picture, source_prompt=prompt, **AS_THE_MODEL_GIVES_IT, **settings, **changes)
 
     inverting = {name: value for name, value in settings.items() if name != "guidance_scale"}
     inversion = pipe.invert(picture, prompt, **inverting)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...attention_source import KeepAttention
+from ..methods.pipeline_arguments import AS_THE_MODEL_GIVES_IT
 from ..tables import markdown_table, number
 
 SOURCE = "a photo of a surprised man with short curly black hair and a moustache and a green sweater"
@@ -119,7 +120,7 @@ def measure_edit_memory(
             with tracked_allocations(pipe.unet.device) as peak:
                 pipe(
                     list(TARGETS[:n]), picture, SOURCE, inversion=method, guidance_stop=1.0, keep_attention=keep,
-                    output_type=output_type, **shape,
+                    output_type=output_type, **shape, **AS_THE_MODEL_GIVES_IT,
                 )  # fmt: skip
                 edit = peak()
             attention = pipe.invert(picture, SOURCE, method, keep_attention=keep, **shape).attention

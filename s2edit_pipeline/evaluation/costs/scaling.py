@@ -10,6 +10,7 @@ from typing import Any
 
 from ...avatars.captions import describe
 from ...avatars.world import render, sample_person
+from ..methods.pipeline_arguments import AS_THE_MODEL_GIVES_IT
 from ..metrics.counterfactual import varied_edits
 from ..sheets import save_figure
 from ..tables import markdown_table, number
@@ -97,7 +98,13 @@ def measure_scaling(
     def call(n: int, side: int, count: int) -> Callable[[], Any]:
         prompts = list(islice(cycle(targets), count))
         return lambda: pipe(
-            prompts, image=picture, source_prompt=prompt, num_inference_steps=n, height=side, width=side
+            prompts,
+            image=picture,
+            source_prompt=prompt,
+            num_inference_steps=n,
+            height=side,
+            width=side,
+            **AS_THE_MODEL_GIVES_IT,
         )
 
     runs = {str(setting): call(*setting) for setting in dict.fromkeys(settings)}

@@ -33,7 +33,7 @@ def fit_identity(pipe: Any, arguments: PipelineArguments, task: FitTask) -> Iden
         return None
     identity: IdentityAdapter = pipe.fit_identity(
         task.picture, task.source_prompt, task.subject, reference=task.reference,
-        generator=torch.Generator().manual_seed(task.seed), **arguments.fit,
+        generator=torch.Generator().manual_seed(task.seed), **{"crop": None, **arguments.fit},
     )  # fmt: skip
     return identity
 

@@ -47,6 +47,10 @@ class PipelineArguments:
         return {"fit": fit, "inversion": self.inversion, "edit": {**self.edit, **edit}}
 
 
+AS_THE_MODEL_GIVES_IT: Mapping[str, Any] = {"keep_pixels": False, "crop": None}
+"""Arguments of a call whose pictures are to show the model's work, not the picture's own pixels around it: what the
+benchmark and the studies measure unless their arguments say otherwise."""
+
 PROMPT_TO_PROMPT: Mapping[str, Any] = {
     "cross_replace_steps": 0.8,
     "self_replace_steps": 0.5,

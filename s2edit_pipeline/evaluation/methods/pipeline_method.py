@@ -11,10 +11,12 @@ from PIL import Image
 
 from ...identity_adapter import IdentityAdapter
 from ...inversion_record import Inversion, inversion_method
+from ...picture_files import read_picture
+from ...picture_inputs import picture_to_tensor
 from ...prompt_words import insert_token
 from .fit_cache import FitCache, FitTask, fit_identity
-from .pipeline_arguments import PipelineArguments
-from .protocol import at_size_of, contains_phrase
+from .pipeline_arguments import AS_THE_MODEL_GIVES_IT, PipelineArguments
+from .protocol import contains_phrase
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class PreparedPicture:
     edit_arguments: Mapping[str, Any]
 
     def __call__(self, target_prompts: Sequence[str]) -> list[Image.Image]:
-        return at_size_of(self.picture, self._edit(target_prompts).images)
+        edited: list[Image.Image] = self._edit(target_prompts).images
+        return edited
 
     def without_token(self, target_prompts: Sequence[str]) -> list[str]:
         """Those that lack the subject, of a picture that has an identity."""
@@ -50,7 +53,7 @@ class PreparedPicture:
         if self.identity is not None:
             bare, token = self.without_token(prompts), self.identity.token
             prompts = [p if p in bare else insert_token(p, self.subject, token) for p in prompts]
-        arguments = {**self.edit_arguments, **more}
+        arguments = {**AS_THE_MODEL_GIVES_IT, **self.edit_arguments, **more}
         return self.pipe(prompts, self.picture, None, self.identity, self.inversion, **arguments)
 
 
@@ -81,7 +84,7 @@ class PipelineMethod:
             more["generator"] = torch.Generator().manual_seed(seed)
         inversion = self.pipe.invert(
             picture, source_prompt, self.arguments.inversion, self.num_inference_steps,
-            identity=identity, **more,
+            identity=identity, crop=self.arguments.edit.get("crop", AS_THE_MODEL_GIVES_IT["crop"]), **more,
         )  # fmt: skip
         return PreparedPicture(self.pipe, picture, subject, identity, inversion, self.arguments.edit)
 
@@ -102,7 +105,7 @@ class Unedited:
 
 @dataclass(frozen=True)
 class AutoencoderAlone:
-    """The picture as the autoencoder returns it: no edit through latents preserves more of it."""
+    """The picture as the autoencoder returns it: no edit through latents alone preserves more of it."""
 
     name: str
     pipe: Any
@@ -111,15 +114,15 @@ class AutoencoderAlone:
         return {}
 
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Any:
-        returned = at_size_of(picture, [_through_autoencoder(self.pipe, picture)])
+        returned = [_through_autoencoder(self.pipe, picture)]
         return lambda target_prompts: returned * len(target_prompts)
 
 
 @torch.no_grad()
 def _through_autoencoder(pipe: Any, picture: Image.Image) -> Image.Image:
     """``picture`` encoded and decoded at the size that the model works at."""
-    height, width = pipe.family.working_size(picture, None, None)
-    pixels = pipe.image_processor.preprocess(picture, height, width).to(pipe.device)
+    placed = pipe.family.place(read_picture(picture))
+    pixels = picture_to_tensor(placed.canvas).to(pipe.device)
     decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
     image: Image.Image = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
-    return image
+    return placed.placement.from_canvas(image)

@@ -70,9 +70,3 @@ def weights_digest(components: Mapping[str, Any]) -> str:
 def contains_phrase(prompt: str, phrase: str) -> bool:
     """Whether the words of ``phrase`` are in ``prompt``, in a row."""
     return f" {' '.join(split_words(phrase))} " in f" {' '.join(split_words(prompt))} "
-
-
-def at_size_of(picture: Image.Image, edited: Sequence[Image.Image]) -> list[Image.Image]:
-    """The ``edited`` pictures, resized where they are not as large as ``picture``."""
-    size = picture.size
-    return [one if one.size == size else one.resize(size, Image.Resampling.LANCZOS) for one in edited]

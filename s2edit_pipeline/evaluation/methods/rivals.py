@@ -21,22 +21,22 @@ from ...fit_settings import FitSettings
 from ...identity_adapter import IdentityAdapter
 from ...noise_guidance import guided
 from ...noise_schedule import check_finite
-from ...picture_inputs import working_size
+from ...picture_files import read_picture
+from ...picture_placement import Placement, place_picture
 from ...prompt_embeds import PromptEmbeds
 from ...prompt_words import insert_token
-from .protocol import Edit, at_size_of, plain_fields, weights_digest
+from .protocol import Edit, plain_fields, weights_digest
 
 
 def _generators(seed: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for _ in range(count)]
 
 
-def _working_copy(picture: Image.Image, pipe: Any) -> Image.Image:
-    """``picture`` at the size that ``pipe``'s model works at."""
+def _placement(picture: Image.Image, pipe: Any) -> Placement:
+    """All of ``picture`` on a canvas that ``pipe``'s model works at."""
     multiple = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     native = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    height, width = working_size(picture.size, native, multiple, None, None)
-    return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
+    return place_picture(picture.size, native, multiple)
 
 
 def _check_family(pipe: Any, name: str) -> None:
@@ -71,7 +71,8 @@ class SDEdit:
             **{**self.pipe.components, "scheduler": scheduler}, requires_safety_checker=False
         )
         stock.set_progress_bar_config(disable=True)
-        start = _working_copy(picture, stock)
+        placement = _placement(picture, stock)
+        start = placement.to_canvas(picture)
 
         def edit(target_prompts: Sequence[str]) -> list[Image.Image]:
             edited = stock(
@@ -82,7 +83,7 @@ class SDEdit:
                 guidance_scale=self.guidance_scale,
                 generator=_generators(seed, len(target_prompts)),
             )
-            return at_size_of(picture, edited.images)
+            return [placement.from_canvas(one) for one in edited.images]
 
         return edit
 
@@ -125,7 +126,8 @@ class InstructPix2Pix:
 
     def prepare(self, picture: Image.Image, source_prompt: str, subject: str, seed: int) -> Edit:
         self.model.set_progress_bar_config(disable=True)
-        start = _working_copy(picture, self.model)
+        placement = _placement(picture, self.model)
+        start = placement.to_canvas(picture)
 
         def edit(target_prompts: Sequence[str]) -> list[Image.Image]:
             edited = self.model(
@@ -136,7 +138,7 @@ class InstructPix2Pix:
                 image_guidance_scale=self.image_guidance_scale,
                 generator=_generators(seed, len(target_prompts)),
             )
-            return at_size_of(picture, edited.images)
+            return [placement.from_canvas(one) for one in edited.images]
 
         return edit
 
@@ -235,7 +237,7 @@ class SINE:
                     output = guided(unconditional, conditional, self.guidance_scale)
                 x = model.move_down(x, output, k)
                 check_finite(x, "SINE's drawing", step)
-            return at_size_of(picture, model.decode(x))
+            return [model.placement.from_canvas(one) for one in model.decode(x)]
 
         return edit
 
@@ -248,10 +250,11 @@ class _Model:
 
     def __init__(self, pipe: Any, picture: Image.Image, num_steps: int) -> None:
         self._pipe, self._family = pipe, pipe.family
-        size = self._family.working_size(picture, None, None)
-        self._schedule = self._family.schedule(num_steps, size)
+        placed = self._family.place(read_picture(picture))
+        self.placement = placed.placement
+        self._schedule = self._family.schedule(num_steps, placed.size)
         self._dtype, self.num_steps = self._family.dtype, self._schedule.num_steps
-        height, width = (side // self._family.pixels_per_latent for side in size)
+        height, width = (side // self._family.pixels_per_latent for side in placed.size)
         self.latent_shape = (1, self._family.latent_channels, height, width)
 
     def with_identity(

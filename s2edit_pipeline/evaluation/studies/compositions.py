@@ -17,7 +17,7 @@ from ...avatars.world import PERSON_ATTRIBUTES, Person, changed_pixels, render, 
 from ...fit_settings import ReferenceAttribute
 from ...prompt_words import insert_token
 from ..methods.fit_cache import FitCache, FitTask
-from ..methods.pipeline_arguments import PipelineArguments
+from ..methods.pipeline_arguments import AS_THE_MODEL_GIVES_IT, PipelineArguments
 from ..metrics.classifier import AttributeClassifier, load_attribute_classifier
 from ..metrics.counterfactual import grade_against
 from ..metrics.intervals import bootstrap_interval
@@ -266,7 +266,7 @@ def measure_compositions(
                 fits.identity(pipe, arguments, task),
                 arguments.inversion,
                 num_inference_steps=num_inference_steps,
-                **arguments.edit,
+                **{**AS_THE_MODEL_GIVES_IT, **arguments.edit},
             ).images[0]
             graded = astuple(grade_against(pair.source, pair.truth, composed))
             scores[name].append((*graded, part_agreement(classifier, pair, composed)))

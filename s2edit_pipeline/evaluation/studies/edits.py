@@ -17,7 +17,7 @@ from ...avatars.captions import describe
 from ...avatars.world import Subject, changed_pixels, render, sample_person
 from ...prompt_words import insert_token
 from ..methods.fit_cache import FitCache, FitTask
-from ..methods.pipeline_arguments import PipelineArguments
+from ..methods.pipeline_arguments import AS_THE_MODEL_GIVES_IT, PipelineArguments
 from ..metrics.classifier import AttributeClassifier, load_attribute_classifier
 from ..metrics.counterfactual import CounterfactualEdit, demo_edits, grade
 from ..metrics.pixels import psnr
@@ -146,7 +146,7 @@ def measure_edits(
                 identity=identity,
                 inversion=arguments.inversion,
                 generator=torch.Generator().manual_seed(seed),
-                **{"num_inference_steps": num_inference_steps, **arguments.edit},
+                **{"num_inference_steps": num_inference_steps, **AS_THE_MODEL_GIVES_IT, **arguments.edit},
             )
             seconds = time.perf_counter() - start
             cosines = None if identity is None else [abs(identity.measures[f"cosine_{e}"]) for e in ("first", "last")]

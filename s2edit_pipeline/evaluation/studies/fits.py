@@ -17,7 +17,7 @@ from ...identity_adapter import IdentityAdapter
 from ...prompt_words import insert_token
 from ..costs.counts import UNetCounts, count_unet
 from ..methods.fit_cache import FitTask, fit_identity
-from ..methods.pipeline_arguments import PipelineArguments
+from ..methods.pipeline_arguments import AS_THE_MODEL_GIVES_IT, PipelineArguments
 from ..metrics.classifier import load_attribute_classifier
 from ..metrics.counterfactual import CounterfactualEdit, demo_edits
 from ..metrics.intervals import paired_difference
@@ -132,7 +132,7 @@ def _edited(
     targets = [edit.target_prompt for edit in edits]
     if identity is not None:
         targets = [insert_token(target, task.subject, identity.token) for target in targets]
-    settings = {"identity": identity, "num_inference_steps": num_inference_steps}
+    settings = {"identity": identity, "num_inference_steps": num_inference_steps, **AS_THE_MODEL_GIVES_IT}
     images: list[Image.Image] = pipe(targets, task.picture, task.source_prompt, **settings).images
     return images
 

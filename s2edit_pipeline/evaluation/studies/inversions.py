@@ -97,7 +97,9 @@ def measure_inversions(
                     start = time.perf_counter()
                     bound = {"guidance_scale": guidance_scale} if inversion_method(method).binds_guidance else {}
                     inversion = pipe.invert(picture, prompt, method, num_inference_steps, **bound)
-                    result = pipe(prompt, image=picture, inversion=inversion, guidance_scale=guidance_scale)
+                    result = pipe(
+                        prompt, image=picture, inversion=inversion, guidance_scale=guidance_scale, keep_pixels=False
+                    )
                     seconds.append(time.perf_counter() - start)
                     reference = _decoded(pipe, inversion.trajectory[:1])
                 reconstructions.append(psnr(result.images[0], picture))
