@@ -266,6 +266,11 @@ class ModelFamily(ABC):
     # -------------------------------------------------------------------- diffusers' own pipeline
 
     @property
+    def lora_components(self) -> tuple[str, ...]:
+        """What diffusers' own pipeline loads LoRAs into, where this is another's than Stable Diffusion's; else ()."""
+        return ()
+
+    @property
     @abstractmethod
     def stock_components(self) -> frozenset[str]:
         """The names of the components that it has."""

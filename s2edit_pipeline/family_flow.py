@@ -103,7 +103,11 @@ class FlowFamily(ModelFamily):
 
     # -------------------------------------------------------------------- diffusers' own pipeline
 
-    stock_class: ClassVar[type]
+    stock_class: ClassVar[Any]
+
+    @property
+    def lora_components(self) -> tuple[str, ...]:
+        return tuple(getattr(self.stock_class, "_lora_loadable_modules", ()))
 
     def stock(self) -> Any:
         components = {name: getattr(self.pipe, name, None) for name in self.stock_components - {"scheduler"}}

@@ -188,8 +188,8 @@ class StableDiffusion3Family(FlowFamily):
         if max(placed.size) > most:
             height, width = placed.size
             raise ValueError(
-                f"This model works at {most} pixels a side or less, not at a height of {height} and a width of {width}; "
-                "pass height= and width=."
+                f"This model works at {most} pixels a side or less, not at a height of {height} and a width of "
+                f"{width}; pass height= and width=."
             )
         return placed
 

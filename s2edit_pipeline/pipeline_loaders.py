@@ -269,6 +269,19 @@ class IdentityLoaders:
                 "Call unload_identity() first, then this, and load them again."
             )
 
+    @property
+    def _lora_loadable_modules(self) -> list[str]:
+        """Those of the kind of model that this is; read by diffusers' own ``set_adapters`` and the like."""
+        family = known_family(self)
+        return list(family.lora_components if family is not None else ()) or super()._lora_loadable_modules  # type: ignore[misc]
+
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own pipeline of this model."""
+        if self.family.lora_components:
+            self.family.stock().load_lora_weights(*args, **kwargs)
+        else:
+            super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
+
     @classmethod
     def load_lora_into_text_encoder(
         cls, state_dict: Any, network_alphas: Any, text_encoder: Any, *args: Any, **kwargs: Any
@@ -307,7 +320,7 @@ class IdentityLoaders:
         """
         with self._turns.exclusive("fuse_lora"):
             self._refuse_while_loaded("fuse_lora")
-            super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
+            super().fuse_lora(*args, **self._with_components(args, kwargs))  # type: ignore[misc]
 
     def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As Stable Diffusion's; before identities are loaded.
@@ -317,4 +330,8 @@ class IdentityLoaders:
         """
         with self._turns.exclusive("unfuse_lora"):
             self._refuse_while_loaded("unfuse_lora")
-            super().unfuse_lora(*args, **kwargs)  # type: ignore[misc]
+            super().unfuse_lora(*args, **self._with_components(args, kwargs))  # type: ignore[misc]
+
+    def _with_components(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """``kwargs`` with the model's own components, where the caller names none."""
+        return kwargs if args else {"components": self._lora_loadable_modules, **kwargs}
