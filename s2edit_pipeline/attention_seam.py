@@ -6,6 +6,9 @@ controller wants a layer, the wrapper lets the processor that was there do its o
 ``softmax(Q K^T / sqrt(d))`` made explicitly. So no model's arithmetic is copied: projections, norms, rotary positions
 and adapters are the layer's own.
 
+Joint attention, in which picture and text look at both, is two: what the picture's cells look at, and what all others
+do (:attr:`AttentionSite.parts`). A controller may do other things to the one than to the other.
+
 What a call does to attention belongs to that call: the wrappers are shared by all threads that are at work on a model,
 and each looks up the controller of its own thread.
 """
@@ -19,7 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -39,11 +42,13 @@ class AttentionSite:
 
     Attributes:
         name: the layer's path in the denoiser.
-        kind: "self" (picture to picture), "cross" (picture to text), "joint" (both at once) or "text".
-        height, width: of the grid of picture cells that ask; ``height * width`` queries of the picture.
+        kind: who asks whom: "self" (picture to picture), "cross" (picture to text), "joint" (picture to both) or
+            "text" (what is no picture cell, to both or to the text alone).
+        height, width: of the grid of picture cells; ``height * width`` of them.
         tells_words: whether its maps tell where words look.
         holds_layout: whether its self-attention carries the picture's layout, which prompt-to-prompt takes over.
-        text: of joint attention: where the text stands among the keys.
+        text: of "joint" and "text": where the text stands among the keys.
+        picture: likewise, where the picture's cells stand among queries and keys; None where there are none.
     """
 
     name: str
@@ -53,6 +58,12 @@ class AttentionSite:
     tells_words: bool = False
     holds_layout: bool = False
     text: slice | None = None
+    picture: slice | None = None
+
+    @property
+    def parts(self) -> tuple[AttentionSite, ...]:
+        """Of joint attention, the site of the picture's cells and that of all others that ask; else the site itself."""
+        return (self, replace(self, kind="text")) if self.kind == "joint" else (self,)
 
 
 SiteOf = Callable[[str, nn.Module, torch.Tensor, Any], AttentionSite | None]
@@ -77,11 +88,14 @@ class Cuts:
     Attributes:
         queries: for each group of queries that are cut alike, their indices; every query is in one group.
         kept: for each group, (batch, 1, keys, 1) of 0 and 1.
+        allowed: for each group, (batch, 1, 1, keys) of bool: the keys that the softmax is over, or None for all. What
+            is cut off and not allowed leaves its share to the others.
         restore: (queries,), where in the groups, one after the other, each query is.
     """
 
     queries: tuple[torch.Tensor, ...]
     kept: tuple[torch.Tensor, ...]
+    allowed: tuple[torch.Tensor | None, ...]
     restore: torch.Tensor
 
 
@@ -95,8 +109,13 @@ class AttentionController:
     def exchange(
         self, query: torch.Tensor, key: torch.Tensor, site: AttentionSite
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The queries and keys to go on with, from (batch, heads, length, channels of a head) each."""
+        """The queries and keys to go on with, from (batch, heads, length, channels of a head) each; of joint attention
+        the queries are those of the site's part."""
         return query, key
+
+    def weigh(self, value: torch.Tensor, site: AttentionSite) -> torch.Tensor:
+        """The values to go on with, from (batch, heads, keys, channels of a head)."""
+        return value
 
     def cuts(self, site: AttentionSite, keys: int, device: torch.device) -> Cuts | None:
         """Where probabilities aren't made: which of them ``__call__`` would set to 0, if any."""
@@ -126,6 +145,12 @@ class _Attention:
     def fused(self) -> torch.Tensor:
         return F.scaled_dot_product_attention(**vars(self))
 
+    def of(self, queries: torch.Tensor | slice) -> _Attention:
+        """Of these queries alone."""
+        mask = self.attn_mask
+        rows = mask if mask is None or mask.shape[-2] == 1 else mask[..., queries, :]
+        return replace(self, query=self.query[:, :, queries], attn_mask=rows)
+
 
 def _attend_explicitly(
     attention: _Attention, controller: AttentionController, site: AttentionSite, upcast: bool
@@ -135,7 +160,7 @@ def _attend_explicitly(
     Scores and probabilities are the largest tensors that an edit makes, so each goes as soon as it has served.
     """
     query, key = controller.exchange(attention.query, attention.key, site)
-    value, dtype = attention.value, attention.query.dtype
+    value, dtype = controller.weigh(attention.value, site), attention.query.dtype
     if attention.enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     if upcast:  # Stable Diffusion 2's scores overflow in float16
@@ -155,16 +180,48 @@ def _attend_fused(attention: _Attention, controller: AttentionController, site: 
     """The same without the probabilities. ``(A * gate) V`` is, for queries that are cut off from the same
     keys, ``A (kept * V)``: they look at values from which those keys' are missing."""
     query, key = controller.exchange(attention.query, attention.key, site)
-    arguments = vars(attention) | {"query": query, "key": key}
+    value = controller.weigh(attention.value, site)
+    attention = replace(attention, query=query, key=key, value=value)
     cuts = controller.cuts(site, key.shape[2], key.device)
     if cuts is None:
-        return F.scaled_dot_product_attention(**arguments)
-    mask, value, groups = attention.attn_mask, attention.value, []
-    for queries, kept in zip(cuts.queries, cuts.kept, strict=True):
-        group_mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, queries]
-        group = {"query": query[:, :, queries], "value": value * kept.to(value), "attn_mask": group_mask}
-        groups.append(F.scaled_dot_product_attention(**(arguments | group)))
+        return attention.fused()
+    groups = []
+    for queries, kept, allowed in zip(cuts.queries, cuts.kept, cuts.allowed, strict=True):
+        group = attention.of(queries)
+        mask = group.attn_mask if allowed is None else _narrowed(group.attn_mask, allowed)
+        groups.append(replace(group, value=value * kept.to(value), attn_mask=mask).fused())
     return torch.cat(groups, 2)[:, :, cuts.restore]
+
+
+def _narrowed(mask: torch.Tensor | None, allowed: torch.Tensor) -> torch.Tensor:
+    """``mask`` without the keys that aren't ``allowed``."""
+    if mask is None:
+        return allowed
+    return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, float("-inf"))
+
+
+def _attend(attention: _Attention, controller: AttentionController, site: AttentionSite, upcast: bool) -> torch.Tensor:
+    access = controller.access_needed(site)
+    if access is AttentionAccess.PROBABILITIES:
+        return _attend_explicitly(attention, controller, site, upcast)
+    return _attend_fused(attention, controller, site) if access else attention.fused()
+
+
+def _attend_jointly(
+    attention: _Attention, controller: AttentionController, site: AttentionSite, upcast: bool
+) -> torch.Tensor:
+    """Joint attention: the picture's cells, and all others, each by themselves."""
+    picture = site.picture
+    assert picture is not None
+    everybody = torch.arange(attention.query.shape[2], device=attention.query.device)
+    others = torch.cat([everybody[: picture.start], everybody[picture.stop :]])
+    asking: tuple[torch.Tensor | slice, ...] = (picture, others)
+    of_picture, of_others = (
+        _attend(attention.of(queries), controller, part, upcast)
+        for queries, part in zip(asking, site.parts, strict=True)
+    )
+    start = picture.start
+    return torch.cat([of_others[:, :, :start], of_picture, of_others[:, :, start:]], 2)
 
 
 class _Interception(TorchFunctionMode):
@@ -183,9 +240,8 @@ class _Interception(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         attention = _Attention(**dict(zip(names, args, strict=False)), **(kwargs or {}))
-        if self.controller.access_needed(self.site) is AttentionAccess.PROBABILITIES:
-            return _attend_explicitly(attention, self.controller, self.site, self.upcast)
-        return _attend_fused(attention, self.controller, self.site)
+        attend = _attend_jointly if self.site.kind == "joint" else _attend
+        return attend(attention, self.controller, self.site, self.upcast)
 
 
 # ------------------------------------------------------------------------------ wrappers
@@ -273,7 +329,7 @@ class ControlledProcessor:
             hidden_states = args[0] if args else kwargs["hidden_states"]
             text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
             site = control.site_of(self.name, attn, hidden_states, text)
-        if control is None or site is None or not control.controller.access_needed(site):
+        if control is None or site is None or not any(map(control.controller.access_needed, site.parts)):
             return self.installed(attn, *args, **kwargs)
         with _Interception(control.controller, site, getattr(attn, "upcast_attention", False)) as seen:
             output = self.fusing(attn, *args, **kwargs)

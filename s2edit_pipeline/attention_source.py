@@ -6,7 +6,7 @@ the way back: the same latents, the same level, the same words (``inversion_ddim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,10 +68,11 @@ class AttentionKeeper(AttentionController):
         keep: how much.
         num_steps: of the inversion, the noisiest level.
         maps: whether anybody asks where words look.
+        words: the text columns of the prompt's words.
     """
 
-    def __init__(self, keep: KeepAttention, num_steps: int, *, maps: bool = True) -> None:
-        self.keep, self.num_steps, self.rows = keep, num_steps, [0] * maps
+    def __init__(self, keep: KeepAttention, num_steps: int, *, maps: bool = True, words: Sequence[int] = ()) -> None:
+        self.keep, self.num_steps, self.rows, self.words = keep, num_steps, [0] * maps, [words] * maps
         self.first_kept = num_steps - round(keep.share * num_steps) + 1
         self.level = 0
         self.layers: dict[int, LayerAttention] = {}
@@ -81,7 +82,7 @@ class AttentionKeeper(AttentionController):
         """Be told of the next evaluation; one at the same level takes the place of an earlier one."""
         self._make_room()
         self.level = level
-        self.maps[level] = MapRecorder(self.rows)
+        self.maps[level] = MapRecorder(self.rows, self.words)
         self.layers.pop(level, None)
         if level >= self.first_kept:
             self.layers[level] = LayerAttention()
@@ -90,13 +91,23 @@ class AttentionKeeper(AttentionController):
         kept = self.level in self.layers
         if site.kind == "cross":
             return AttentionAccess.PROBABILITIES if kept else self.maps[self.level].access_needed(site)
-        return AttentionAccess.INPUTS if kept and site.holds_layout else AttentionAccess.NONE
+        if site.kind == "joint":
+            return AttentionAccess.INPUTS if kept else self.maps[self.level].access_needed(site)
+        return AttentionAccess.INPUTS if kept and site.kind == "self" and site.holds_layout else AttentionAccess.NONE
 
     def exchange(
         self, query: torch.Tensor, key: torch.Tensor, site: AttentionSite
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if site.kind != "cross":
-            self.layers[self.level].queries_keys[site.name] = (self._kept(query[0]), self._kept(key[0]))
+        if site.kind == "cross":
+            return query, key
+        recorder, layers = self.maps[self.level], self.layers.get(self.level)
+        if recorder.access_needed(site):
+            recorder.exchange(query, key, site)
+        if layers is not None and site.holds_layout:
+            picture = slice(None) if site.picture is None else site.picture
+            layers.queries_keys[site.name] = (self._kept(query[0]), self._kept(key[0, :, picture]))
+        if layers is not None and site.kind == "joint":
+            layers.word_keys[site.name] = self._kept(key[0, :, site.text])
         return query, key
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:

@@ -54,7 +54,7 @@ class EditControl(Controllers):
         """Be told of the next batch: the targets', with the source among its branches or not, or a source's alone,
         whose attention the targets' batch that follows takes over."""
         spatial = self._spatial_control(batch)
-        asks_source = [self._ask_source(step, level)] if batch.rows("source") else []
+        asks_source = [self._ask_source(step, level, _words(batch, row)) for row in batch.rows("source")]
         targets = batch.rows("target")
         if not targets:
             self.controllers = (spatial, *asks_source)
@@ -63,6 +63,7 @@ class EditControl(Controllers):
         self.prompt_to_prompt.begin(step, self.kept.layers.get(level) or asked_before, targets)
         self.reweighting.rows = targets
         self.target_maps.rows = targets if self.maps else ()
+        self.target_maps.columns = [_words(batch, row) for row in self.target_maps.rows]
         self.controllers = (spatial, *asks_source, self.prompt_to_prompt, self.target_maps, self.reweighting)
 
     def _spatial_control(self, batch: Batch) -> SpatialControl:
@@ -83,11 +84,11 @@ class EditControl(Controllers):
             self.source_maps.add(maps)
         self._keeper = self.prompt_to_prompt.source = None
 
-    def _ask_source(self, step: int, level: int) -> AttentionKeeper:
+    def _ask_source(self, step: int, level: int, words: Sequence[int]) -> AttentionKeeper:
         """What keeps the source's attention of the next batch."""
         share = 1.0 if step < self.prompt_to_prompt.active_until else 0.0
         keep = KeepAttention(share, max_bytes=sys.maxsize)
-        self._keeper = AttentionKeeper(keep, level, maps=self.maps)
+        self._keeper = AttentionKeeper(keep, level, maps=self.maps, words=words)
         self._keeper.begin(level)
         return self._keeper
 
@@ -101,3 +102,9 @@ class EditControl(Controllers):
         """Where words of the source and of one target have looked so far, a map (height, width) = ``size`` each."""
         maps = [self.source_maps.word_map(0, tokens, *size) for tokens in source_tokens]
         return maps + [self.target_maps.word_map(target, tokens, *size) for tokens in target_tokens]
+
+
+def _words(batch: Batch, row: int) -> list[int]:
+    """The text columns of the words of a row of ``batch``."""
+    prompt = batch.branches[row].prompt
+    return [] if prompt is None else prompt.word_columns

@@ -11,7 +11,8 @@ from diffusers.utils import logging
 from .edit_attention import EditControl
 from .edit_settings import EditSettings
 from .edit_words import Confinement
-from .inversion_record import Inversion, guided
+from .inversion_record import INVERSIONS, Combine, Inversion
+from .noise_guidance import PLAIN_GUIDANCE, Guidance, guided, rescaled
 from .noise_schedule import NoiseSchedule, check_finite
 from .object_masks import changed_cells, edit_region
 from .pipeline_turns import Interrupted
@@ -42,6 +43,8 @@ class EditTask:
         confinements: one for each target; None lets it change everywhere. Where a region's cells came out nearly as
             they were, they are at last the source's again.
         guidance: the guidance scale of now, which a callback may change.
+        combine: ``combine(unconditional, conditional, scale)``, the model's own guidance.
+        form: what guidance is in this model.
         on_step: called with (step, noise level, tensors) after each; it may return other tensors by the names it got,
             and stops the edit by raising ``Interrupted``.
     """
@@ -57,6 +60,8 @@ class EditTask:
     confinements: Sequence[Confinement | None]
     guidance: Callable[[], float]
     on_step: Callable[[int, int, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+    combine: Combine = guided
+    form: Guidance = PLAIN_GUIDANCE
 
 
 @dataclass(frozen=True)
@@ -112,24 +117,23 @@ def prompt_to_prompt(task: EditTask) -> EditedLatents:
             level_null = replace(null, embeds=null.embeds.with_embeds(stored))
         if not inversion.pinned:
             source_output = _ask_free_source(task, source, k, level_null)
-        is_guided = step < settings.guidance_stop * schedule.num_steps and scale > 1
+        before_stop = step < settings.guidance_stop * schedule.num_steps
+        has_nulls = before_stop and task.form.has_null(scale)
+        asked = targets
+        if task.form.form == "told":
+            asked = [target.told(scale if before_stop else task.form.neutral) for target in targets]
         asks_source = inversion.pinned and control.needs_source(step, k, maps=looks_at_source)
         # M_t of the source, M*_t of the target, and Edit(M_t, M*_t, t) in its place, are ``control``'s
-        batch = Batch((*[task.source] * asks_source, *[level_null] * (n * is_guided), *targets))
+        batch = Batch((*[task.source] * asks_source, *[level_null] * (n * has_nulls), *asked))
         control.begin(step, k, batch)
-        output = task.denoise(torch.cat([*[source] * asks_source, *[x] * (1 + is_guided)]), k, batch)
+        output = task.denoise(torch.cat([*[source] * asks_source, *[x] * (1 + has_nulls)]), k, batch)
         control.end(k)
 
         target_output = output[batch.rows("target")]
-        if is_guided:  # e(null) + w (e(P*) - e(null)) (Ho and Salimans 2022)
-            unconditional = output[batch.rows("unconditional")]
-            target_output = guided(unconditional, target_output, scale, settings.guidance_rescale)
-        # z*_{t-1} = DM(z*_t, P*, t) with Edit(M_t, M*_t, t) for M
-        if inversion.residuals is not None:  # mu(z*_t) + r_t (Huberman-Spiegelglas et al. 2024)
-            mean, _ = schedule.posterior(x, target_output, k, k - 1)
-            x = mean + inversion.residuals[k - 1 : k].to(mean)
-        else:
-            x = schedule.move(x, target_output, k, k - 1)
+        if has_nulls:  # e(null) + w (e(P*) - e(null)) (Ho and Salimans 2022)
+            combined = task.combine(output[batch.rows("unconditional")], target_output, scale)
+            target_output = rescaled(combined, target_output, settings.guidance_rescale)
+        x = _stepped(task, x, target_output, k)  # z*_{t-1} = DM(z*_t, P*, t) with Edit(M_t, M*_t, t) for M
         if inversion.pinned:  # the source's z_{t-1} is the inversion's own (Ju et al. 2023)
             source = inversion.trajectory[k - 1 : k].to(x)
         else:
@@ -151,13 +155,25 @@ def prompt_to_prompt(task: EditTask) -> EditedLatents:
 register_edit("prompt_to_prompt", EditMethod(prompt_to_prompt))
 
 
+def _stepped(task: EditTask, x: torch.Tensor, output: torch.Tensor, k: int) -> torch.Tensor:
+    """The targets at level k - 1: the step down, and what the source's own misses there of its latents, ``mu + r_t``
+    (of a random step Huberman-Spiegelglas et al. 2024)."""
+    schedule, inversion = task.schedule, task.inversion
+    is_random = INVERSIONS[inversion.method].random_steps
+    mean = schedule.posterior(x, output, k, k - 1)[0] if is_random else schedule.move(x, output, k, k - 1)
+    if inversion.residuals is None or not task.settings.residuals:
+        return mean
+    return mean + inversion.residuals[k - 1 : k].to(mean)
+
+
 def _ask_free_source(task: EditTask, source: torch.Tensor, k: int, null: Branch) -> torch.Tensor:
     """The source's own guided output, in a batch before the targets'; pictures are shown to these alone."""
     scale = task.settings.guidance_scale
-    batch = Batch((task.source, *[null.with_picture(None)] * (scale > 1)))
+    is_guided = task.form.has_null(scale)
+    batch = Batch((task.source, *[null.with_picture(None)] * is_guided))
     task.control.begin(task.schedule.num_steps - k, k, batch)
     output = task.denoise(source.expand(len(batch), -1, -1, -1), k, batch)
-    return guided(output[1:], output[:1], scale) if scale > 1 else output
+    return task.combine(output[1:], output[:1], scale) if is_guided else output
 
 
 def confined(

@@ -59,6 +59,9 @@ class EditSettings:
         change_threshold: after ``settle_from``, cells of the words' region that changed by less than this share of the
             most changed one are the source's again: that is drift, not edit. 0 lets it be.
         settle_from: share of the steps.
+        residuals: where the inversion has found what the source's own steps miss of its latents, add it to the
+            targets' steps: in a flow unguided and unchanged words come back exactly. With "edit_friendly" and
+            "flowedit" that is the method itself.
 
     Raises:
         ValueError: a number out of its range, or options that don't go together.
@@ -78,6 +81,7 @@ class EditSettings:
     confine_from: float = 0.2
     change_threshold: float = 0.2
     settle_from: float = 0.8
+    residuals: bool = True
 
     def __post_init__(self) -> None:
         check_guidance(self.guidance_scale)
@@ -103,9 +107,13 @@ class EditSettings:
                 raise ValueError(f"{one.name}={value!r} is of the words' region and has no effect {why}; leave it out.")
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], preset: Mapping[str, Any]) -> EditSettings:
-        """From a call's arguments, those of ``preset`` in place of what wasn't said."""
-        chosen = {**arguments, **preset}
+    def of(
+        cls, arguments: Mapping[str, Any], preset: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> EditSettings:
+        """From a call's arguments, those of ``preset`` in place of what wasn't said, and then a model's own
+        ``defaults``."""
+        said = {name: value for name, value in {**arguments, **preset}.items() if value is not None}
+        chosen = {**(defaults or {}), **said}
         names = [one.name for one in fields(cls) if chosen.get(one.name) is not None]
         return cls(**{name: chosen[name] for name in names})
 

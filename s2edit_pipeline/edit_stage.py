@@ -31,7 +31,14 @@ from .identity_prompts import (
     with_identities,
 )
 from .inversion_origin import check_inversion
-from .inversion_record import DEFAULT_INVERSION, INVERSIONS, Inversion, check_keeping, inversion_method
+from .inversion_record import (
+    INVERSIONS,
+    Inversion,
+    check_keeping,
+    check_residuals,
+    check_served,
+    inversion_method,
+)
 from .inversion_stage import InversionRequest, invert_picture
 from .noise_schedule import NoiseSchedule
 from .object_search import cells_of, check_crop, close_up, close_up_at, place
@@ -45,8 +52,6 @@ from .prompt_parts import changes_only_the_subject
 from .prompt_words import parse_weights
 
 logger = logging.get_logger(__name__)
-
-DEFAULT_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,7 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
         if inversion.interrupted:
             return unedited_pictures(work, request, canvas.placed, inversion.trajectory[:1], len(targets))
     control = EditControl(
-        lambda batch: spatial_control(
-            [branch.prompt for branch in batch.branches], family, work.overlay, canvas.placed
-        ),
+        lambda batch: spatial_control([branch.prompt for branch in batch.branches], work.overlay, canvas.placed),
         prompt_to_prompt,
         Reweighting([plan.weights for plan in plans]),
         inversion.attention,
@@ -195,23 +198,27 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
         _check_request_against(inversion, words.source.text, request, size)
         schedule = family.schedule(inversion.num_inference_steps, size)
         check_inversion(inversion, family, work.overlay, schedule, source)
+        check_residuals(request.settings.residuals, inversion.method, schedule.prediction)
         return Canvas(_placed_as_inverted(work, request, source, size), height, width, schedule)
     assert source is not None  # else it would have been drawn from noise
-    method = inversion_method(inversion or DEFAULT_INVERSION)
-    check_keeping(inversion or DEFAULT_INVERSION, request.keep_attention)
+    method = inversion_method(inversion)
+    check_keeping(inversion, request.keep_attention)
     if method.null_is_source and request.negative_prompt is not None:
         raise ValueError(
             f"negative_prompt has no effect with inversion={inversion!r}, which takes the source prompt in its place; "
             "leave it out, or use inversion='direct'."
         )
-    return _canvas_of(work, request, place(work, source, request.crop, request.size))
+    canvas = _canvas_of(work, request, place(work, source, request.crop, request.size))
+    check_served(inversion, family.guidance, canvas.schedule.prediction)
+    check_residuals(request.settings.residuals, inversion, canvas.schedule.prediction)
+    return canvas
 
 
 def _canvas_of(work: Work, request: EditRequest, placed: PlacedPicture) -> Canvas:
-    steps = DEFAULT_STEPS if request.num_inference_steps is None else request.num_inference_steps
-    scale = work.family.pixels_per_latent
+    family, steps = work.family, request.num_inference_steps
+    schedule = family.schedule(family.default_steps if steps is None else steps, placed.size)
     height, width = placed.size
-    return Canvas(placed, height // scale, width // scale, work.family.schedule(steps, placed.size))
+    return Canvas(placed, height // family.pixels_per_latent, width // family.pixels_per_latent, schedule)
 
 
 def _placed_as_inverted(
@@ -351,15 +358,15 @@ def _invert_first(
     caller says so: each step's source is asked once, for all targets."""
     assert canvas.placed is not None
     needed = min(1.0, prompt_to_prompt.active_until / canvas.schedule.num_steps)
-    keep = request.keep_attention
+    keep, guides_source = request.keep_attention, inversion_method(request.inversion).guides_source
     inverting = InversionRequest(
         placed=canvas.placed,
         latents=work.family.encode_picture(canvas.placed.canvas),
         source=source,
         null=null,
-        method=request.inversion or DEFAULT_INVERSION,
+        method=request.inversion,
         schedule=canvas.schedule,
-        guidance_scale=request.settings.guidance_scale,
+        guidance_scale=work.family.guidance.neutral if guides_source else request.settings.guidance_scale,
         generator=request.generator,
         clip_skip=request.clip_skip,
         keep=KeepAttention(share=0.0) if keep is None else replace(keep, share=needed),
@@ -386,8 +393,7 @@ def _edit_task(
     control: EditControl,
     plans: Sequence[TargetPlan],
 ) -> EditTask:
-    family, schedule, settings = work.family, canvas.schedule, request.settings
-    timesteps, dtype = schedule.timesteps.tolist(), family.dtype
+    family, schedule, settings, dtype = work.family, canvas.schedule, request.settings, work.family.dtype
     source, null, targets = rows
     facts = work.call.facts
     facts |= {
@@ -396,10 +402,10 @@ def _edit_task(
     }  # fmt: skip
 
     def denoise(x: torch.Tensor, level: int, batch: Batch) -> torch.Tensor:
-        return family.denoise(x, timesteps[level - 1], batch.embeds, dtype)
+        return family.denoise(x, schedule.timestep(level), batch.embeds, dtype)
 
     def on_step(step: int, level: int, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return work.report(step, timesteps[level - 1], tensors)
+        return work.report(step, schedule.timestep(level), tensors)
 
     return EditTask(
         denoise=denoise,
@@ -413,6 +419,8 @@ def _edit_task(
         confinements=[plan.confinement for plan in plans],
         guidance=lambda: float(facts["guidance_scale"]),
         on_step=on_step,
+        combine=family.combine,
+        form=family.guidance,
     )
 
 

@@ -149,7 +149,7 @@ def _find_in_any(prompts: Sequence[TokenizedPrompt], word: str, argument: str) -
 
 
 def _weights(prompt: TokenizedPrompt, reweight: Mapping[str, float] | None) -> torch.Tensor | None:
-    weights = torch.ones(prompt.input_ids.shape[1])
+    weights = torch.ones(prompt.num_columns)
     for word, factor in (reweight or {}).items():
         if not isinstance(factor, (int, float)) or not math.isfinite(factor):
             raise ValueError(f"reweight[{word!r}] must be a number, not {factor!r}.")
@@ -162,7 +162,7 @@ def _cross_until(prompt: TokenizedPrompt, share: float | Mapping[str, float], nu
     for word, value in shares.items():
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"cross_replace_steps must be from 0 to 1, not {value!r} (for {word!r}).")
-    until = torch.full((prompt.input_ids.shape[1],), float(shares.get("default_", 0.4)))
+    until = torch.full((prompt.num_columns,), float(shares.get("default_", 0.4)))
     for word, value in shares.items():
         if word != "default_":
             until[list(_positions(prompt, word))] = float(value)

@@ -17,14 +17,16 @@ import torch
 from torch import nn
 
 from .attention_seam import AttentionController, AttentionSite, attention_control
-from .edit_settings import DEFAULT_GUIDANCE
+from .noise_guidance import PLAIN_GUIDANCE, Guidance, guided
 from .noise_schedule import NoiseSchedule
 from .picture_files import SourcePicture
 from .picture_inputs import picture_to_tensor
 from .picture_modes import Box
 from .picture_placement import PlacedPicture, place_picture
-from .prompt_columns import TokenizedPrompt
+from .prompt_columns import Segment, TokenizedPrompt
 from .prompt_embeds import PicturePrompt, PromptEmbeds, ShownPicture
+
+DEFAULT_INVERSION = "direct"
 
 
 class ModelFamily(ABC):
@@ -40,6 +42,15 @@ class ModelFamily(ABC):
     """The component that predicts the noise: "unet" or "transformer"."""
     denoiser_classes: ClassVar[tuple[str, ...]]
     """Its classes, by name."""
+
+    default_steps: ClassVar[int] = 50
+    """``num_inference_steps`` where the caller says none."""
+    edit_defaults: ClassVar[Mapping[str, Any]] = {}
+    """What of ``EditSettings`` is another where the caller says nothing."""
+    kept_attention: ClassVar[float] = 0.4
+    """The share of an inversion's steps at which the source's attention is kept where the caller says nothing."""
+    renormalizes: ClassVar[bool] = False
+    """Whether spatial control is renormalised where the caller says nothing, see ``attention_controls``."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -101,7 +112,7 @@ class ModelFamily(ABC):
         """How strongly words pull where the caller doesn't say: the pipeline's ``default_guidance_scale``, which the
         model's folder may set, else S2Edit's."""
         scale = getattr(self.pipe, "config", {}).get("_default_guidance_scale")
-        return DEFAULT_GUIDANCE if scale is None else float(scale)
+        return self.guidance.default if scale is None else float(scale)
 
     @property
     def latent_channels(self) -> int:
@@ -114,6 +125,11 @@ class ModelFamily(ABC):
         """A latent's side in pixels."""
         scale: int = self.pipe.vae_scale_factor
         return scale
+
+    @property
+    def fixed_components(self) -> frozenset[str]:
+        """Those of :attr:`tuned_components` whose weights stay as they are: only rows are laid over them."""
+        return frozenset()
 
     def pixel_size(self, latents: torch.Tensor) -> tuple[int, int]:
         """(height, width) of the pictures that ``latents`` (B, C, h, w) stand for."""
@@ -165,6 +181,16 @@ class ModelFamily(ABC):
             ValueError: this can't be shown to them, or to no model of this kind.
         """
         raise ValueError(f"An edit with {self.name} takes no IP-Adapter; leave ip_adapter_image= out.")
+
+    def sentence(self, output: torch.Tensor, segment: Segment) -> torch.Tensor:
+        """(D,), ``e_P`` of the semantic loss: what stands for a whole prompt in a text encoder's output.
+
+        A causal encoder has read all of the prompt at what follows it, for CLIP its end token.
+
+        Args:
+            output: (L, D), of the columns of ``segment``.
+        """
+        return output[segment.eos]
 
     # -------------------------------------------------------------------- pictures and latents
 
@@ -233,6 +259,19 @@ class ModelFamily(ABC):
             embeds: B rows.
         """
 
+    @property
+    def guidance(self) -> Guidance:
+        """What guidance is in this model."""
+        return PLAIN_GUIDANCE
+
+    def combine(self, unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
+        """The guided output of both branches', (B, C, h, w) each."""
+        return guided(unconditional, conditional, scale)
+
+    def default_inversion(self, num_inference_steps: int) -> str:
+        """The inversion of an edit where the caller says none."""
+        return DEFAULT_INVERSION
+
     # -------------------------------------------------------------------- attention and adapters
 
     @abstractmethod
@@ -257,6 +296,11 @@ class ModelFamily(ABC):
         """What PEFT is to adapt in ``component``: ends of its layers' names. ``layers``: "all" or "attention"."""
 
     # -------------------------------------------------------------------- diffusers' own pipeline
+
+    @property
+    def lora_components(self) -> tuple[str, ...]:
+        """What diffusers' own pipeline loads LoRAs into, where this is another's than Stable Diffusion's; else ()."""
+        return ()
 
     @property
     @abstractmethod

@@ -52,25 +52,30 @@ class FitExample:
         latents: (1, C, h, w).
         prompt: P, without the token.
         prompt_with_token: P~, with it.
-        token_id: the token's id in the first tokenizer that made the prompts.
+        token: the token, as it is spelled.
         mask: (h, w) ``M_obj``, or None without spatial control.
     """
 
     latents: torch.Tensor
     prompt: TokenizedPrompt
     prompt_with_token: TokenizedPrompt
-    token_id: int
+    token: str
     mask: torch.Tensor | None
 
     @property
-    def token_positions(self) -> tuple[int, ...]:
-        return tuple(torch.nonzero(self.prompt_with_token.input_ids[0] == self.token_id)[:, 0].tolist())
+    def token_columns(self) -> tuple[int, ...]:
+        """The denoiser's, in all segments."""
+        return self.prompt_with_token.columns(self.token)
 
-    @property
-    def token_ids(self) -> dict[str, int]:
-        """Text encoder's name -> the token's id there."""
-        at = self.token_positions[0]
-        return {name: int(ids[0, at]) for name, ids in self.prompt_with_token.ids.items()}
+    def token_positions(self, encoder: str) -> list[int]:
+        """Among the columns of the segment that the text encoder ``encoder`` reads."""
+        segment = self.prompt_with_token.read_by(encoder)
+        return [column - segment.offset for column in self.prompt_with_token.columns(self.token, segment.name)]
+
+    def token_id(self, encoder: str) -> int:
+        """The token's, in the text encoder ``encoder``."""
+        segment = self.prompt_with_token.read_by(encoder)
+        return int(segment.ids[encoder][0, segment.kept[self.token_positions(encoder)[0]]])
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,11 @@ class Objective:
         self.batch, self.sampling = settings.batch_size, settings.timestep_sampling
         self.dtype = family.dtype
         self.latents = example.latents.float().expand(self.batch, -1, -1, -1)
-        tokens = {} if example.mask is None else {"token": example.token_positions}
+        tokens = {} if example.mask is None else {"token": example.token_columns}
         self.control = SpatialControl(
             {} if example.mask is None else {"token": example.mask},
             [tokens] * self.batch,
-            renormalize=settings.renormalize,
+            renormalize=bool(settings.renormalize),
             mask_after=settings.mask_after,
         )
         self.sentence: PromptEmbeds | None = None
@@ -146,10 +151,11 @@ class Objective:
         encoded = self.family.encode([*sentence_prompts, example.prompt_with_token])
         semantics, angles = [], []
         for name, output in encoded.outputs.items():
-            sentence = (output if self.sentence is None else self.sentence.outputs[name])[0, example.prompt.eos]  # e_P
+            of_sentence = output if self.sentence is None else self.sentence.outputs[name]
+            sentence = self.family.sentence(of_sentence[0], example.prompt.read_by(name))  # e_P
             if self.settings.detach_sentence:
                 sentence = sentence.detach()
-            token = output[-1, list(example.token_positions)]  # e_[I]
+            token = output[-1, example.token_positions(name)]  # e_[I]
             semantics.append(semantic_loss(sentence, token))
             angles.append(cosine(sentence, token).mean())
         reconstruction = self.reconstruction(encoded.rows(slice(-1, None)), levels, epsilon)
@@ -291,7 +297,7 @@ def fit_weights(
     tuned = _tuned(family, settings, seed)
     with torch.enable_grad(), frozen(components), tuned as (weights, harvest), saving, ExitStack() as rows_in_place:
         for name, encoder in family.text_encoders.items():
-            laid = {e.token_ids[name]: each[name] for e, each in zip(examples, learned, strict=True)}
+            laid = {e.token_id(name): each[name] for e, each in zip(examples, learned, strict=True)}
             rows_in_place.enter_context(token_rows(encoder, laid))
         objectives = [Objective(family, example, settings) for example in examples]
         trained_rows = [row for each in learned for row in each.values()]
@@ -342,7 +348,8 @@ def fit_weights(
 
 def _tuned(family: ModelFamily, settings: FitSettings, seed: int) -> AbstractContextManager[TunedWeights]:
     """The weights that ``settings.method`` trains."""
-    components = family.tuned_components
+    fixed = family.fixed_components
+    components = {name: module for name, module in family.tuned_components.items() if name not in fixed}
     if settings.method == "full":
         return full_weights(components)
     if settings.method == "token":

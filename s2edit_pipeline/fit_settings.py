@@ -42,6 +42,7 @@ FIT_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "timestep_sampling": "uniform",
         "lr_scheduler": "constant",
         "early_stop": False,
+        "renormalize": False,
     },
 }
 """What ``preset=`` stands for in a fit. How many steps the paper takes and at what rate isn't in what we know of it
@@ -117,7 +118,8 @@ class FitSettings:
         semantic_weight: lambda of the semantic loss; 0.1 is the paper's.
         spatial_control: mask ``[I]``'s cross-attention.
         detach_sentence: keep e_P out of the gradient (ours; off is the default reading).
-        renormalize, mask_after: see ``attention_controls.SpatialControl`` (ours).
+        renormalize, mask_after: see ``attention_controls.SpatialControl`` (ours); None renormalises in joint attention
+            alone.
         lora_rank: of every adapter.
         lora_layers: which layers of the U-Net have one, see ``ModelFamily.lora_targets``.
         lora_init: where their first matrices start: "gradient" turns them along the first gradient, see
@@ -138,7 +140,7 @@ class FitSettings:
     semantic_weight: float = 0.1
     spatial_control: bool = True
     detach_sentence: bool = False
-    renormalize: bool = False
+    renormalize: bool | None = None
     mask_after: bool = False
     lora_rank: int = 2
     lora_layers: str = "all"
@@ -215,7 +217,7 @@ class FitSettings:
         for field in fields(self):
             is_idle, reason = without.get(field.name, (False, ""))
             value = getattr(self, field.name)
-            if is_idle and value != field.default:
+            if is_idle and value not in (field.default, False):
                 raise ValueError(f"{field.name}={value!r} has no effect {reason}; leave it out.")
 
 

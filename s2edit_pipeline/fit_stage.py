@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,9 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
     """
     family, settings = work.family, request.settings
     family.check()
-    first = next(iter(family.tokenizers))
+    if settings.spatial_control and settings.renormalize is None:
+        settings = replace(settings, renormalize=family.renormalizes)
+        request = replace(request, settings=settings)
     tokenizers = {
         name: with_tokens(tokenizer, [picture.token for picture in request.pictures])
         for name, tokenizer in family.tokenizers.items()
@@ -129,7 +131,7 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
         for i, picture in enumerate(request.pictures)
     ]
     started = time.perf_counter()
-    examples, placed = zip(*(_example(work, one, settings, tokenizers[first]) for one in inputs), strict=True)
+    examples, placed = zip(*(_example(work, one, settings) for one in inputs), strict=True)
     rows = [
         {n: initial_row(family.tokenizers[n], encoder, one.subject) for n, encoder in family.text_encoders.items()}
         for one in inputs
@@ -142,7 +144,7 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
     return _adapter(work, request, placed[0], masks, result, time.perf_counter() - started)
 
 
-def _example(work: Work, one: FitInput, settings: FitSettings, tokenizer: Any) -> tuple[FitExample, PlacedPicture]:
+def _example(work: Work, one: FitInput, settings: FitSettings) -> tuple[FitExample, PlacedPicture]:
     """What is learnt from, and where in the picture it is."""
     placed, latents, mask = one.placed, None, None
     if settings.spatial_control and one.mask is None:
@@ -156,8 +158,7 @@ def _example(work: Work, one: FitInput, settings: FitSettings, tokenizer: Any) -
         mask = cells_of(one.mask, placed.placement, latents.shape[-2:])
     if mask is not None:
         warn_of_mask(mask, f"The mask of {one.subject!r}")
-    token_id = tokenizer.convert_tokens_to_ids(one.token)
-    return FitExample(latents, one.prompt, one.prompt_with_token, token_id, mask), placed
+    return FitExample(latents, one.prompt, one.prompt_with_token, one.token, mask), placed
 
 
 def warn_of_mask(mask: torch.Tensor, name: str) -> None:

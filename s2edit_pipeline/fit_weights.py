@@ -38,7 +38,7 @@ def frozen(components: Mapping[str, nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def full_weights(components: Mapping[str, nn.Module]) -> Iterator[TunedWeights]:
-    """All weights, trained as float32 copies; the original tensors are put back, not written to."""
+    """All weights of ``components``, trained as float32 copies; the original tensors are put back, not written to."""
     tables = [embedding_table(module).weight for name, module in components.items() if name.startswith("text_encoder")]
     tuned = [
         (published_name(name, inner), p, p.data)
@@ -69,7 +69,7 @@ def full_weights(components: Mapping[str, nn.Module]) -> Iterator[TunedWeights]:
 def lora_weights(
     components: Mapping[str, nn.Module], targets: Mapping[str, list[str]], rank: int, seed: int
 ) -> Iterator[TunedWeights]:
-    """PEFT's LoRA in the layers ``targets``; afterwards the very modules that were there are back.
+    """PEFT's LoRA in the layers ``targets`` of ``components``; afterwards the very modules that were there are back.
 
     What is harvested is float16, the form in which it is saved: the rounding is far below what a step moves.
     """

@@ -164,10 +164,7 @@ def fitting_identities(prompt: str, chosen: str | None, overlay: IdentityOverlay
 
 
 def spatial_control(
-    prompts: Sequence[TokenizedPrompt | None],
-    family: ModelFamily,
-    overlay: IdentityOverlay,
-    placed: PlacedPicture | None = None,
+    prompts: Sequence[TokenizedPrompt | None], overlay: IdentityOverlay, placed: PlacedPicture | None = None
 ) -> SpatialControl:
     """Each learned token's mask for each row of a batch, where ``placed`` shows what it is of; rows without a prompt
     (unconditional) have none."""
@@ -179,15 +176,9 @@ def spatial_control(
                 masks[token] = mask if placed is None else mask_in(placed, mask, loaded.adapter.settings)
                 for switch, tokens in switches.items():
                     tokens += [token] if loaded.adapter.settings.get(switch) else []
-    first = next(iter(family.tokenizers))
-    ids = {token: family.tokenizers[first].convert_tokens_to_ids(token) for token in masks}
     for prompt in prompts:
-        positions: dict[str, tuple[int, ...]] = {}
-        for token in masks:
-            at = () if prompt is None else torch.nonzero(prompt.ids[first][0] == ids[token])[:, 0].tolist()
-            if len(at):
-                positions[token] = tuple(at)
-        columns.append(positions)
+        said = () if prompt is None else [token for token in masks if prompt.says(token)]
+        columns.append({token: prompt.columns(token) for token in said if prompt is not None})
     return SpatialControl(masks, columns, renormalize=switches["renormalize"], mask_after=switches["mask_after"])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .inversion_ddim import ddim_trajectory
-from .inversion_record import InversionMethod, InversionPath, InversionTask, guided, register_inversion
+from .inversion_record import InversionMethod, InversionPath, InversionTask, register_inversion
 from .noise_schedule import check_finite, gradient_scaler
 
 
@@ -53,7 +53,7 @@ def _step_down(
 ) -> torch.Tensor:
     """The guided step from ``x`` at level k to k - 1."""
     unconditional = task.denoise_null(x, k, null.to(task.source_embeds))
-    return task.schedule.move(x, guided(unconditional, conditional, task.guidance_scale), k, k - 1)
+    return task.schedule.move(x, task.combine(unconditional, conditional, task.guidance_scale), k, k - 1)
 
 
 register_inversion(

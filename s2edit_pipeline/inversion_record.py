@@ -14,9 +14,12 @@ import torch
 
 from .attention_source import SourceAttention
 from .edit_settings import check_choice
+from .noise_guidance import Guidance, guided
 from .noise_schedule import NoiseSchedule
 from .picture_files import SourcePicture
 from .picture_placement import Placement
+
+Combine = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,24 +29,27 @@ class InversionTask:
     Attributes:
         latents: (1, C, h, w), the picture's.
         schedule: the noise levels.
-        denoise: ``denoise(x, level)``, the denoiser's output under the source prompt; x (B, C, h, w).
+        denoise: ``denoise(x, level)``, the denoiser's output under the source prompt; x (B, C, h, w). In a flow the
+            level may be half way between two.
         denoise_null: ``denoise_null(x, level, embeds)``, the same under the unconditional ``embeds`` (1, L, D).
         source_embeds: (1, L, D), the source prompt's.
         null_embeds: (1, L, D), the negative or empty prompt's.
         guidance_scale: that the edit will be guided with.
         generator: of the methods that draw noise.
         on_step: called with (step, latents) after each; it may raise, to stop.
+        combine: ``combine(unconditional, conditional, scale)``, the model's own guidance.
     """
 
     latents: torch.Tensor
     schedule: NoiseSchedule
-    denoise: Callable[[torch.Tensor, int], torch.Tensor]
+    denoise: Callable[[torch.Tensor, float], torch.Tensor]
     denoise_null: Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
     source_embeds: torch.Tensor
     null_embeds: torch.Tensor
     guidance_scale: float = 1.0
     generator: torch.Generator | None = None
     on_step: Callable[[int, torch.Tensor], None] = lambda step, latents: None
+    combine: Combine = guided
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class InversionMethod:
         null_is_source: whether the unconditional branch is asked with the source's words, its tokens among them.
         num_passes: over the steps, for the progress bar.
         draws_noise: whether the generator is used.
+        random_steps: whether its residuals are what the random step's mean misses (DDPM's), and not the deterministic
+            step's (DDIM's, or Euler's).
+        residuals: which it finds: "none", "flows" (in a flow) or "own" (they are the method itself).
+        guides_source: whether the source may be guided, by a scale of its own.
+        flows_only: whether it has a meaning for flows alone.
     """
 
     run: Callable[[InversionTask], InversionPath]
@@ -76,11 +87,14 @@ class InversionMethod:
     null_is_source: bool = False
     num_passes: int = 1
     draws_noise: bool = False
+    random_steps: bool = False
+    residuals: str = "none"
+    guides_source: bool = False
+    flows_only: bool = False
 
 
 INVERSIONS: dict[str, InversionMethod] = {}
 """Name -> method."""
-DEFAULT_INVERSION = "direct"
 
 
 def register_inversion(name: str, method: InversionMethod) -> None:
@@ -94,6 +108,34 @@ def inversion_method(name: Any) -> InversionMethod:
     """
     check_choice("inversion method", name, tuple(INVERSIONS))
     return INVERSIONS[name]
+
+
+def check_served(name: str, guidance: Guidance, prediction: str) -> None:
+    """Raises:
+    ValueError: the inversion has no meaning for models of this ``prediction`` that are guided so.
+    """
+    method = inversion_method(name)
+    if method.flows_only and prediction != "flow":
+        raise ValueError(
+            f"The inversion {name!r} is for flow matching, and this model predicts {prediction!r}; use 'direct', or "
+            "'edit_friendly'."
+        )
+    if guidance.form != "branch" and (method.binds_guidance or method.null_is_source):
+        raise ValueError(
+            f"The inversion {name!r} is about the unconditional branch of classifier-free guidance, and this model "
+            "has none: its guidance is distilled into it. Use 'direct'."
+        )
+
+
+def check_residuals(is_wanted: bool, name: str, prediction: str) -> None:
+    """Raises:
+    ValueError: residuals are declined where there are none, or where they are the method itself.
+    """
+    kind = inversion_method(name).residuals
+    if is_wanted or (kind == "flows" and prediction == "flow"):
+        return
+    why = "are the method itself" if kind == "own" else "aren't there"
+    raise ValueError(f"residuals=False has no effect with the inversion {name!r}, whose residuals {why}; leave it out.")
 
 
 def check_keeping(name: str, keep_attention: Any) -> None:
@@ -136,8 +178,8 @@ class Inversion:
         prompt: the source prompt, with the identity's token where there is one.
         trajectory: (N + 1, C, h, w), the latents at each noise level, the picture itself first.
         unconditional_embeds: (N, L, D), for noise level k at k - 1; or None: the empty (or negative) prompt's.
-        residuals: (N, C, h, w), for noise level k at k - 1: what has to be added to the random step's mean there to
-            arrive at the next latents ("edit_friendly"); or None: the steps are deterministic.
+        residuals: (N, C, h, w), for noise level k at k - 1: what has to be added to the source's step from there to
+            arrive at the next latents; or None: nothing is added.
         guidance_scale: that the unconditional embeddings were made for, or None where any will do.
         made_with: the model, its adapters and its noise levels.
         picture_digest: a hash of the picture's pixels.
@@ -169,19 +211,3 @@ class Inversion:
     def pinned(self) -> bool:
         """Whether the source branch is held to the stored trajectory."""
         return INVERSIONS[self.method].pinned
-
-
-def guided(
-    unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0
-) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans 2021), in the form diffusers uses, (B, C, h, w).
-
-    ``guidance_rescale`` brings the result's deviation that far back to the conditional's (Lin et al. 2024,
-    section 3.4): guidance stretches it, which burns colours.
-    """
-    output = unconditional + guidance_scale * (conditional - unconditional)
-    if guidance_rescale == 0:
-        return output
-    axes = list(range(1, output.ndim))
-    matched = output * (conditional.std(axes, keepdim=True) / output.std(axes, keepdim=True))
-    return torch.lerp(output, matched, guidance_rescale)

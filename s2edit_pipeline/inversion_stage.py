@@ -25,7 +25,16 @@ from .identity_prompts import (
     with_identities,
 )
 from .inversion_origin import made_with
-from .inversion_record import INVERSIONS, Inversion, InversionTask, MadeWith, check_keeping, inversion_method
+from .inversion_record import (
+    INVERSIONS,
+    Inversion,
+    InversionTask,
+    MadeWith,
+    check_keeping,
+    check_served,
+    inversion_method,
+)
+from .noise_guidance import Guidance
 from .noise_schedule import NoiseSchedule
 from .object_search import check_crop, close_up, place
 from .picture_files import read_picture
@@ -46,7 +55,7 @@ class InversionRequest:
         null: the unconditional branch.
         method: its name.
         schedule: the noise levels.
-        guidance_scale: that edits will be guided with.
+        guidance_scale: that edits will be guided with; or the source's own, of a method that guides it.
         generator: of the methods that draw noise.
         clip_skip: how the prompts were encoded.
         keep: how much of the source's attention is kept.
@@ -90,14 +99,15 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     Raises:
         TypeError, ValueError: an input that can't be used; nothing has been done then.
     """
-    family = work.family
+    family, method = work.family, inversion_method(call.method)
     family.check()
-    _refuse_what_has_no_effect(call)
+    _refuse_what_has_no_effect(call, family.guidance)
     check_keeping(call.method, call.keep)
     check_prompt(call.prompt, "prompt")
     check_tokens(call.prompt, family, work.overlay)
     placed = place(work, read_picture(call.image), check_crop(call.crop), call.size)
     schedule = family.schedule(call.num_inference_steps, placed.size)
+    check_served(call.method, family.guidance, schedule.prediction)
     tokens = fitting_identities(call.prompt, call.identity_token, work.overlay)
     prompt, _ = tokenize_alike(with_identities(call.prompt, tokens, work.overlay), [], family, work.overlay)
     check_negative(call.negative_prompt, work.overlay)
@@ -105,7 +115,9 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     with torch.no_grad():
         null = Branch("unconditional", family.encode_negative(call.negative_prompt, encoded, call.clip_skip))
     (source,) = branches("source", [prompt], encoded)
-    scale = family.default_guidance_scale if call.guidance_scale is None else call.guidance_scale
+    scale = call.guidance_scale
+    if scale is None:
+        scale = family.default_guidance_scale if method.binds_guidance else family.guidance.neutral
     if isinstance(call.crop, str):
         placed = close_up(work, placed, prompt, tokens, call.size)
         schedule = family.schedule(call.num_inference_steps, placed.size)
@@ -119,18 +131,22 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
         guidance_scale=scale,
         generator=call.generator,
         clip_skip=call.clip_skip,
-        keep=call.keep or KeepAttention(),
+        keep=call.keep or KeepAttention(share=family.kept_attention),
     )
     return invert_picture(work, request)
 
 
-def _refuse_what_has_no_effect(call: InversionCall) -> None:
+def _refuse_what_has_no_effect(call: InversionCall, guidance: Guidance) -> None:
     """Raises:
-    ValueError: an argument that this method has no use for.
+    ValueError: an argument that this method, with a model that is guided so, has no use for.
     """
     method = inversion_method(call.method)
-    for name, value in (("guidance_scale", call.guidance_scale), ("negative_prompt", call.negative_prompt)):
-        if value is not None and not method.binds_guidance:
+    takes = {
+        "guidance_scale": method.binds_guidance or (method.guides_source and guidance.form != "none"),
+        "negative_prompt": method.binds_guidance,
+    }
+    for name, is_taken in takes.items():
+        if getattr(call, name) is not None and not is_taken:
             raise ValueError(
                 f"{name} has no effect on the inversion {call.method!r}, which serves any; leave it out here and pass "
                 "it to the edit."
@@ -148,18 +164,26 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
     assert request.source.prompt is not None
     family, schedule, method = work.family, request.schedule, inversion_method(request.method)
     size, dtype = request.latents.shape[-2:], family.dtype
-    keeper = AttentionKeeper(request.keep, schedule.num_steps) if method.pinned and request.keep.max_bytes else None
+    keeper = None
+    if method.pinned and request.keep.max_bytes:
+        keeper = AttentionKeeper(request.keep, schedule.num_steps, words=request.source.prompt.word_columns)
     # the unconditional branch says no token: nothing to mask there
-    sides = _SourceOrNull(spatial_control([request.source.prompt], family, work.overlay, request.placed), keeper)
-    timesteps = schedule.timesteps.tolist()
+    sides = _SourceOrNull(spatial_control([request.source.prompt], work.overlay, request.placed), keeper)
+    scale, form, source = request.guidance_scale, family.guidance, request.source.embeds
+    guides_source = method.guides_source and form.has_null(scale)
+    if method.guides_source and form.form == "told":
+        source = source.told(scale)
 
-    def denoise(x: torch.Tensor, level: int) -> torch.Tensor:
+    def denoise(x: torch.Tensor, level: float) -> torch.Tensor:
         sides.begin(is_source=True, level=level)
-        return family.denoise(x, timesteps[level - 1], request.source.embeds, dtype)
+        output = family.denoise(x, schedule.timestep(level), source, dtype)
+        if not guides_source:
+            return output
+        return family.combine(denoise_null(x, level, request.null.embeds.embeds), output, scale)
 
-    def denoise_null(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+    def denoise_null(x: torch.Tensor, level: float, embeds: torch.Tensor) -> torch.Tensor:
         sides.begin(is_source=False, level=level)
-        return family.denoise(x, timesteps[level - 1], request.null.embeds.with_embeds(embeds), dtype)
+        return family.denoise(x, schedule.timestep(level), request.null.embeds.with_embeds(embeds), dtype)
 
     facts: dict[str, Any] = {
         "method": request.method,
@@ -184,11 +208,11 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
             bar.update()
             # up, the noise grows with the steps; on a second pass it falls again
             level = step + 1 if step < schedule.num_steps else num_steps - step
-            work.report(step, timesteps[level - 1], {"latents": latents.detach()})
+            work.report(step, schedule.timestep(level), {"latents": latents.detach()})
 
         task = InversionTask(
             request.latents, schedule, denoise, denoise_null, request.source.embeds.embeds,
-            request.null.embeds.embeds, request.guidance_scale, request.generator, on_step,
+            request.null.embeds.embeds, request.guidance_scale, request.generator, on_step, family.combine,
         )  # fmt: skip
         try:
             path = method.run(task)
@@ -215,8 +239,9 @@ class _SourceOrNull(Controllers):
         self.keeper = keeper
         self.of_source: Sequence[AttentionController] = [spatial, *([] if keeper is None else [keeper])]
 
-    def begin(self, *, is_source: bool, level: int) -> None:
-        """Be told of the next evaluation."""
-        self.controllers = tuple(self.of_source) if is_source else ()
-        if is_source and self.keeper is not None:
-            self.keeper.begin(level)
+    def begin(self, *, is_source: bool, level: float) -> None:
+        """Be told of the next evaluation; of one between two levels nothing is kept."""
+        is_kept = self.keeper is not None and level == int(level) and level > 0
+        self.controllers = tuple(one for one in self.of_source if is_source and (one is not self.keeper or is_kept))
+        if is_source and is_kept and self.keeper is not None:
+            self.keeper.begin(int(level))

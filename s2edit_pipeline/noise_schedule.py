@@ -8,11 +8,12 @@ DDIM's step is Euler's.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 """What a denoiser may return: the noise n, ``a n - s x_0`` (Salimans & Ho 2022), or ``n - x_0``."""
@@ -29,12 +30,14 @@ class NoiseSchedule:
         signal, noise: (N + 1,) float64, a and s of each level; level 0 is the picture itself, level N the noisiest.
         timesteps: (N,), what the denoiser is told at level ``k`` is ``timesteps[k - 1]``.
         prediction: what the denoiser returns, one of ``PREDICTIONS``.
+        clean_timestep: of a flow: what the denoiser would be told at level 0.
     """
 
     signal: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     prediction: str
+    clean_timestep: float = 0.0
 
     @property
     def num_steps(self) -> int:
@@ -45,6 +48,15 @@ class NoiseSchedule:
         """Equal for schedules with the same levels, timesteps and prediction."""
         levels = [f"{value:.9g}" for value in (*self.signal.tolist(), *self.noise.tolist(), *self.timesteps.tolist())]
         return f"{self.prediction}: {' '.join(levels)}"
+
+    def timestep(self, level: float) -> float:
+        """What the denoiser is told at ``level``; half way between two levels of a flow, which is told its noise, the
+        mean of theirs."""
+        lower = int(level)
+        if lower != level:
+            return (self.timestep(lower) + self.timestep(lower + 1)) / 2
+        told: float = self.timesteps[lower - 1].item() if lower else self.clean_timestep
+        return told
 
     def noised(self, x0: torch.Tensor, epsilon: torch.Tensor, level: Level) -> torch.Tensor:
         """``a x_0 + s n`` of the picture ``x0`` and the noise ``epsilon``, (B, C, H, W) each."""
@@ -166,6 +178,83 @@ def check_diffusion_scheduler(scheduler: Any) -> None:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"{name} has prediction_type={prediction!r}; 'epsilon' and 'v_prediction' can be inverted.")
+
+
+# ------------------------------------------------------------------------------ flows
+
+
+@dataclass(frozen=True)
+class FlowTime:
+    """What a flow's denoiser is told at the noise ``sigma``: ``at_zero + (at_one - at_zero) sigma``; and how its
+    scheduler is asked for the levels.
+
+    Attributes:
+        at_zero, at_one: what it is told of a picture, and of noise.
+        mu: of a scheduler that shifts its levels by the picture's size (``use_dynamic_shifting``).
+        sigmas: (N,) the noises that the scheduler shifts, noisiest first; None: its own.
+    """
+
+    at_zero: float = 0.0
+    at_one: float = 1.0
+    mu: float | None = None
+    sigmas: Any = None
+
+    def told(self, sigmas: torch.Tensor) -> torch.Tensor:
+        return self.at_zero + (self.at_one - self.at_zero) * sigmas
+
+
+def flow_schedule(scheduler: Any, num_inference_steps: int, time: FlowTime) -> NoiseSchedule:
+    """The levels that ``scheduler`` (read, never changed) visits in ``num_inference_steps`` steps.
+
+    Raises:
+        ValueError: the scheduler can't serve, or the number of steps is out of its range.
+    """
+    check_flow_scheduler(scheduler)
+    num_train = scheduler.config.num_train_timesteps
+    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train:
+        raise ValueError(
+            f"num_inference_steps must be a whole number from 1 to {num_train}, not {num_inference_steps!r}."
+        )
+    asked = copy.deepcopy(scheduler)
+    shifted = {"mu": time.mu} if scheduler.config.use_dynamic_shifting else {}
+    if time.sigmas is None:
+        asked.set_timesteps(num_inference_steps, **shifted)
+    else:
+        asked.set_timesteps(sigmas=time.sigmas, **shifted)
+    return _straight(asked.sigmas.flip(0).cpu(), time)
+
+
+def flow_training_schedule(scheduler: Any, time: FlowTime) -> NoiseSchedule:
+    """Every level that the model was trained at, shifted as the scheduler shifts them (Esser et al. 2024, section
+    5.3.2)."""
+    check_flow_scheduler(scheduler)
+    config = scheduler.config
+    sigmas = torch.arange(1, config.num_train_timesteps + 1, dtype=torch.float32) / config.num_train_timesteps
+    if config.use_dynamic_shifting:
+        sigmas = scheduler.time_shift(time.mu, 1.0, sigmas)
+    else:
+        sigmas = config.shift * sigmas / (1 + (config.shift - 1) * sigmas)
+    return _straight(torch.cat([torch.zeros(1), sigmas]), time)
+
+
+def _straight(sigmas: torch.Tensor, time: FlowTime) -> NoiseSchedule:
+    """Of (N + 1,) noises, cleanest first."""
+    noise = sigmas.double()
+    return NoiseSchedule(1 - noise, noise, time.told(sigmas[1:]), "flow", time.at_zero)
+
+
+def check_flow_scheduler(scheduler: Any) -> None:
+    """Raises:
+    ValueError: ``scheduler`` doesn't give a flow's levels.
+    """
+    name = type(scheduler).__name__
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not scheduler.config.invert_sigmas:
+        return
+    why = f"{name} counts its noise levels the other way" if hasattr(scheduler, "time_shift") else f"{name} gives none"
+    raise ValueError(
+        f"This model is a flow, and its levels are read off a FlowMatchEulerDiscreteScheduler; {why}. Load the "
+        "model's own: pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder='scheduler')."
+    )
 
 
 def check_finite(latents: torch.Tensor, doing: str, step: int) -> None:

@@ -40,7 +40,7 @@ def object_mask(
     family = work.family
     height, width = latents.shape[-2:]
     schedule = family.schedule(min(50, family.training_schedule().num_steps), family.pixel_size(latents))
-    recorder, encoded, dtype = MapRecorder(), family.encode([prompt]), family.dtype
+    recorder, encoded, dtype = MapRecorder(columns=[prompt.word_columns]), family.encode([prompt]), family.dtype
     generator = torch.Generator().manual_seed(0)  # its own: looking at the mask must not change what is drawn after it
     with family.control_attention(recorder, height, width):
         for share in MASK_LEVELS:

@@ -32,10 +32,12 @@ from .edit_loop import EDITS  # noqa: F401
 from .edit_output import S2EditPipelineOutput
 from .edit_pictures import edited_pictures  # noqa: F401
 from .edit_settings import EDIT_PRESETS, EditRequest, EditSettings, with_preset
-from .edit_stage import DEFAULT_STEPS, edit_picture
+from .edit_stage import edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
+from .family_flow import FlowFamily  # noqa: F401
 from .family_ip_adapter import loaded_adapters  # noqa: F401
+from .family_sd3 import StableDiffusion3Family  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
 from .fit_checkpoint import FitCheckpoint  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401
@@ -59,8 +61,9 @@ from .inversion_ddim import ddim_trajectory  # noqa: F401
 from .inversion_edit_friendly import edit_friendly  # noqa: F401
 from .inversion_null_text import null_text  # noqa: F401
 from .inversion_origin import check_inversion  # noqa: F401
-from .inversion_record import DEFAULT_INVERSION, Inversion
+from .inversion_record import Inversion
 from .inversion_stage import InversionCall, invert_words
+from .noise_guidance import guided  # noqa: F401
 from .noise_schedule import NoiseSchedule  # noqa: F401
 from .object_masks import mask_to_picture  # noqa: F401
 from .object_search import object_mask  # noqa: F401
@@ -195,7 +198,7 @@ class S2EditPipeline(
         lora_layers: str = FitSettings.lora_layers,
         lora_init: str = FitSettings.lora_init,
         detach_sentence: bool = False,
-        renormalize: bool = False,
+        renormalize: bool | None = None,
         mask_after: bool = False,
         mask_threshold: float = MASK_THRESHOLD,
         crop: Any = "auto",
@@ -263,8 +266,8 @@ class S2EditPipeline(
         self,
         image: Any,
         prompt: str,
-        method: str = "direct",
-        num_inference_steps: int = 50,
+        method: str | None = None,
+        num_inference_steps: int | None = None,
         *,
         identity: Any = None,
         guidance_scale: float | None = None,
@@ -285,17 +288,21 @@ class S2EditPipeline(
             prompt: the source prompt; of a loaded (or passed) identity the token is put before its subject by itself.
             method: "direct" (Ju et al. 2023), "ddim" (Song et al. 2021), "null_text" (Mokady et al. 2023),
                 "negative_prompt" (Miyake et al. 2023), "fixed_point" (Pan et al. 2023) or "edit_friendly"
-                (Huberman-Spiegelglas et al. 2024).
-            num_inference_steps: of the inversion and of the edits that use it.
+                (Huberman-Spiegelglas et al. 2024); of flows also "midpoint" (RF-Solver, Wang et al. 2024) and
+                "flowedit" (Kulikov et al. 2024). None is the model's best: "direct", of few steps of a flow
+                "flowedit".
+            num_inference_steps: of the inversion and of the edits that use it; None takes the model's own, 50 of a
+                diffusion.
             identity: an identity to load for this call.
-            guidance_scale, negative_prompt: what "null_text" optimises for and starts from; the others serve any, and
-                refuse them.
-            generator: of "edit_friendly"'s noise; the others draw none, and refuse it.
+            guidance_scale, negative_prompt: what "null_text" optimises for and starts from; "flowedit" guides the
+                source by the first; the others serve any, and refuse them.
+            generator: of "edit_friendly"'s and "flowedit"'s noise; the others draw none, and refuse it.
             crop: as in :meth:`fit_identity`: "auto" works where an identity was fitted to this picture, else close up
                 at the subject of ``prompt`` where that fills little of a large picture. The edits work there too.
             keep_attention: how much of the source's attention is kept, where the source is pinned to its trajectory
-                ("direct", "fixed_point", "edit_friendly"), so that no edit has to ask for it again; None is
-                ``KeepAttention()``: of 40 % of the steps, at most 1 GiB.
+                ("direct", "fixed_point", "midpoint", "edit_friendly", "flowedit"), so that no edit has to ask for it
+                again. None is ``KeepAttention()`` of a U-Net: of 40 % of the steps, at most 1 GiB; of a transformer
+                with joint attention, whose layers are larger, where the words look alone.
             callback_on_step_end: ``f(pipe, step, timestep, {"latents": ...})``.
             stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
                 comes back and says ``interrupted``.
@@ -303,13 +310,15 @@ class S2EditPipeline(
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
         """
-        given = arguments_of(_INVERT, locals())
-        alone = check_call(given, "an inversion")
+        given, family = arguments_of(_INVERT, locals()), self.family
+        steps = family.default_steps if num_inference_steps is None else num_inference_steps
+        method = family.default_inversion(steps) if method is None else method
+        alone = check_call(given, "an inversion", method)
         report = step_report(self, callback_on_step_end, ("latents",))
         with self._at_work(identity, stop, report, alone) as (work, token):
             call = InversionCall(
                 image=image, prompt=prompt, method=method, identity_token=token,
-                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                num_inference_steps=steps, guidance_scale=guidance_scale,
                 negative_prompt=negative_prompt, size=(height, width), clip_skip=clip_skip, generator=generator,
                 keep=keep_attention, crop=crop,
             )  # fmt: skip
@@ -326,7 +335,7 @@ class S2EditPipeline(
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         cross_replace_steps: float | Mapping[str, float] = 0.4,
-        self_replace_steps: float = 0.4,
+        self_replace_steps: float | None = None,
         reweight: Mapping[str, float] | None = None,
         blend_words: Sequence[str] | bool | None = None,
         edit_mask: Any = None,
@@ -342,6 +351,7 @@ class S2EditPipeline(
         change_threshold: float = EditSettings.change_threshold,
         guidance_rescale: float = 0.0,
         guidance_stop: float | None = None,
+        residuals: bool = True,
         strength: float = 1.0,
         keep_words: Sequence[str] | None = None,
         keep_pixels: bool = True,
@@ -376,12 +386,13 @@ class S2EditPipeline(
             image: the picture to edit.
             source_prompt: what it shows; None takes the identity's own.
             identity: an identity to use for this call, or the token of a loaded one.
-            inversion: what :meth:`invert` returned, or a method's name; None is "direct".
-            num_inference_steps: 50, or the inversion's own.
+            inversion: what :meth:`invert` returned, or a method's name; None is the model's best: "direct", of few
+                steps of a flow "flowedit".
+            num_inference_steps: None takes the inversion's own, or the model's: 50 of a diffusion.
             guidance_scale, cross_replace_steps, self_replace_steps, reweight, blend_words, keep_words, edit,
-                guidance_rescale, guidance_stop, blend_threshold, change_threshold, strength: how to edit, see
-                ``edit_settings.EditSettings``.
-                A ``guidance_scale`` of None is the model's own: 4.5, or its ``default_guidance_scale``.
+                guidance_rescale, guidance_stop, blend_threshold, change_threshold, strength, residuals: how to edit,
+                see ``edit_settings.EditSettings``; None takes the model's own, of ``guidance_scale`` 4.5 or its
+                ``default_guidance_scale``.
             preset: "paper" is the paper's reading in one word (null-text inversion, guided to the end, not confined),
                 see ``edit_settings.EDIT_PRESETS``; what is passed beside it wins, an inversion among it, and
                 ``blend_words=True`` for None's confinement.
@@ -423,18 +434,21 @@ class S2EditPipeline(
         chosen = with_preset(
             preset, EDIT_PRESETS, given.only(("inversion", "guidance_scale", "guidance_stop", "blend_words"))
         )
-        chosen.setdefault("guidance_scale", self.family.default_guidance_scale)
-        settings = EditSettings.of(given.values, chosen)
+        family = self.family
+        defaults = {"guidance_scale": family.default_guidance_scale, **family.edit_defaults}
+        settings = EditSettings.of(given.values, chosen, defaults)
+        steps = family.default_steps if num_inference_steps is None else num_inference_steps
         lora_scale, shown = check_adapters(given)
         if image is None and not hasattr(inversion, "trajectory"):
             names = check_drawing(given)
-            steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
-            drawn = {**stock_arguments, **given.only((*BOTH, *DRAWING)), "num_inference_steps": steps}
-            drawn |= {"guidance_scale": chosen["guidance_scale"], **stock_names(shown)}
+            drawn = {
+                **stock_arguments, **given.only((*BOTH, *DRAWING)), "guidance_scale": settings.guidance_scale,
+                "num_inference_steps": steps, **stock_names(shown),
+            }  # fmt: skip
             with self._at_work(identity, stop, lambda call: None, lora_scale=lora_scale) as (work, token):
                 output = draw(work, drawn, callback_on_step_end, names, token)
         else:
-            method = chosen.get("inversion", DEFAULT_INVERSION)
+            method = chosen.get("inversion") or family.default_inversion(steps)
             names = check_editing(given, stock_arguments)
             alone = check_call(given, "an edit", method)
             report = step_report(self, callback_on_step_end, names)

@@ -9,6 +9,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from .family_base import ModelFamily, known_family
 from .identity_overlay import IdentityOverlay
 from .pipeline_turns import Turns
 
@@ -33,6 +34,7 @@ class AdapterLoaders:
 
     _overlay: IdentityOverlay
     _turns: Turns
+    family: ModelFamily
 
     def _refuse_while_loaded(self, what: str) -> None:
         if self._overlay.identities:
@@ -40,6 +42,20 @@ class AdapterLoaders:
                 f"{what} changes what the loaded identities ({', '.join(self._overlay.identities)}) were laid over. "
                 "Call unload_identity() first, then this, and load them again."
             )
+
+    @property
+    def _lora_loadable_modules(self) -> list[str]:
+        """Those of the kind of model that this is; read by diffusers' own ``set_adapters`` and the like."""
+        family = known_family(self)
+        own = () if family is None else family.lora_components
+        return list(own) or super()._lora_loadable_modules  # type: ignore[misc]
+
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own pipeline of this model."""
+        if self.family.lora_components:
+            self.family.stock().load_lora_weights(*args, **kwargs)
+        else:
+            super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def load_lora_into_text_encoder(
@@ -79,7 +95,7 @@ class AdapterLoaders:
         """
         with self._turns.exclusive("fuse_lora"):
             self._refuse_while_loaded("fuse_lora")
-            super().fuse_lora(*args, **kwargs)  # type: ignore[misc]
+            super().fuse_lora(*args, **self._with_components(args, kwargs))  # type: ignore[misc]
 
     def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As Stable Diffusion's; before identities are loaded.
@@ -89,7 +105,11 @@ class AdapterLoaders:
         """
         with self._turns.exclusive("unfuse_lora"):
             self._refuse_while_loaded("unfuse_lora")
-            super().unfuse_lora(*args, **kwargs)  # type: ignore[misc]
+            super().unfuse_lora(*args, **self._with_components(args, kwargs))  # type: ignore[misc]
+
+    def _with_components(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """``kwargs`` with the model's own components, where the caller names none."""
+        return kwargs if args else {"components": self._lora_loadable_modules, **kwargs}
 
     def load_ip_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As Stable Diffusion's; when no call is at work. Drawings and edits are then shown ``ip_adapter_image=``."""

@@ -186,7 +186,7 @@ def _is_default(value: Any, default: Any) -> bool:
 EDITING = (
     "source_prompt", "inversion", "preset", "reweight", "edit_mask", "keep_words", "keep_pixels", "blend_words",
     "blend_threshold", "change_threshold", "guidance_stop", "strength", "edit", "cross_replace_steps",
-    "self_replace_steps", "return_attention_maps", "keep_attention", "output_size", "crop",
+    "self_replace_steps", "return_attention_maps", "keep_attention", "residuals", "output_size", "crop",
 )  # fmt: skip
 """Arguments that only editing a picture can obey."""
 DRAWING = (
@@ -265,6 +265,24 @@ def stock_names(shown: ShownPicture | None) -> dict[str, Any]:
     }
 
 
+_OF_GUIDANCE = {
+    "branch": (),
+    "told": ("negative_prompt", "guidance_rescale"),
+    "none": ("guidance_scale", "guidance_stop", "negative_prompt", "guidance_rescale"),
+}
+"""Arguments that an edit can't obey -> where guidance has this form."""
+
+
+def _refuse_guidance(arguments: Arguments) -> None:
+    """Raises:
+    ValueError: an argument about guidance that this model doesn't have.
+    """
+    form = arguments["self"].family.guidance.form
+    for name in arguments.only(_OF_GUIDANCE[form]):
+        why = "it is told how strongly the words pull" if form == "told" else "it was distilled at one strength"
+        raise ValueError(f"{name} has no effect on this model, which has no unconditional branch: {why}. Leave it out.")
+
+
 def check_fit(pipe: Any, generator: Any, reference: Any) -> tuple[ReferenceAttribute, ...]:
     """The one reference attribute of a fit, or nothing.
 
@@ -326,6 +344,7 @@ def check_editing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> t
     _check_output_type(arguments["output_type"])
     _refuse_for_editing(arguments, stock_arguments)
     check_choice("output_size", arguments["output_size"], ("picture", "model"))
+    _refuse_guidance(arguments)
     return _checked_tensor_inputs(arguments["callback_on_step_end_tensor_inputs"])
 
 

@@ -5,11 +5,24 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from .edit_settings import check_guidance
 from .family_base import family_of
@@ -46,18 +59,18 @@ class PipelineComponents:
     def __init__(
         self,
         vae: AutoencoderKL = None,
-        text_encoder: CLIPTextModel = None,
+        text_encoder: CLIPTextModel | CLIPTextModelWithProjection = None,
         tokenizer: CLIPTokenizer = None,
         unet: UNet2DConditionModel = None,
-        scheduler: KarrasDiffusionSchedulers = None,
+        scheduler: KarrasDiffusionSchedulers | FlowMatchEulerDiscreteScheduler = None,
         safety_checker: StableDiffusionSafetyChecker = None,
         feature_extractor: CLIPImageProcessor = None,
         image_encoder: PreTrainedModel = None,
         text_encoder_2: CLIPTextModelWithProjection = None,
         tokenizer_2: CLIPTokenizer = None,
-        transformer: ModelMixin = None,
-        text_encoder_3: PreTrainedModel = None,
-        tokenizer_3: Any = None,
+        transformer: SD3Transformer2DModel = None,
+        text_encoder_3: T5EncoderModel = None,
+        tokenizer_3: T5Tokenizer = None,
         requires_safety_checker: bool = False,
         force_zeros_for_empty_prompt: bool = True,
         default_guidance_scale: float | None = None,

@@ -75,7 +75,8 @@ class TokenizedPrompt:
         segments: their columns lie one after the other in the denoiser: one segment in a U-Net (SDXL's two encoders
             share it), CLIP and T5 in SD3.
         learned: names of learned tokens, whole words wherever they are.
-        summaries: what encoders read that give a summary and no columns (FLUX's CLIP).
+        summaries: what encoders read that give a summary: those without columns (FLUX's CLIP), or others that read the
+            prompt without learned tokens for it (SD3's CLIPs).
     """
 
     text: str
@@ -85,8 +86,12 @@ class TokenizedPrompt:
 
     @property
     def ids(self) -> dict[str, torch.Tensor]:
-        """Text encoder's name -> (1, L)."""
-        return {name: ids for segment in (*self.segments, *self.summaries) for name, ids in segment.ids.items()}
+        """Text encoder's name -> (1, L), what its columns are of, or its summary where it has none."""
+        found: dict[str, torch.Tensor] = {}
+        for segment in (*self.segments, *self.summaries):
+            for name, ids in segment.ids.items():
+                found.setdefault(name, ids)
+        return found
 
     def read_by(self, name: str) -> Segment:
         """What the text encoder ``name`` reads: its segment, or its summary.
@@ -227,6 +232,15 @@ class TokenizedPrompt:
         """Column -> what it is of the text."""
         pairs = [pair for s in self.segments for pair in zip(s.columns, s.spans, strict=True)]
         return {column: span for column, span in pairs if span is not None}
+
+    @property
+    def word_columns(self) -> list[int]:
+        """Those of all its words: no start, end, template or padding."""
+        return [column for word in self.words for column in word.tokens]
+
+    def says(self, token: str) -> bool:
+        """Whether the learned ``token`` is one of the prompt's words."""
+        return any(word.text == token for word in self.words)
 
     def find(self, phrase: str) -> tuple[int, ...]:
         """As :meth:`columns`, in all segments."""

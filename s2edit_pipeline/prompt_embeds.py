@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from .prompt_columns import TokenizedPrompt
 
@@ -49,14 +50,19 @@ class PromptEmbeds:
     Attributes:
         embeds: (B, L, D), what the denoiser's attention to the text sees.
         pooled: (B, P), a summary of the whole prompt, where the model is told one.
-        outputs: text encoder's name -> (B, L, D'), its own last output, which the semantic loss compares.
+        outputs: text encoder's name -> (B, L, D'), its own last output at the columns of its segment, which the
+            semantic loss compares.
         picture: what an IP-Adapter is shown beside the words, or None.
+        mask: (B, L) of bool, the columns that there are, where prompts have as many as they need; None: all.
+        guidance: (B,), how strongly the words pull, where the model is told; None: as it has learned them.
     """
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None = None
     outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
     picture: PicturePrompt | None = None
+    mask: torch.Tensor | None = None
+    guidance: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -64,17 +70,28 @@ class PromptEmbeds:
     def rows(self, chosen: slice) -> PromptEmbeds:
         """The prompts ``chosen``."""
         outputs = {name: output[chosen] for name, output in self.outputs.items()}
-        return PromptEmbeds(self.embeds[chosen], None if self.pooled is None else self.pooled[chosen], outputs)
+        pooled, mask, guidance = (
+            None if each is None else each[chosen] for each in (self.pooled, self.mask, self.guidance)
+        )
+        return PromptEmbeds(self.embeds[chosen], pooled, outputs, mask=mask, guidance=guidance)
 
     def expand(self, count: int) -> PromptEmbeds:
         """Of a single prompt: ``count`` equal rows, without copies."""
-        pooled = None if self.pooled is None else self.pooled.expand(count, -1)
+        embeds, pooled, mask, guidance = (
+            None if each is None else each.expand(count, *each.shape[1:])
+            for each in (self.embeds, self.pooled, self.mask, self.guidance)
+        )
+        assert embeds is not None
         picture = None if self.picture is None else self.picture.expand(count)
-        return PromptEmbeds(self.embeds.expand(count, -1, -1), pooled, picture=picture)
+        return PromptEmbeds(embeds, pooled, picture=picture, mask=mask, guidance=guidance)
 
     def with_embeds(self, embeds: torch.Tensor) -> PromptEmbeds:
         """The same summary beside other ``embeds``: null-text inversion optimises these alone."""
-        return PromptEmbeds(embeds, self.pooled, picture=self.picture)
+        return replace(self, embeds=embeds, outputs={})
+
+    def told(self, scale: float) -> PromptEmbeds:
+        """The same words, which pull as strongly as ``scale``."""
+        return replace(self, guidance=torch.full((len(self),), scale, device=self.embeds.device))
 
     def zeros(self) -> PromptEmbeds:
         """What SDXL is told in place of an empty negative prompt."""
@@ -83,10 +100,29 @@ class PromptEmbeds:
 
 
 def join(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-    """All rows, in order."""
+    """All rows, in order; those of fewer columns than the longest have zeros there that the mask leaves out."""
+    length = max(part.embeds.shape[1] for part in parts)
+    has_mask = any(part.mask is not None or part.embeds.shape[1] < length for part in parts)
+    padded = [F.pad(part.embeds, (0, 0, 0, length - part.embeds.shape[1])) for part in parts]
+    masks = [
+        F.pad(
+            torch.ones_like(part.embeds[..., 0], dtype=torch.bool) if part.mask is None else part.mask,
+            (0, length - part.embeds.shape[1]),
+        )
+        for part in parts
+    ]
     pooled = [part.pooled for part in parts if part.pooled is not None]
-    embeds = torch.cat([part.embeds for part in parts])
-    return PromptEmbeds(embeds, torch.cat(pooled) if pooled else None, picture=_join_pictures(parts))
+    guidance = None
+    if any(part.guidance is not None for part in parts):
+        each = [part.told(1.0).guidance if part.guidance is None else part.guidance for part in parts]
+        guidance = torch.cat([scale for scale in each if scale is not None])
+    return PromptEmbeds(
+        torch.cat(padded),
+        torch.cat(pooled) if pooled else None,
+        picture=_join_pictures(parts),
+        mask=torch.cat(masks) if has_mask else None,
+        guidance=guidance,
+    )
 
 
 def _join_pictures(parts: Sequence[PromptEmbeds]) -> PicturePrompt | None:
@@ -116,6 +152,10 @@ class Branch:
     def with_picture(self, picture: PicturePrompt | None) -> Branch:
         """Shown ``picture`` beside its words; None shows it none."""
         return replace(self, embeds=replace(self.embeds, picture=picture))
+
+    def told(self, scale: float) -> Branch:
+        """The same, its words pulling as strongly as ``scale``, in a model that is told."""
+        return replace(self, embeds=self.embeds.told(scale))
 
 
 @dataclass(frozen=True, eq=False)

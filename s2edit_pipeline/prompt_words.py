@@ -288,6 +288,16 @@ def insert_token(prompt: str, subject: str, token: str, *, fitted: bool = False)
     return prompt
 
 
+def without_tokens(prompt: str, tokens: Iterable[str]) -> str:
+    """``prompt`` without the learned ``tokens``, P~ to P: "a photo of a [I] lady" is "a photo of a lady"."""
+    tokens = list(tokens)
+    for word in reversed(words_of(prompt, tokens) if tokens else []):
+        if word.text in tokens:
+            end = word.end + (prompt[word.end : word.end + 1] == " ")
+            prompt = prompt[: word.start] + prompt[end:]
+    return prompt
+
+
 # ---------------------------------------------------------------------------- what words do
 
 NEGATIONS = frozenset("without no not never minus lacking".split())

@@ -188,7 +188,7 @@ class _DrawnRows(AttentionController):
     def __init__(self, work: Work, prompts: Sequence[TokenizedPrompt]) -> None:
         nulls = [None] * len(prompts)
         self.by_rows: dict[int, SpatialControl] = {
-            len(rows): spatial_control(rows, work.family, work.overlay) for rows in (prompts, [*nulls, *prompts])
+            len(rows): spatial_control(rows, work.overlay) for rows in (prompts, [*nulls, *prompts])
         }
         self.now = self.by_rows[len(prompts)]
 

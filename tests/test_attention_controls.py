@@ -52,7 +52,7 @@ def test_spatial_control_is_the_formula(renormalize: bool, mask_after: bool) -> 
     """``A*_[I] = A_[I] ⊙ M_obj``, cell by cell, with both of our switches."""
     probs, site = probabilities(2, 3, 16, 6), cross(4, 4)
     control = SpatialControl({"[I]": MASK}, [{"[I]": (2,)}, {}], renormalize=renormalize, mask_after=mask_after)
-    assert control.access_needed(site) is (PROBABILITIES if renormalize else INPUTS)
+    assert control.access_needed(site) is INPUTS
     assert control.access_needed(alone(4, 4)) is NONE
     gated = control(probs, site)
     for head in range(3):
@@ -85,7 +85,10 @@ class Explicitly(AttentionController):
 
 
 @pytest.mark.parametrize("mask_after", [False, True])
-def test_without_probabilities_the_token_is_masked_all_the_same(pipe: S2EditPipeline, mask_after: bool) -> None:
+@pytest.mark.parametrize("renormalize", [False, True, ["[A]"]])
+def test_without_probabilities_the_token_is_masked_all_the_same(
+    pipe: S2EditPipeline, mask_after: bool, renormalize: Any
+) -> None:
     """The fused kernel on values from which the token is missing, against ``A * M_obj`` made explicitly; with the
     gradients, in rows that hold the token elsewhere, or not at all, and for masks that overlap."""
     pipe.unet.double()
@@ -96,7 +99,7 @@ def test_without_probabilities_the_token_is_masked_all_the_same(pipe: S2EditPipe
     x = torch.randn(3, 4, 16, 16, dtype=torch.float64, generator=seeded(2))
     results = []
     for others in ([], [Explicitly()]):
-        masks = SpatialControl({"[I]": MASK, "[A]": other}, columns, mask_after=mask_after)
+        masks = SpatialControl({"[I]": MASK, "[A]": other}, columns, mask_after=mask_after, renormalize=renormalize)
         assert masks.access_needed(cross(4, 4)) is INPUTS
         with pipe.family.control_attention(Controllers([masks, *others]), 16, 16):
             output = pipe.unet(x, 500, context).sample
@@ -109,10 +112,9 @@ def test_without_probabilities_the_token_is_masked_all_the_same(pipe: S2EditPipe
     assert float(changed[0]) > 1e-4 and float(changed[2]) > 1e-4 and float(changed[1]) < 1e-11
 
 
-def test_renormalised_masks_need_the_probabilities_and_no_token_needs_nothing() -> None:
-    site = cross(4, 4)
-    assert SpatialControl({"[I]": MASK}, [{"[I]": (2,)}], renormalize=True).access_needed(site) is PROBABILITIES
-    assert SpatialControl({"[I]": MASK}, [{}, {}], renormalize=True).access_needed(site) is NONE
+def test_where_no_prompt_says_the_token_nothing_is_needed() -> None:
+    assert SpatialControl({"[I]": MASK}, [{"[I]": (2,)}]).access_needed(cross(4, 4)) is INPUTS
+    assert SpatialControl({"[I]": MASK}, [{}, {}]).access_needed(cross(4, 4)) is NONE
 
 
 @pytest.mark.parametrize("size", [(8, 8), (3, 5), (16, 24), (1, 1)])
@@ -327,7 +329,7 @@ def test_the_token_is_exactly_nothing_outside_its_mask_at_every_step_of_fit_edit
         assert float(outside(probs, identity.mask, height)[..., column].abs().max()) == 0
         assert float(outside(probs, identity.mask, height)[..., column + 1].min()) > 0  # the noun looks everywhere
     notes.clear()
-    for inversion in INVERSIONS:
+    for inversion in (name for name, method in INVERSIONS.items() if not method.flows_only):
         pipe(target, picture, source, identity, inversion, num_inference_steps=4)
         assert len(notes) >= (4 + 4) * len(layers) and {name for name, _, _ in notes} == set(layers)
         for _, height, probs in notes:

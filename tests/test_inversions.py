@@ -17,16 +17,21 @@ from s2edit_pipeline.inversion_record import (
     Inversion,
     InversionPath,
     InversionTask,
-    guided,
+    check_residuals,
+    check_served,
     inversion_method,
 )
+from s2edit_pipeline.noise_guidance import Guidance, guided
 from s2edit_pipeline.noise_schedule import NoiseSchedule
 from s2edit_pipeline.pipeline import S2EditPipeline
 
 DIFFUSIONS = ("epsilon", "v_prediction")
 KINDS = (*DIFFUSIONS, "flow")
 
-Denoise = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+OF_DIFFUSIONS = [name for name, method in INVERSIONS.items() if not method.flows_only]
+SERVED = [(name, kind) for name in INVERSIONS for kind in KINDS if kind == "flow" or name in OF_DIFFUSIONS]
+
+Denoise = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 """``denoise(x, level, embeds)``."""
 
 
@@ -45,8 +50,10 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def factors(schedule: NoiseSchedule, level: int) -> tuple[float, float]:
-    return float(schedule.signal[level]), float(schedule.noise[level])
+def factors(schedule: NoiseSchedule, level: float) -> tuple[float, float]:
+    """Half way between two levels, the mean of theirs."""
+    places = [int(level), math.ceil(level)]
+    return float(schedule.signal[places].mean()), float(schedule.noise[places].mean())
 
 
 def naive_split(output: torch.Tensor, x: torch.Tensor, schedule: NoiseSchedule, k: int) -> Any:
@@ -62,7 +69,7 @@ def naive_move(x: torch.Tensor, output: torch.Tensor, schedule: NoiseSchedule, k
     return a * x0 + s * noise
 
 
-def curved_denoiser(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+def curved_denoiser(x: torch.Tensor, level: float, embeds: torch.Tensor) -> torch.Tensor:
     """A network whose answer depends, nonlinearly, on everything."""
     return torch.tanh(x * 0.8 + embeds.mean() + 0.01 * level) + 0.3 * torch.sin(2 * x.roll(1, -1))
 
@@ -89,7 +96,7 @@ def gaussian_denoiser(schedule: NoiseSchedule, mean: float, deviation: float) ->
     """The perfect network for pictures distributed as N(mean, deviation^2): what is expected of n, a n - s x_0 or
     n - x_0 where x is seen."""
 
-    def denoise(x: torch.Tensor, level: int, embeds: torch.Tensor) -> torch.Tensor:
+    def denoise(x: torch.Tensor, level: float, embeds: torch.Tensor) -> torch.Tensor:
         a, s = factors(schedule, level)
         per_variance = (x - a * mean) / (a**2 * deviation**2 + s**2)
         noise, picture = s * per_variance, mean + a * deviation**2 * per_variance
@@ -117,6 +124,60 @@ def test_the_trajectory_converges_to_the_probability_flow(kind: str) -> None:
         assert 1.85 < coarse / fine < 2.15, errors  # half the step, half the error
 
 
+def test_the_midpoint_rule_is_of_order_two_where_euler_is_of_order_one() -> None:
+    """Along dx = x cos(3 s) ds, which leads from x_0 to x_0 exp(sin(3 s) / 3). (Between Gaussians midpoint is of order
+    three, which says nothing.)"""
+    for method, factor in (("midpoint", 4), ("ddim", 2)):
+        errors = []
+        for n in (20, 40, 80):
+            schedule = levels(n, "flow")
+
+            def denoise(x: torch.Tensor, level: float, embeds: torch.Tensor, of: NoiseSchedule = schedule) -> Any:
+                return x * math.cos(3 * factors(of, level)[1])
+
+            path = invert(method, schedule, denoise=denoise).trajectory
+            reference = X0 * math.exp(math.sin(3 * factors(schedule, n)[1]) / 3)
+            errors.append(float((path[-1:] - reference).abs().max()))
+        for coarse, fine in pairwise(errors):
+            assert 0.85 * factor < coarse / fine < 1.15 * factor, (method, errors)
+
+
+def test_the_midpoint_rule_is_rf_solvers_step() -> None:
+    """x + h v + h^2 / 2 v', with v' = (v(x + h / 2 v, s + h / 2) - v(x, s)) / (h / 2) (Wang et al. 2024)."""
+    schedule = levels(5, "flow")
+    path = invert("midpoint", schedule).trajectory
+    x = X0
+    for k in range(5):
+        h = float(schedule.noise[k + 1] - schedule.noise[k])
+        v = curved_denoiser(x, k, SOURCE)
+        slope = (curved_denoiser(x + h / 2 * v, k + 0.5, SOURCE) - v) / (h / 2)
+        x = x + h * v + h**2 / 2 * slope
+        torch.testing.assert_close(path[k + 1 : k + 2], x)
+
+
+@pytest.mark.parametrize("method", ["direct", "midpoint"])
+def test_in_a_flow_what_the_sources_steps_miss_is_found(method: str) -> None:
+    """With it Euler's way back under the source's words is the way up, to rounding; it costs one evaluation."""
+    asked: list[float] = []
+
+    def denoise(x: torch.Tensor, level: float, embeds: torch.Tensor) -> torch.Tensor:
+        asked.append(level)
+        return curved_denoiser(x, level, embeds)
+
+    schedule = levels(6, "flow")
+    path = invert(method, schedule, denoise=denoise)
+    assert len(asked) == {"direct": 7, "midpoint": 13}[method] and asked[-1] == 6
+    assert path.residuals is not None
+    x, free = path.trajectory[-1:], path.trajectory[-1:]
+    for k in range(6, 0, -1):
+        (_, s), (_, s_next) = factors(schedule, k), factors(schedule, k - 1)
+        x = x + (s_next - s) * curved_denoiser(x, k, SOURCE) + path.residuals[k - 1 : k]
+        free = free + (s_next - s) * curved_denoiser(free, k, SOURCE)
+        torch.testing.assert_close(x, path.trajectory[k - 1 : k], rtol=1e-12, atol=1e-12)
+    assert float((free - X0).abs().max()) > 1e-2
+    assert invert("direct", levels(6)).residuals is None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_walk_up_is_the_naive_loop(kind: str) -> None:
     schedule = levels(6, kind)
@@ -137,8 +198,7 @@ def test_guidance_is_the_formula(rescale: float, scale: float) -> None:
         torch.testing.assert_close(output[i], rescale * matched + (1 - rescale) * plain)
 
 
-@pytest.mark.parametrize("method", list(INVERSIONS))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "kind"), SERVED)
 def test_each_step_is_reported_with_its_latents(method: str, kind: str) -> None:
     """The walk up's own latents; on null-text's way down those that it arrived at."""
     reports: list[tuple[int, torch.Tensor]] = []
@@ -257,8 +317,9 @@ def test_negative_prompt_takes_the_sources_words(kind: str) -> None:
 
 def test_every_ddim_method_walks_the_same_path_up() -> None:
     schedule = levels(3)
-    assert set(INVERSIONS) == {"direct", "fixed_point", "ddim", "negative_prompt", "null_text", "edit_friendly"}
-    for method in INVERSIONS:
+    ours = {"direct", "fixed_point", "ddim", "negative_prompt", "null_text", "edit_friendly"}
+    assert set(INVERSIONS) == ours | {"midpoint", "flowedit"} and set(OF_DIFFUSIONS) == ours
+    for method in OF_DIFFUSIONS:
         result = invert(method, schedule, generator=_seeded(0))
         if method not in ("edit_friendly", "fixed_point"):
             torch.testing.assert_close(result.trajectory, ddim_trajectory(task(schedule)))
@@ -275,6 +336,55 @@ def test_every_ddim_method_walks_the_same_path_up() -> None:
 
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (3.5, 13.5)])
+def test_flowedit_is_the_published_update(scales: tuple[float, float]) -> None:
+    """Kulikov et al. 2024, algorithm 1: z <- z + ds (v_target(z + x_k - x_0) - v_source(x_k)), a new noise each step;
+    ours: Euler's steps of y = z + x_k - x_0, the residuals added."""
+    n, schedule, target = 7, levels(7, "flow"), normal(1, 4, 5, seed=5)
+    of_source, of_target = scales
+
+    def velocity(x: torch.Tensor, k: float, words: torch.Tensor, scale: float) -> torch.Tensor:
+        return guided(curved_denoiser(x, k, NEGATIVE), curved_denoiser(x, k, words), scale)
+
+    def of_words(x: torch.Tensor, k: float, words: torch.Tensor) -> torch.Tensor:
+        return velocity(x, k, words, of_source)
+
+    path = invert("flowedit", schedule, generator=_seeded(3), denoise=of_words)
+    assert path.residuals is not None
+    generator = _seeded(3)
+    noises = [torch.randn(X0.shape, generator=generator).double() for _ in range(n)]
+    z, y = X0, path.trajectory[-1:]
+    for k in range(n, 0, -1):
+        (a, s), (_, s_next) = factors(schedule, k), factors(schedule, k - 1)
+        x_source = a * X0 + s * noises[k - 1]
+        step = velocity(z + x_source - X0, k, target, of_target) - velocity(x_source, k, SOURCE, of_source)
+        z = z + (s_next - s) * step
+        y = schedule.move(y, velocity(y, k, target, of_target), k, k - 1) + path.residuals[k - 1 : k]
+    torch.testing.assert_close(y, z, rtol=1e-9, atol=1e-9)
+    assert float((z - X0).abs().max()) > 1e-2
+
+
+def test_what_an_inversion_cannot_serve_is_refused() -> None:
+    for method in ("midpoint", "flowedit"):
+        check_served(method, Guidance(), "flow")
+        with pytest.raises(ValueError, match=f"'{method}' is for flow matching, and this model predicts 'epsilon'"):
+            check_served(method, Guidance(), "epsilon")
+    for form in ("told", "none"):
+        check_served("direct", Guidance(form), "flow")
+        for method in ("null_text", "negative_prompt"):
+            with pytest.raises(ValueError, match=f"'{method}' is about the unconditional branch .* has none"):
+                check_served(method, Guidance(form), "flow")
+    check_residuals(False, "direct", "flow")
+    for method, prediction, why in (
+        ("direct", "epsilon", "aren't there"),
+        ("ddim", "flow", "aren't there"),
+        ("flowedit", "flow", "the method itself"),
+    ):
+        check_residuals(True, method, prediction)
+        with pytest.raises(ValueError, match=f"residuals=False has no effect with the inversion '{method}'.*{why}"):
+            check_residuals(False, method, prediction)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -85,6 +85,14 @@ def small_families() -> dict[str, S2EditPipeline]:
     return pipes
 
 
+@pytest.fixture(scope="session")
+def small_tokenizers(t5_tokenizer: Any, qwen_tokenizer: Any) -> dict[str, Any]:
+    """Of each kind that transformers' text encoders have, over small vocabularies."""
+    clip = build_tokenizer(num_captions=200)
+    clip.model_max_length = 77
+    return {"clip": clip, "t5": t5_tokenizer, "qwen": qwen_tokenizer}
+
+
 @pytest.fixture
 def make_family(_families: dict[str, dict[str, Any]]) -> Callable[..., S2EditPipeline]:
     """A fresh tiny pipeline of the given family and dtype; the tokenizers are shared, copies of them are slow."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from ...fit_settings import FitSettings
 from ...identity_adapter import IdentityAdapter
-from ...inversion_record import guided
+from ...noise_guidance import guided
 from ...noise_schedule import check_finite
 from ...picture_files import read_picture
 from ...picture_placement import Placement, place_picture

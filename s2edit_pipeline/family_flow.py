@@ -1,0 +1,152 @@
+"""What transformers that were trained by flow matching have in common."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from .attention_seam import AttentionSite
+from .family_base import DEFAULT_INVERSION, ModelFamily
+from .noise_schedule import (
+    FlowTime,
+    NoiseSchedule,
+    check_flow_scheduler,
+    flow_schedule,
+    flow_training_schedule,
+)
+from .prompt_columns import Segment
+
+FEW_STEPS = 10
+"""Fewer are a distilled model's: its path isn't straight enough to be walked up, so that FlowEdit is better there."""
+
+
+class FlowFamily(ModelFamily):
+    """A transformer that predicts a flow, on the levels of a ``FlowMatchEulerDiscreteScheduler``."""
+
+    denoiser_name = "transformer"
+    default_steps = 28
+    edit_defaults: ClassVar[Mapping[str, Any]] = {"self_replace_steps": 0.2}
+    kept_attention = 0.0
+    renormalizes = True
+
+    needed: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
+    """The components without which nothing can be done."""
+
+    # -------------------------------------------------------------------- checks
+
+    def check(self) -> None:
+        pipe = self.pipe
+        for name in self.needed:
+            if getattr(pipe, name, None) is None:
+                raise ValueError(f"The pipeline has no {name}; load it whole, or pass {name}= to from_pretrained.")
+        check_flow_scheduler(pipe.scheduler)
+        self.check_channels()
+        for name, encoder in self._numbered("text_encoder").items():
+            if encoder.dtype != pipe.transformer.dtype:
+                raise ValueError(
+                    f"The transformer is {pipe.transformer.dtype} and the {name} {encoder.dtype}. Load with one type, "
+                    "from_pretrained(..., dtype=torch.bfloat16), or call pipe.to(torch.float32)."
+                )
+
+    def check_channels(self) -> None:
+        """Raises:
+        ValueError: the transformer takes other latents than the autoencoder gives.
+        """
+        given = self.pipe.vae.config.latent_channels
+        if self.latent_channels != given:
+            raise ValueError(
+                f"The transformer takes {self.latent_channels} channels and the autoencoder gives {given}: load both "
+                "from one model."
+            )
+
+    # -------------------------------------------------------------------- pictures and latents
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        vae = self.pipe.vae
+        encoded = vae.encode(pixels.to(self.device, vae.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return ((latents - self._shift) * vae.config.scaling_factor).to(self.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        vae = self.pipe.vae
+        pixels: torch.Tensor = vae.decode(
+            latents.to(vae.dtype) / vae.config.scaling_factor + self._shift, return_dict=False
+        )[0]
+        return pixels
+
+    @property
+    def _shift(self) -> float:
+        return getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
+
+    # -------------------------------------------------------------------- noise
+
+    @abstractmethod
+    def flow_time(self, size: tuple[int, int] | None, num_inference_steps: int | None) -> FlowTime:
+        """What the denoiser is told, and how the scheduler is asked, for pictures of ``size``; without a number of
+        steps, of training."""
+
+    def schedule(self, num_inference_steps: int, size: tuple[int, int] | None = None) -> NoiseSchedule:
+        return flow_schedule(self.pipe.scheduler, num_inference_steps, self.flow_time(size, num_inference_steps))
+
+    def training_schedule(self, size: tuple[int, int] | None = None) -> NoiseSchedule:
+        return flow_training_schedule(self.pipe.scheduler, self.flow_time(size, None))
+
+    def default_inversion(self, num_inference_steps: int) -> str:
+        few = isinstance(num_inference_steps, int) and num_inference_steps < FEW_STEPS
+        return "flowedit" if few else DEFAULT_INVERSION
+
+    # -------------------------------------------------------------------- diffusers' own pipeline
+
+    stock_class: ClassVar[Any]
+
+    @property
+    def lora_components(self) -> tuple[str, ...]:
+        return tuple(getattr(self.stock_class, "_lora_loadable_modules", ()))
+
+    def stock(self) -> Any:
+        components = {name: getattr(self.pipe, name, None) for name in self.stock_components - {"scheduler"}}
+        return self.stock_class(**components, scheduler=copy.deepcopy(self.pipe.scheduler))
+
+
+def word_mean(output: torch.Tensor, segment: Segment) -> torch.Tensor:
+    """(D,), what stands for a whole prompt where the text encoder reads both ways and has no place for it: the mean
+    over the words' columns (Sentence-T5, Ni et al. 2022), of ``output`` (L, D)."""
+    return output[segment.start : max(segment.eos, segment.start + 1)].mean(0)
+
+
+def dynamic_mu(scheduler: Any, num_cells: int) -> float | None:
+    """The shift of the noise levels that diffusers' pipelines compute for ``num_cells`` picture cells (Esser et al.
+    2024, section 5.3.2), or None where the scheduler's is fixed."""
+    config = scheduler.config
+    if not config.use_dynamic_shifting:
+        return None
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    mu: float = num_cells * slope + config.base_shift - slope * config.base_image_seq_len
+    return mu
+
+
+def block_number(name: str) -> int:
+    """Of the block that the layer ``name`` is in: 3 of "transformer_blocks.3.attn"."""
+    return int(name.split(".")[1])
+
+
+def middle_half(count: int) -> range:
+    """Of ``count`` blocks those in the middle, which tell where words look as long as nobody has measured better."""
+    return range(count // 4, count - count // 4)
+
+
+def picture_then_text(
+    name: str, grid: tuple[int, int], num_columns: int, *, tells_words: bool, holds_layout: bool = True
+) -> AttentionSite:
+    """The site of joint attention in which the picture's cells come first, and then the text's columns."""
+    cells = grid[0] * grid[1]
+    return AttentionSite(
+        name, "joint", *grid, tells_words=tells_words, holds_layout=holds_layout,
+        text=slice(cells, cells + num_columns), picture=slice(0, cells),
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Tiny random transformers of the real classes, with their own kinds of text encoders over small vocabularies."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from s2edit_pipeline import S2EditPipeline
+
+
+@torch.no_grad()
+def randomized(model: Any, seed: int = 0) -> Any:
+    """``model`` with weights of a usual size: fresh ones are nearly zero in places, and say little."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
+    return model.eval()
+
+
+@torch.no_grad()
+def telling(encoder: Any) -> Any:
+    """``encoder`` with larger rows: a fresh one tells prompts apart by hundredths only."""
+    encoder.get_input_embeddings().weight.mul_(50)
+    return encoder.eval()
+
+
+def clip(tokenizer: Any, width: int, **changes: Any) -> nn.Module:
+    """CLIP with a projection as wide as itself; ``eos_token_id=2`` as the published configurations have it, so that
+    transformers takes the highest id for the end."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=2,
+        pad_token_id=tokenizer.pad_token_id, projection_dim=width, **changes,
+    )  # fmt: skip
+    encoder: nn.Module = telling(CLIPTextModelWithProjection(config))
+    return encoder
+
+
+def t5(tokenizer: Any, width: int) -> nn.Module:
+    """T5 with 28 rows more than words, as the published one."""
+    config = T5Config(
+        vocab_size=len(tokenizer) + 28, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False,
+    )  # fmt: skip
+    encoder: nn.Module = T5EncoderModel(config).eval()
+    return encoder
+
+
+def autoencoder(channels: int = 4, **changes: Any) -> nn.Module:
+    vae: nn.Module = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), layers_per_block=1, latent_channels=channels, norm_num_groups=4, sample_size=16,
+        use_quant_conv=False, use_post_quant_conv=False, **changes,
+    ).eval()  # fmt: skip
+    return vae
+
+
+def sd3_parts(tokenizers: dict[str, Any], *, dual: tuple[int, ...] = (), with_t5: bool = True) -> dict[str, Any]:
+    """Stable Diffusion 3's, with ``dual`` blocks 3.5 medium's."""
+    torch.manual_seed(0)
+    second = copy.deepcopy(tokenizers["clip"])
+    second.pad_token = "!"
+    parts = {
+        "transformer": randomized(
+            SD3Transformer2DModel(
+                sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+                num_attention_heads=2, joint_attention_dim=56, caption_projection_dim=16, pooled_projection_dim=40,
+                pos_embed_max_size=12, dual_attention_layers=dual, qk_norm="rms_norm",
+            )
+        ),
+        "vae": autoencoder(shift_factor=0.0609, scaling_factor=1.5305),
+        "text_encoder": clip(tokenizers["clip"], 16), "tokenizer": tokenizers["clip"],
+        "text_encoder_2": clip(second, 24, hidden_act="gelu"), "tokenizer_2": second,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }  # fmt: skip
+    if with_t5:
+        parts |= {"text_encoder_3": t5(tokenizers["t5"], 56), "tokenizer_3": tokenizers["t5"]}
+    return parts
+
+
+def pipeline(parts: dict[str, Any]) -> S2EditPipeline:
+    """Of copies of the modules; tokenizers are shared, copies of them are slow."""
+    modules = {n: copy.deepcopy(p) if isinstance(p, nn.Module) else p for n, p in parts.items()}
+    pipe = S2EditPipeline(**modules)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
