@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
-from s2edit_pipeline import fit_settings
+from s2edit_pipeline import S2EditPipeline, fit_settings
 from s2edit_pipeline.fit_settings import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("document", "written"),
     [
-        ("README.md", ["bob/identity.json", "bob-smiles.png"]),
+        ("README.md", ["ada/identity.json", "ada-smiles.png", "what-changed.png"]),
         ("docs/identities.md", ["ada/identity.json", "ada/preview_1.png", "ada-and-bob.png"]),
         ("docs/avatars.md", ["the-truth.png"]),
         ("docs/composition.md", ["ada-and-bobs-turban/identity.json", "ada-with-bobs-turban.png"]),
@@ -25,8 +27,22 @@ ROOT = Path(__file__).parent.parent
     ],
 )
 def test_python_examples_run(
-    document: str, written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    document: str,
+    written: list[str],
+    pipe: S2EditPipeline,
+    picture: Image.Image,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Where they name a model of the Hub, a tiny one of its kind stands for it, on the CPU."""
+    from_pretrained = S2EditPipeline.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def stand_in(cls: type[S2EditPipeline], name: str, **options: Any) -> S2EditPipeline:
+        return pipe if name.count("/") == 1 and not Path(name).exists() else from_pretrained(cls, name, **options)
+
+    monkeypatch.setattr(S2EditPipeline, "from_pretrained", classmethod(stand_in))
+    monkeypatch.setattr(pipe, "to", lambda *_: pipe)
+    picture.save(tmp_path / "ada.jpg")
     short = Recipe(3, 1e-3, 5e-3, 4, "uniform", "constant")  # as written, but shorter
     monkeypatch.setattr(fit_settings, "RECIPES", {"lora": short})
     examples = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text("utf-8"), flags=re.DOTALL)
