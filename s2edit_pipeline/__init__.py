@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention_source import KeepAttention
     from .avatars import load_avatars
+    from .describe_stage import Description
     from .edit_output import S2EditPipelineOutput
     from .fit_settings import ReferenceAttribute
     from .identity_adapter import IdentityAdapter
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Description",
     "IdentityAdapter",
     "Inversion",
     "KeepAttention",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _WHERE = {
+    "Description": "describe_stage",
     "IdentityAdapter": "identity_adapter",
     "Inversion": "inversion_record",
     "KeepAttention": "attention_source",

@@ -180,6 +180,7 @@ class EditRequest:
         crop: "auto", None or (left, top, right, bottom).
         shown: what IP-Adapters are shown, or None.
         method: of the edit, see ``edit_loop.EDITS``.
+        complete_prompt: whether the picture's description completes the prompts; None: where there is no source prompt.
     """
 
     prompts: Sequence[str]
@@ -202,3 +203,4 @@ class EditRequest:
     crop: Any = "auto"
     shown: ShownPicture | None = None
     method: str = "prompt_to_prompt"
+    complete_prompt: bool | None = None

@@ -11,6 +11,7 @@ from diffusers.utils import logging
 
 from .attention_controls import PromptToPrompt, Reweighting, mask_at
 from .attention_source import KeepAttention
+from .describe_stage import words_for_edit
 from .edit_attention import EditControl
 from .edit_loop import EDITS, EditTask, warn_of_outcome
 from .edit_output import S2EditPipelineOutput
@@ -162,7 +163,8 @@ def edit_words(work: Work, request: EditRequest) -> EditWords:
     for text in request.prompts:
         check_prompt(text, "prompt")
         check_tokens(text, family, overlay)
-    prompts, weights = zip(*(parse_weights(text) for text in request.prompts), strict=True)
+    parsed = [parse_weights(text) for text in request.prompts]
+    prompts, weights = [text for text, _ in parsed], [factors for _, factors in parsed]
     inverted_prompt = str(getattr(request.inversion, "prompt", ""))
     present = identities_in([*prompts, inverted_prompt], overlay)
     source_prompt = request.source_prompt
@@ -170,9 +172,9 @@ def edit_words(work: Work, request: EditRequest) -> EditWords:
         chosen = [] if request.identity_token is None else [request.identity_token]
         known = [overlay.identities[token].adapter.source_prompt for token in [*present, *chosen]]
         source_prompt = next((text for text in [inverted_prompt, *known] if text), None)
-        if source_prompt is None:
-            raise ValueError("Pass source_prompt=, what the picture shows now: 'a photo of a lady with glasses'.")
-    check_prompt(source_prompt, "source_prompt")
+    if source_prompt is not None:
+        check_prompt(source_prompt, "source_prompt")
+    source_prompt, prompts = words_for_edit(work, request, source_prompt, prompts)
     check_tokens(source_prompt, family, overlay)
     if parse_weights(source_prompt)[1]:
         raise ValueError(f"source_prompt={source_prompt!r} holds weights; they belong in the target prompt.")

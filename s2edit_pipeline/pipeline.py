@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import (
@@ -27,6 +26,11 @@ from .attention_controls import Controllers  # noqa: F401
 from .attention_opaque import OpaqueLayer  # noqa: F401
 from .attention_seam import attention_control  # noqa: F401
 from .attention_source import KeepAttention
+from .describe_captioner import caption_of  # noqa: F401
+from .describe_completion import completed  # noqa: F401
+from .describe_judge import DenoisingJudge  # noqa: F401
+from .describe_stage import DescribeRequest, words_for_fit
+from .describe_vocabulary import read_vocabulary  # noqa: F401
 from .edit_attention import EditControl  # noqa: F401
 from .edit_loop import EDITS  # noqa: F401
 from .edit_output import S2EditPipelineOutput
@@ -44,7 +48,7 @@ from .fit_loop import fit_weights  # noqa: F401
 from .fit_lora_start import start_along_gradient  # noqa: F401
 from .fit_losses import cosine  # noqa: F401
 from .fit_settings import MASK_THRESHOLD, FitRequest, FitSettings, ReferenceAttribute
-from .fit_stage import fit_picture, preview_mask
+from .fit_stage import fit_picture
 from .fit_weights import lora_weights  # noqa: F401
 from .identity_adapter import IdentityAdapter
 from .identity_card import identity_card  # noqa: F401
@@ -94,6 +98,7 @@ from .pipeline_components import PipelineComponents
 from .pipeline_encoding import PromptEncoding
 from .pipeline_facts import CallFacts
 from .pipeline_loaders import IdentityLoaders
+from .pipeline_looks import Looks
 from .pipeline_memory import memory_advice  # noqa: F401
 from .pipeline_turns import Turns  # noqa: F401
 from .pipeline_work import Work  # noqa: F401
@@ -114,6 +119,7 @@ class S2EditPipeline(
     IdentityLoaders,
     AdapterLoaders,
     PromptEncoding,
+    Looks,
     DiffusionPipeline,
     StableDiffusionMixin,
     TextualInversionLoaderMixin,
@@ -136,45 +142,17 @@ class S2EditPipeline(
         requires_safety_checker: only kept, so that Stable Diffusion's folders load.
         force_zeros_for_empty_prompt: whether SDXL is told zeros where there is no negative prompt.
         default_guidance_scale: what a call without ``guidance_scale=`` takes; None is S2Edit's 4.5.
+        vocabulary: what :meth:`describe` puts descriptions together of, see ``describe_vocabulary``, or None.
 
     Raises:
         ValueError: a model that isn't served, or components that hold another pipeline's identities.
     """
 
-    def preview_mask(
-        self,
-        image: Any,
-        prompt: str,
-        subject: str,
-        *,
-        threshold: float = MASK_THRESHOLD,
-        crop: Any = "auto",
-        height: int | None = None,
-        width: int | None = None,
-    ) -> PIL.Image.Image:
-        """The object mask that ``fit_identity`` would use: a PIL "L" picture of the size of ``image``.
-
-        The noun's cross-attention under ``prompt``, averaged over noise levels and over the layers of 1/16 to 1/32
-        of the picture's side, normalised, smoothed, thresholded, largest component kept (S2Edit, ``M_obj``). With
-        ``crop="auto"`` a subject that is small in the picture is found coarse, then fine.
-
-        Raises:
-            TypeError, ValueError: as :meth:`fit_identity`.
-        """
-        request = FitRequest(
-            pictures=(ReferenceAttribute(image, prompt, subject, "[I]", crop=crop),),
-            settings=FitSettings(mask_threshold=threshold),
-            size=(height, width),
-        )
-        with self._at_work(None, None, lambda call: None) as (work, _):
-            self._check_bare("The mask is a fit's, and a fit is to the bare model")
-            return preview_mask(work, request)
-
     def fit_identity(
         self,
         image: Any,
-        prompt: str,
-        subject: str,
+        prompt: str | None = None,
+        subject: str | None = None,
         token: str = "[I]",
         method: str | None = None,
         mask: Any = None,
@@ -205,14 +183,16 @@ class S2EditPipeline(
         height: int | None = None,
         width: int | None = None,
         token_learning_rate: float | None = None,
+        complete_prompt: bool = False,
         stop: Any = None,
     ) -> IdentityAdapter:
         """Fit ``token`` to the subject of one picture (S2Edit, stage one). The pipeline is left as it was found.
 
         Args:
             image: the picture, see ``picture_inputs.load_picture``.
-            prompt: P, what it shows: "a photo of a lady with glasses".
-            subject, token: the noun in it, "lady", and the word in brackets that will stand before it.
+            prompt: P, what it shows: "a photo of a lady with glasses"; None: what :meth:`describe` says.
+            subject, token: the noun in it, "lady" (None: what it speaks of), and the word in brackets that will stand
+                before it.
             method: "lora" (None), "full" (the paper's) or "token".
             mask: the subject's mask, white inside, the picture's shape; None finds it by itself.
             num_steps, learning_rate, token_learning_rate: None takes the method's own.
@@ -234,6 +214,7 @@ class S2EditPipeline(
             crop: what part of the picture to work at. "auto": close up at the subject where it fills little of a large
                 picture; None: all of it; (left, top, right, bottom): that. The identity's settings tell.
             height, width: work at another size than the model's own.
+            complete_prompt: add to ``prompt`` what :meth:`describe` says beside it.
             stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
                 comes back and says ``interrupted``.
 
@@ -245,10 +226,8 @@ class S2EditPipeline(
             FloatingPointError: the loss ran away; the message names the step.
         """
         settings = FitSettings.of(locals())
-        pictures = (
-            ReferenceAttribute(image, prompt, subject, token, mask, crop),
-            *check_fit(self, generator, reference),
-        )
+        known = DescribeRequest(image, prompt, size=(height, width), crop=crop)
+        references = check_fit(self, generator, reference)
 
         def on_step(step: int, total: int, measures: Mapping[str, float]) -> None:
             if callback_on_step_end is not None:
@@ -256,9 +235,10 @@ class S2EditPipeline(
 
         with self._at_work(None, stop, lambda call: None, alone="fit_identity") as (work, _):
             self._check_bare("A new identity is fitted to the bare model")
+            prompt, subject = words_for_fit(work, known, subject, complete=complete_prompt)
             request = FitRequest(
-                pictures=pictures, settings=settings, generator=generator, size=(height, width),
-                checkpoint_folder=checkpoint_folder,
+                pictures=(ReferenceAttribute(image, prompt, subject, token, mask, crop), *references),
+                settings=settings, generator=generator, size=known.size, checkpoint_folder=checkpoint_folder,
             )  # fmt: skip
             return fit_picture(work, request, on_step)
 
@@ -375,6 +355,7 @@ class S2EditPipeline(
         ip_adapter_image: Any = None,
         ip_adapter_image_embeds: list[torch.Tensor] | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
+        complete_prompt: bool | None = None,
         stop: Any = None,
         **stock_arguments: Any,
     ) -> S2EditPipelineOutput | tuple[Any, ...]:
@@ -384,7 +365,7 @@ class S2EditPipeline(
             prompt: the target prompt, or several: all edits share one inversion. ``[I]`` in it is put into
                 ``source_prompt`` by itself, before the identity's subject.
             image: the picture to edit.
-            source_prompt: what it shows; None takes the identity's own.
+            source_prompt: what it shows; None takes the identity's own, or without one what :meth:`describe` says.
             identity: an identity to use for this call, or the token of a loaded one.
             inversion: what :meth:`invert` returned, or a method's name; None is the model's best: "direct", of few
                 steps of a flow "flowedit".
@@ -419,6 +400,8 @@ class S2EditPipeline(
                 are, the source stays the bare model's.
             cross_attention_kwargs: "scale" weighs the LoRAs that are loaded (not the identities), "ip_adapter_masks"
                 says where each of IP-Adapter's pictures counts.
+            complete_prompt: add to the source prompt and the targets what :meth:`describe` says beside them, see
+                ``describe_stage.words_for_edit``; None: where no source prompt is known.
             stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
                 comes back and says ``interrupted``.
             stock_arguments: only without ``image``: whatever else diffusers' own pipeline of this model takes.
@@ -460,6 +443,7 @@ class S2EditPipeline(
                     keep_pixels=keep_pixels, size=(height, width), clip_skip=clip_skip, generator=generator,
                     keep_attention=keep_attention, output_type=output_type,
                     return_attention_maps=return_attention_maps, output_size=output_size, crop=crop, shown=shown,
+                    complete_prompt=complete_prompt,
                 )  # fmt: skip
                 output = edit_picture(work, request)
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))

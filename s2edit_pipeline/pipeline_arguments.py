@@ -187,6 +187,7 @@ EDITING = (
     "source_prompt", "inversion", "preset", "reweight", "edit_mask", "keep_words", "keep_pixels", "blend_words",
     "blend_threshold", "change_threshold", "guidance_stop", "strength", "edit", "cross_replace_steps",
     "self_replace_steps", "return_attention_maps", "keep_attention", "residuals", "output_size", "crop",
+    "complete_prompt",
 )  # fmt: skip
 """Arguments that only editing a picture can obey."""
 DRAWING = (

@@ -24,11 +24,12 @@ from transformers import (
     T5Tokenizer,
 )
 
+from .describe_vocabulary import read_vocabulary
 from .edit_settings import check_guidance
 from .family_base import family_of
 from .identity_overlay import IdentityOverlay
 
-OPTIONS = ("requires_safety_checker", "force_zeros_for_empty_prompt", "default_guidance_scale")
+OPTIONS = ("requires_safety_checker", "force_zeros_for_empty_prompt", "default_guidance_scale", "vocabulary")
 """What ``__init__`` takes beside the components, and a folder's ``model_index.json`` keeps."""
 
 
@@ -74,6 +75,7 @@ class PipelineComponents:
         requires_safety_checker: bool = False,
         force_zeros_for_empty_prompt: bool = True,
         default_guidance_scale: float | None = None,
+        vocabulary: str | list[str] | None = None,
     ) -> None:
         super().__init__()
         if getattr(tokenizer, "s2edit_tokens", ()):
@@ -99,6 +101,9 @@ class PipelineComponents:
         if default_guidance_scale is not None:
             check_guidance(default_guidance_scale, "default_guidance_scale")
             self.register_to_config(_default_guidance_scale=float(default_guidance_scale))
+        if vocabulary is not None:
+            read_vocabulary(vocabulary)  # refused here if it is none
+            self.register_to_config(_vocabulary=[vocabulary] if isinstance(vocabulary, str) else list(vocabulary))
         if text_encoder_2 is not None:  # with several, diffusers' loops show callbacks no negative embeddings
             self._callback_tensor_inputs = ["latents", "prompt_embeds"]
         # of all that the class may lack, what this pipeline's own model may

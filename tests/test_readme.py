@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
         ("README.md", ["ada/identity.json", "ada-smiles.png", "what-changed.png"]),
         ("docs/identities.md", ["ada/identity.json", "ada/preview_1.png", "ada-and-bob.png"]),
         ("docs/avatars.md", ["the-truth.png"]),
+        ("docs/describing.md", ["smiling-dog.png"]),
         ("docs/composition.md", ["ada-and-bobs-turban/identity.json", "ada-with-bobs-turban.png"]),
         ("docs/benchmark-rivals.md", ["faces/bob.txt"]),
         ("docs/threads.md", []),

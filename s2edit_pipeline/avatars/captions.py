@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .world import CAPTION_PREFIX, Creature, Person, Subject
+from .creatures import CREATURE_HEADWEAR, PATTERNS, SPECIES
+from .drawing import BACKGROUNDS, COLORS, EXPRESSIONS, GLASSES
+from .people import CLOTHES, FACIAL_HAIR, HAIR_COLORS, HAIR_KINDS, HEADWEAR, NOUNS
+from .world import CAPTION_PREFIX, CREATURE_ATTRIBUTES, PERSON_ATTRIBUTES, Creature, Person, Subject
 
 
 @dataclass(frozen=True)
@@ -131,3 +135,57 @@ def describe(subject: Subject, rng: random.Random | None = None) -> Caption:
             speaker.said[attribute] = "none"
     said_words, parts = zip(*words, strict=True)
     return Caption(words=said_words, parts=parts, said=speaker.said)
+
+
+def vocabulary() -> list[str]:
+    """All that captions can say, as ``describe_vocabulary`` writes it: one caption with choices for each kind of
+    subject."""
+    colors, hair_colors, backgrounds = ("|".join(words) for words in (COLORS, HAIR_COLORS, BACKGROUNDS))
+    moods, nouns, species = ("|".join(words) for words in (EXPRESSIONS, NOUNS, SPECIES))
+    hair = [" ".join(word for word in kind.split() if word != "straight") for kind in HAIR_KINDS if kind != "bald"]
+    tops = ["bald", *(f"with {kind} [{hair_colors}] hair" for kind in hair), *_worn(HEADWEAR, colors)]
+    clothes = [f"with {'' if kind == 'overalls' else 'a '}[{colors}] {kind}" for kind in CLOTHES]
+    return [
+        f"{CAPTION_PREFIX} [{moods}] {{{nouns}}} [{'|'.join(tops)}] {_optional(GLASSES)} "
+        f"{_optional(FACIAL_HAIR, 'a ')} [{'|'.join(clothes)}] [on a [{backgrounds}] background]",
+        f"{CAPTION_PREFIX} [{moods}] [{colors}] {{{species}}} {_optional(PATTERNS)} {_optional(GLASSES)} "
+        f"[{'|'.join(['', *_worn(CREATURE_HEADWEAR, colors)])}] [on a [{backgrounds}] background]",
+    ]
+
+
+def _worn(kinds: Sequence[str], colors: str) -> list[str]:
+    return [f"with a [{colors}] {kind}" for kind in kinds if kind != "none"]
+
+
+def _optional(kinds: Sequence[str], article: str = "") -> str:
+    return f"[{'|'.join(['', *(f'with {article}{kind}' for kind in kinds if kind != 'none')])}]"
+
+
+def read_caption(text: str) -> dict[str, str]:
+    """What a caption in the grammar settles: the inverse of :func:`describe`'s ``said``, for what it says of its
+    subject and of what is worn."""
+    words = text.split()
+    noun = next(word for word in words if word in (*NOUNS, *SPECIES))
+    attributes = PERSON_ATTRIBUTES if noun in NOUNS else CREATURE_ATTRIBUTES
+    place = words.index(noun)
+    said = {"species": noun} if noun in SPECIES else {}
+    for word in words[:place]:
+        for attribute, values in (("expression", EXPRESSIONS), ("fur_color", COLORS), ("hair", HAIR_KINDS)):
+            if word in values:
+                said[attribute] = word
+    for i, word in enumerate(words[place + 1 :], place + 1):
+        before = words[i - 1]
+        for attribute in ("glasses", "facial_hair", "headwear", "clothes", "pattern"):
+            if word in attributes.get(attribute, ()):
+                said[attribute] = word
+                if before in COLORS and f"{attribute}_color" in attributes:
+                    said[f"{attribute}_color"] = before
+        if word == "background":
+            said["background"] = before
+        if word == "hair":
+            said |= {"hair_color": before} if before in HAIR_COLORS else {}
+            phrase = words[i - 3 : i]
+            length = next(word for word in phrase if word in ("short", "long"))
+            said["hair"] = f"{length} {'curly' if 'curly' in phrase else 'straight'}"
+    nothing = {name: "none" for name in ("glasses", "facial_hair", "headwear", "pattern") if name in attributes}
+    return nothing | said

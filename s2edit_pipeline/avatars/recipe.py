@@ -37,6 +37,7 @@ from .autoencoder_training import (
     to_tensor,
     train_autoencoder,
 )
+from .captions import vocabulary
 from .dataset import PictureSet, load_pictures
 from .denoiser_training import (
     SAMPLE_PROMPTS,
@@ -304,7 +305,7 @@ def _copy_average(parameters: list[torch.nn.Parameter], state: dict[str, Any]) -
         parameter.copy_(average)
 
 
-OPTIONS: Mapping[str, Any] = {"default_guidance_scale": 2.0}
+OPTIONS: Mapping[str, Any] = {"default_guidance_scale": 2.0, "vocabulary": vocabulary()}
 """What the model's folder says to ``S2EditPipeline`` alone, see ``pipeline_components.PipelineComponents``."""
 
 

@@ -220,6 +220,18 @@ def _fits(args: argparse.Namespace) -> Report:
     return report
 
 
+def _describe_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _people_flag(parser, 100)
+    parser.add_argument("--creatures", type=int, default=100, help="how many held-out creatures (%(default)s)")
+
+
+def _describe(args: argparse.Namespace) -> Report:
+    from .studies.descriptions import measure_descriptions
+
+    return measure_descriptions(_load(args), args.people, args.creatures)
+
+
 def _steps_flags(parser: argparse.ArgumentParser) -> None:
     _model_flag(parser)
     _seed_flag(parser)
@@ -307,6 +319,7 @@ MEASURES: Mapping[str, Measure] = {
     "confinement": Measure("edits that may change more or less of the picture", _confinement_flags, _confinement),
     "compositions": Measure("something of one person on another", _compositions_flags, _compositions),
     "fits": Measure("what fits are worth and cost", _fits_flags, _fits),
+    "describe": Measure("how much of a picture's description is right", _describe_flags, _describe),
     "steps": Measure("edits at 10, 20 and 50 steps", _steps_flags, _steps),
     "memory": Measure("peaks of memory, of edits and of fits", _memory_flags, _memory),
     "costs": Measure("what edits cost beside drawing a picture", _costs_flags, _costs),

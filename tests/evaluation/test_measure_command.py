@@ -19,7 +19,7 @@ from s2edit_pipeline.evaluation import measure_command
 from s2edit_pipeline.evaluation.costs import cuda, memory, scaling
 from s2edit_pipeline.evaluation.costs import edits as edit_costs
 from s2edit_pipeline.evaluation.measure_command import MEASURES, as_json
-from s2edit_pipeline.evaluation.studies import base_model, compositions, edits, fits, inversions
+from s2edit_pipeline.evaluation.studies import base_model, compositions, descriptions, edits, fits, inversions
 
 
 @dataclass
@@ -45,6 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     for module, name in (
         (base_model, "measure_base_model"), (inversions, "measure_inversions"), (edits, "measure_edits"),
         (edits, "measure_steps"), (compositions, "measure_compositions"), (fits, "measure_fits"),
+        (descriptions, "measure_descriptions"),
         (memory, "measure_memory"), (edit_costs, "measure_edit_costs"), (scaling, "measure_scaling"),
     ):  # fmt: skip
         stand_in(module, name)
@@ -63,6 +64,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         ("edits --setting λ --setting full --seed 4", {"args": [2], "num_inference_steps": 25, "seed": 4}),
         ("compositions --people 6", {"args": [6], "num_inference_steps": 25, "seed": 0}),
         ("fits --people 9 --steps 2", {"args": [9], "num_inference_steps": 2, "seed": 0}),
+        ("describe --people 2 --creatures 3", {"args": [2, 3]}),
         ("steps --people 9", {"people": range(9), "seed": 0}),
         ("memory --steps 3", {"args": [3]}),
         ("costs --steps 7 --items first further", {"args": [7, 5], "items": ["first", "further"], "side": None}),

@@ -79,7 +79,8 @@ def small_families() -> dict[str, S2EditPipeline]:
     """A pipeline of each family over a small vocabulary: learned words are added to it in no time."""
     tokenizer = build_tokenizer(num_captions=200)
     tokenizer.model_max_length = 77
-    pipes = {family: S2EditPipeline(**_components(family, tokenizer)) for family in FAMILIES}
+    vocabulary = "a photo of [sad|smiling] {lady|man} [|with glasses] [with a [red|blue] hat|with a beard]"
+    pipes = {family: S2EditPipeline(**_components(family, tokenizer), vocabulary=vocabulary) for family in FAMILIES}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     return pipes

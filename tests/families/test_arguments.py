@@ -177,7 +177,7 @@ def call_values(walk: Walk) -> dict[str, Any]:
         "pooled_prompt_embeds": noise(1, 24), "negative_pooled_prompt_embeds": noise(1, 24), "original_size": (40, 30),
         "crops_coords_top_left": (3, 5), "target_size": (16, 32), "latents": noise(1, 4, 8, 12), "height": 24,
         "width": 32, "clip_skip": 1, "return_attention_maps": True, "keep_attention": KeepAttention(share=1.0),
-        "stop": stopped(), "stock_arguments": 0.5,
+        "stop": stopped(), "stock_arguments": 0.5, "complete_prompt": True,
     }  # fmt: skip
 
 
@@ -185,6 +185,7 @@ EDITING = {
     "source_prompt", "inversion", "preset", "reweight", "edit_mask", "keep_words", "keep_pixels", "blend_words",
     "blend_threshold", "change_threshold", "guidance_stop", "strength", "edit", "cross_replace_steps",
     "self_replace_steps", "return_attention_maps", "keep_attention", "residuals", "output_size", "crop",
+    "complete_prompt",
 }  # fmt: skip
 DRAWING = {
     "num_images_per_prompt", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
@@ -196,7 +197,9 @@ XL_ALONE = {
     "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "original_size", "crops_coords_top_left", "target_size"
 }  # fmt: skip
 ETA = {"stock_arguments": {"eta": 0.5}}
-OF_THE_INVERSION = {"num_inference_steps", "height", "width", "clip_skip", "source_prompt", "keep_attention", "crop"}
+OF_THE_INVERSION = {
+    "num_inference_steps", "height", "width", "clip_skip", "source_prompt", "keep_attention", "crop", "complete_prompt",
+}  # fmt: skip
 """Arguments that a finished inversion has settled."""
 
 
@@ -354,6 +357,7 @@ def test_no_argument_of_a_fit_is_ignored(walk: Walk, name: str, monkeypatch: pyt
         "optimizer": "adamw_8bit", "gradient_checkpointing": True, "lora_rank": 3, "lora_layers": "attention",
         "lora_init": "random", "detach_sentence": True, "renormalize": True, "mask_after": True, "mask_threshold": 0.1,
         "height": 24, "width": 32, "token_learning_rate": 1e-4, "stop": stopped(), "crop": PART,
+        "complete_prompt": True,
     }  # fmt: skip
 
     def fit() -> dict[str, Any]:
