@@ -56,8 +56,9 @@ def start(work: Callable[[Job], Any]) -> dict[str, str]:
 
     def run() -> None:
         try:
-            if not job.stop.is_set():
-                job.result = work(job)
+            if job.stop.is_set():
+                raise ValueError("It was stopped before it began.")
+            job.result = work(job)
         except (ValueError, TypeError) as error:  # the client's
             job.error = str(error)
         except Exception as error:

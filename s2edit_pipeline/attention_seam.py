@@ -28,9 +28,12 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from .attention_opaque import OpaqueLayer
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,8 @@ def _attend_jointly(
 
 
 class _Interception(TorchFunctionMode):
-    """Within the context, of this thread, ``scaled_dot_product_attention`` passes by the controller."""
+    """Within the context, of this thread, ``scaled_dot_product_attention`` passes by the controller. IP-Adapter's
+    attention to pictures comes after the one to the text, and is let be."""
 
     def __init__(self, controller: AttentionController, site: AttentionSite, upcast: bool) -> None:
         super().__init__()
@@ -232,6 +236,8 @@ class _Interception(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self.num_calls += 1
+        if self.num_calls > 1:
+            return func(*args, **(kwargs or {}))
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         attention = _Attention(**dict(zip(names, args, strict=False)), **(kwargs or {}))
         attend = _attend_jointly if self.site.kind == "joint" else _attend
@@ -260,6 +266,7 @@ class _Wrappers:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.installed: list[tuple[Any, Any]] = []
+        self.compiled: list[tuple[nn.Module, Any]] = []
         self.controls: list[_Control] = []
 
     def enter(self, control: _Control) -> None:
@@ -271,7 +278,13 @@ class _Wrappers:
                     processor = layer.processor
                     self.installed.append((layer, processor))
                     kind: Any = type(processor)
-                    layer.set_processor(_wrapper_class(kind)(name, processor, self))
+                    wrapper = _wrapper_class(kind)(name, processor, self)
+                    wrapper.opaque = OpaqueLayer(wrapper.attend, layer) if kind.__name__ in _ONE_OUTPUT else None
+                    layer.set_processor(wrapper)
+                if control.has_gradients or not _can_stay_compiled(control.denoiser, layers):
+                    self.compiled = [(m, m._compiled_call_impl) for m in control.denoiser.modules()]
+                    for module, _ in self.compiled:
+                        module._compiled_call_impl = None
             self.controls.append(control)
 
     def leave(self, control: _Control) -> None:
@@ -281,6 +294,9 @@ class _Wrappers:
                 for layer, processor in self.installed:
                     layer.set_processor(processor)
                 self.installed.clear()
+                for module, compiled in self.compiled:
+                    module._compiled_call_impl = compiled
+                self.compiled.clear()
 
     def current(self) -> _Control | None:
         control = _CONTROL.get()
@@ -302,6 +318,7 @@ class ControlledProcessor:
 
     def __init__(self, name: str, installed: Any, wrappers: _Wrappers) -> None:
         self.name, self.installed, self.wrappers = name, installed, wrappers
+        self.opaque: OpaqueLayer | None = None
         self.fusing = AttnProcessor2_0() if type(installed).__name__ in _WITHOUT_FUSED_KERNEL else installed
 
     @torch.compiler.disable
@@ -316,7 +333,7 @@ class ControlledProcessor:
             return self.installed(attn, *args, **kwargs)
         with _Interception(control.controller, site, getattr(attn, "upcast_attention", False)) as seen:
             output = self.fusing(attn, *args, **kwargs)
-        if seen.num_calls != 1:
+        if seen.num_calls != 1 and not (seen.num_calls and _attends_to_pictures(type(self.installed))):
             raise ValueError(
                 f"{self.name} holds {type(self.installed).__name__}, which made {seen.num_calls} attentions where one "
                 "was expected, so they can't be edited. Put the model's own back, set_default_attn_processor(), and "
@@ -330,6 +347,11 @@ def _wrapper_class(kind: type) -> type[ControlledProcessor]:
     """diffusers hands a processor those arguments alone that its signature names: a wrapper's is its processor's."""
 
     def __call__(self: ControlledProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and self.opaque is not None and not torch.is_grad_enabled():
+            text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+            others = [*args[2:], *(v for n, v in kwargs.items() if n not in ("hidden_states", "encoder_hidden_states"))]
+            if all(other is None for other in others):
+                return self.opaque(args[0] if args else kwargs["hidden_states"], text)
         return self.attend(attn, *args, **kwargs)
 
     call: Any = __call__
@@ -337,8 +359,23 @@ def _wrapper_class(kind: type) -> type[ControlledProcessor]:
     return type(f"Controlled{kind.__name__}", (ControlledProcessor,), {"__call__": __call__})
 
 
+_ONE_OUTPUT = {
+    "AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor",
+}  # fmt: skip
+"""Processors that answer with one tensor, of the picture cells' shape."""
 _WITHOUT_FUSED_KERNEL = {"AttnProcessor", "XFormersAttnProcessor", "SlicedAttnProcessor"}
 """Processors that do AttnProcessor2_0's arithmetic without its kernel; it stands in where a layer is controlled."""
+
+
+def _can_stay_compiled(denoiser: nn.Module, layers: dict[str, Any]) -> bool:
+    """Whether a graph of ``denoiser``'s blocks wouldn't break at a layer, nor be made anew for each adapter in them."""
+    is_adapted = any(isinstance(module, LoraLayer) for module in denoiser.modules())
+    return not is_adapted and all(layer.processor.opaque is not None for layer in layers.values())
+
+
+def _attends_to_pictures(kind: type) -> bool:
+    """Whether a processor of this kind is IP-Adapter's, which adds an attention to each picture."""
+    return kind.__name__ == "IPAdapterAttnProcessor2_0"
 
 
 def attention_layers(denoiser: nn.Module) -> dict[str, Any]:
@@ -360,7 +397,7 @@ def check_processors(layers: dict[str, Any]) -> None:
         makes_attention = names is not None and {"scaled_dot_product_attention", "dispatch_attention_fn"} & {
             *names.co_names
         }
-        one = "IPAdapter" not in kind.__name__ and "AddedKV" not in kind.__name__
+        one = _attends_to_pictures(kind) or not any(part in kind.__name__ for part in ("IPAdapter", "AddedKV"))
         if kind.__name__ not in _WITHOUT_FUSED_KERNEL and not (makes_attention and one):
             raise ValueError(
                 f"{name} holds {kind.__name__}, whose attention can't be edited. Take it out first: "
@@ -375,7 +412,7 @@ def attention_control(denoiser: nn.Module, controller: AttentionController, site
     The processors that were there are put back when the last thread leaves. Contexts nest; the inner one counts.
 
     Raises:
-        ValueError: a layer's attention can't be taken over (IP-Adapter, added keys); nothing is changed then.
+        ValueError: a layer's attention can't be taken over (xFormers' IP-Adapter, added keys); nothing is changed then.
     """
     denoiser = getattr(denoiser, "_orig_mod", denoiser)  # behind torch.compile, what it wraps
     with _WRAPPERS_LOCK:

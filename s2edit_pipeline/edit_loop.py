@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from diffusers.utils import logging
 
 from .edit_attention import EditControl
 from .edit_settings import EditSettings
@@ -16,6 +17,11 @@ from .noise_schedule import NoiseSchedule, check_finite
 from .object_masks import changed_cells, edit_region
 from .pipeline_turns import Interrupted
 from .prompt_embeds import Batch, Branch, PromptEmbeds
+
+logger = logging.get_logger(__name__)
+
+UNSEEN = 0.05
+"""The largest change of the latents, in their deviations, that isn't seen in a picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +167,10 @@ def _stepped(task: EditTask, x: torch.Tensor, output: torch.Tensor, k: int) -> t
 
 
 def _ask_free_source(task: EditTask, source: torch.Tensor, k: int, null: Branch) -> torch.Tensor:
-    """The source's own guided output, in a batch before the targets'."""
+    """The source's own guided output, in a batch before the targets'; pictures are shown to these alone."""
     scale = task.settings.guidance_scale
     is_guided = task.form.has_null(scale)
-    batch = Batch((task.source, *[null] * is_guided))
+    batch = Batch((task.source, *[null.with_picture(None)] * is_guided))
     task.control.begin(task.schedule.num_steps - k, k, batch)
     output = task.denoise(source.expand(len(batch), -1, -1, -1), k, batch)
     return task.combine(output[1:], output[:1], scale) if is_guided else output
@@ -216,3 +222,23 @@ def _with_row(branch: Branch, embeds: torch.Tensor | None, row: int) -> Branch:
         return branch
     encoded: PromptEmbeds = branch.embeds.with_embeds(embeds[row : row + 1].to(branch.embeds.embeds))
     return replace(branch, embeds=encoded)
+
+
+def warn_of_outcome(edited: EditedLatents) -> None:
+    """Say where an edit changed nothing, or nothing that can be seen."""
+    for i, target in enumerate(edited.targets):
+        source = edited.source[0].to(target)
+        change = float((target - source).abs().max() / source.std().clamp(min=1e-6))
+        which = f"Edit {i + 1} of {len(edited.targets)}"
+        if edited.interrupted or change > UNSEEN:
+            continue
+        if change == 0:
+            logger.warning(
+                f"{which} is the picture itself: no word that differs from the source prompt's had a place to change. "
+                "Change a word, take more steps or a higher strength, or pass edit_mask= or blend_words=False."
+            )
+        else:
+            logger.warning(
+                f"{which} can't be told from the picture: too little noise was edited in. Take more steps "
+                "(num_inference_steps=50) or a higher strength."
+            )

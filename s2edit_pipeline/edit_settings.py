@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .noise_schedule import NoiseSchedule
+from .prompt_embeds import ShownPicture
 
 DEFAULT_GUIDANCE = 4.5
 """Where neither the caller nor the model says otherwise; S2Edit recommends 3.5 to 5.5."""
@@ -177,6 +178,7 @@ class EditRequest:
         return_attention_maps: whether to say where words looked.
         output_size: "picture" or "model".
         crop: "auto", None or (left, top, right, bottom).
+        shown: what IP-Adapters are shown, or None.
         method: of the edit, see ``edit_loop.EDITS``.
     """
 
@@ -198,4 +200,5 @@ class EditRequest:
     return_attention_maps: bool = False
     output_size: str = "picture"
     crop: Any = "auto"
+    shown: ShownPicture | None = None
     method: str = "prompt_to_prompt"

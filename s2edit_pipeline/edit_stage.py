@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from .attention_controls import PromptToPrompt, Reweighting, mask_at
 from .attention_source import KeepAttention
 from .edit_attention import EditControl
-from .edit_loop import EDITS, EditedLatents, EditTask
+from .edit_loop import EDITS, EditTask, warn_of_outcome
 from .edit_output import S2EditPipelineOutput
 from .edit_pictures import edited_pictures, unedited_pictures
 from .edit_settings import EditRequest
@@ -26,6 +26,7 @@ from .identity_prompts import (
     encode_each,
     identities_in,
     spatial_control,
+    tokenize_alike,
     warn_of_words,
     with_identities,
 )
@@ -85,6 +86,7 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
         TypeError, ValueError: an input that can't be used; nothing has been done then.
     """
     family, settings = work.family, request.settings
+    family.check()
     words = edit_words(work, request)
     canvas = edit_canvas(work, request, words)
     mask = _given_mask(work, request, canvas)
@@ -103,6 +105,9 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
         null = Branch(
             "unconditional", family.encode_negative(request.negative_prompt, encoded_source, request.clip_skip)
         )
+    pictures = None
+    if request.shown is not None:
+        pictures = family.encode_pictures(request.shown, guided=family.guides(settings.guidance_scale))
     prompt_to_prompt = PromptToPrompt(
         alignments=[plan.alignment for plan in plans],
         cross_until=[plan.cross_until for plan in plans],
@@ -124,6 +129,8 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
     # negative-prompt inversion asks the unconditional branch with the source's words, [I] among them
     if INVERSIONS[inversion.method].null_is_source:
         null = replace(null, embeds=source.embeds, prompt=source.prompt)
+    if pictures is not None:  # the source stays the bare model's
+        targets, null = [target.with_picture(pictures[0]) for target in targets], null.with_picture(pictures[1])
     task = _edit_task(work, request, canvas, (source, null, targets), inversion, control, plans)
     with (
         work.progress_bar(total=settings.num_steps(canvas.schedule)) as bar,
@@ -171,8 +178,7 @@ def edit_words(work: Work, request: EditRequest) -> EditWords:
         raise ValueError(f"source_prompt={source_prompt!r} holds weights; they belong in the target prompt.")
     check_takes_part(request.identity_token, [*prompts, source_prompt], overlay)
     warn_of_words(source_prompt, prompts, family)
-    source = family.tokenize(with_identities(source_prompt, present, overlay))
-    targets = [family.tokenize(text) for text in prompts]
+    source, targets = tokenize_alike(with_identities(source_prompt, present, overlay), prompts, family, overlay)
     check_negative(request.negative_prompt, overlay)
     return EditWords(source, targets, weights)
 
@@ -427,14 +433,3 @@ def _counted(on_step: Any, bar: Any) -> Any:
         return changed
 
     return counting
-
-
-def warn_of_outcome(edited: EditedLatents) -> None:
-    """Say where an edit changed nothing."""
-    for i, target in enumerate(edited.targets):
-        if not edited.interrupted and torch.equal(target, edited.source[0].to(target)):
-            logger.warning(
-                f"Edit {i + 1} of {len(edited.targets)} is the picture itself: no word that differs from the source "
-                "prompt's had a place to change. Change a word, take more steps or a higher strength, or pass "
-                "edit_mask= or blend_words=False."
-            )

@@ -24,7 +24,7 @@ from .picture_inputs import picture_to_tensor
 from .picture_modes import Box
 from .picture_placement import PlacedPicture, place_picture
 from .prompt_columns import Segment, TokenizedPrompt
-from .prompt_embeds import PromptEmbeds
+from .prompt_embeds import PicturePrompt, PromptEmbeds, ShownPicture
 
 DEFAULT_INVERSION = "direct"
 
@@ -60,6 +60,11 @@ class ModelFamily(ABC):
         """Whether ``pipe`` holds a model of this kind."""
         denoiser = getattr(pipe, cls.denoiser_name, None)
         return type(getattr(denoiser, "_orig_mod", denoiser)).__name__ in cls.denoiser_classes
+
+    @classmethod
+    def encodes_for(cls, pipe: Any) -> bool:
+        """Whether the text encoders of ``pipe``, which has no denoiser, are a model's of this kind."""
+        return False
 
     # -------------------------------------------------------------------- components
 
@@ -136,11 +141,25 @@ class ModelFamily(ABC):
         ValueError: a component is missing, or they don't belong together; the message says what to load.
         """
 
+    def check_drawing(self, *, reads_words: bool) -> None:
+        """As :meth:`check`, for drawing from noise: any scheduler serves there, and embeddings in the words' place may
+        need no text encoders.
+
+        Raises:
+            ValueError: as there.
+        """
+        self.check()
+
     # -------------------------------------------------------------------- prompts
 
     @abstractmethod
     def tokenize(self, prompt: str, tokenizers: Mapping[str, Any] | None = None) -> TokenizedPrompt:
         """``prompt``'s tokens and words, by the pipeline's own tokenizers or the given ones."""
+
+    def tokenize_cut(self, prompt: str) -> TokenizedPrompt:
+        """As :meth:`tokenize`, but that a prompt which is too long is cut; its ``lost`` is what was cut off. A kind of
+        model that can't do that refuses it."""
+        return self.tokenize(prompt)
 
     @abstractmethod
     def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int | None = None) -> PromptEmbeds:
@@ -149,6 +168,19 @@ class ModelFamily(ABC):
     def encode_negative(self, prompt: str | None, like: PromptEmbeds, clip_skip: int | None = None) -> PromptEmbeds:
         """One row: the negative prompt, or without one the empty prompt; ``like`` is an encoded prompt's form."""
         return self.encode([self.tokenize(prompt or "")], clip_skip)
+
+    @property
+    def num_picture_adapters(self) -> int:
+        """How many IP-Adapters are loaded."""
+        return 0
+
+    def encode_pictures(self, shown: ShownPicture, *, guided: bool) -> tuple[PicturePrompt, PicturePrompt]:
+        """What the loaded IP-Adapters' prompts are shown, and the unconditional rows.
+
+        Raises:
+            ValueError: this can't be shown to them, or to no model of this kind.
+        """
+        raise ValueError(f"An edit with {self.name} takes no IP-Adapter; leave ip_adapter_image= out.")
 
     def sentence(self, output: torch.Tensor, segment: Segment) -> torch.Tensor:
         """(D,), ``e_P`` of the semantic loss: what stands for a whole prompt in a text encoder's output.
@@ -297,6 +329,16 @@ def unregister_family(family: type[ModelFamily]) -> None:
 def known_family(pipe: Any) -> ModelFamily | None:
     """The family that serves ``pipe``, or None."""
     return next((family(pipe) for family in _FAMILIES if family.serves(pipe)), None)
+
+
+def encoding_family(pipe: Any) -> ModelFamily:
+    """The family that encodes ``pipe``'s prompts; text encoders alone are enough to tell.
+
+    Raises:
+        ValueError: none does.
+    """
+    found = known_family(pipe) or next((family(pipe) for family in _FAMILIES if family.encodes_for(pipe)), None)
+    return found or family_of(pipe)
 
 
 def family_of(pipe: Any) -> ModelFamily:

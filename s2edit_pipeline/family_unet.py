@@ -15,6 +15,7 @@ from torch import nn
 
 from .attention_seam import AttentionSite
 from .family_base import ModelFamily, register_family
+from .family_ip_adapter import denoiser_arguments, encode_pictures, loaded_adapters
 from .noise_schedule import (
     NoiseSchedule,
     check_diffusion_scheduler,
@@ -22,7 +23,7 @@ from .noise_schedule import (
     diffusion_training_schedule,
 )
 from .prompt_columns import TokenizedPrompt, side_by_side
-from .prompt_embeds import PromptEmbeds
+from .prompt_embeds import PicturePrompt, PromptEmbeds, ShownPicture
 from .prompt_tokenizing import tokenize
 
 logger = logging.get_logger(__name__)
@@ -43,25 +44,27 @@ class UNetFamily(ModelFamily):
 
     @property
     def is_xl(self) -> bool:
-        """Whether it is a Stable Diffusion XL."""
-        return getattr(self.pipe, "text_encoder_2", None) is not None
+        """Whether it is a Stable Diffusion XL: by its second text encoder, or where there are no text encoders by what
+        its U-Net is told."""
+        if getattr(self.pipe, "text_encoder_2", None) is not None or self.pipe.text_encoder is not None:
+            return self.pipe.text_encoder_2 is not None
+        unet = self.pipe.unet
+        return unet is not None and unet.config.addition_embed_type == "text_time"
+
+    @classmethod
+    def encodes_for(cls, pipe: Any) -> bool:
+        return pipe.text_encoder_3 is None and pipe.transformer is None and "CLIP" in type(pipe.text_encoder).__name__
 
     # -------------------------------------------------------------------- checks
 
     def check(self) -> None:
+        self._check_there("scheduler")
+        check_diffusion_scheduler(self.pipe.scheduler)
+        self.check_drawing(reads_words=True)
+
+    def check_drawing(self, *, reads_words: bool) -> None:
         pipe = self.pipe
-        needed = ["vae", "text_encoder", "tokenizer", "unet", "scheduler"]
-        if self.is_xl or pipe.tokenizer_2 is not None:
-            needed += ["text_encoder_2", "tokenizer_2"]
-        if pipe.text_encoder is None and self.is_xl:
-            raise ValueError(
-                "This model has the second text encoder alone: it is an SDXL refiner, which can't draw alone. "
-                "Load its base, such as stabilityai/stable-diffusion-xl-base-1.0."
-            )
-        for name in needed:
-            if getattr(pipe, name) is None:
-                raise ValueError(f"The pipeline has no {name}; load it whole, or pass {name}= to from_pretrained.")
-        check_diffusion_scheduler(pipe.scheduler)
+        self._check_there("vae", "unet", "scheduler")
         if pipe.safety_checker is not None and pipe.feature_extractor is None:
             raise ValueError(
                 "The safety checker needs the feature_extractor: load it too, or pass safety_checker=None."
@@ -71,6 +74,22 @@ class UNetFamily(ModelFamily):
                 f"The U-Net takes {pipe.unet.config.in_channels} channels and the autoencoder gives "
                 f"{pipe.vae.config.latent_channels}: an inpainting or instruction model can't be used; load its base."
             )
+        if reads_words:
+            self._check_words()
+
+    def _check_words(self) -> None:
+        """Raises:
+        ValueError: a text encoder is missing, or doesn't belong to the U-Net.
+        """
+        pipe = self.pipe
+        if pipe.text_encoder is None and pipe.text_encoder_2 is not None:
+            raise ValueError(
+                "This model has the second text encoder alone: it is an SDXL refiner, which can't draw alone. "
+                "Load its base, such as stabilityai/stable-diffusion-xl-base-1.0."
+            )
+        self._check_there("text_encoder", "tokenizer")
+        if self.is_xl or pipe.tokenizer_2 is not None:
+            self._check_there("text_encoder_2", "tokenizer_2")
         self._check_conditions()
         for encoder in self.text_encoders.values():
             if pipe.unet.dtype != encoder.dtype:
@@ -78,6 +97,14 @@ class UNetFamily(ModelFamily):
                     f"The U-Net is {pipe.unet.dtype} and the text encoder {encoder.dtype}. "
                     "Load with one type, from_pretrained(..., dtype=torch.float32), or call pipe.to(torch.float32)."
                 )
+
+    def _check_there(self, *names: str) -> None:
+        """Raises:
+        ValueError: a component is missing.
+        """
+        for name in names:
+            if getattr(self.pipe, name) is None:
+                raise ValueError(f"The pipeline has no {name}; load it whole, or pass {name}= to from_pretrained.")
 
     def _check_conditions(self) -> None:
         """Raises:
@@ -107,6 +134,9 @@ class UNetFamily(ModelFamily):
     def tokenize(self, prompt: str, tokenizers: Mapping[str, Any] | None = None) -> TokenizedPrompt:
         tokenizers = self.tokenizers if tokenizers is None else tokenizers
         return self._tokenized(prompt, tokenizers)
+
+    def tokenize_cut(self, prompt: str) -> TokenizedPrompt:
+        return self._tokenized(prompt, self.tokenizers, truncate=True)
 
     def _tokenized(self, prompt: str, tokenizers: Mapping[str, Any], *, truncate: bool = False) -> TokenizedPrompt:
         each = tokenizers.items()
@@ -146,12 +176,19 @@ class UNetFamily(ModelFamily):
         diffusers' own pipelines do, with a warning: nothing of an edit depends on where its words stand."""
         if prompt is None and self.is_xl and self.pipe.config.get("force_zeros_for_empty_prompt", True):
             return like.rows(slice(1)).zeros()
-        tokenized = self._tokenized(prompt or "", self.tokenizers, truncate=True)
+        tokenized = self.tokenize_cut(prompt or "")
         if tokenized.lost:
             logger.warning(
                 f"The negative prompt is longer than the text encoder reads; cut off was: {tokenized.lost!r}."
             )
         return self.encode([tokenized], clip_skip)
+
+    @property
+    def num_picture_adapters(self) -> int:
+        return len(loaded_adapters(self.pipe.unet))
+
+    def encode_pictures(self, shown: ShownPicture, *, guided: bool) -> tuple[PicturePrompt, PicturePrompt]:
+        return encode_pictures(self, shown, guided=guided)
 
     # -------------------------------------------------------------------- pictures and latents
 
@@ -213,17 +250,22 @@ class UNetFamily(ModelFamily):
         return guidance_scale > 1 and self.pipe.unet.config.time_cond_proj_dim is None
 
     def denoise(self, x: torch.Tensor, timestep: Any, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor:
-        added = None
+        added: dict[str, Any] = {}
+        pictures, masks = denoiser_arguments(self.pipe.unet, embeds.picture, x)
+        if pictures is not None:
+            added["image_embeds"] = pictures
         if embeds.pooled is not None:
             height, width = (side * self.pixels_per_latent for side in x.shape[-2:])
             # what SDXL is told of the picture's size: as it was, where it was cut, as it is to be
             size_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=dtype, device=x.device)
-            added = {"text_embeds": embeds.pooled.to(dtype), "time_ids": size_ids.expand(len(x), -1)}
-        output: torch.Tensor = self.denoiser(
+            added |= {"text_embeds": embeds.pooled.to(dtype), "time_ids": size_ids.expand(len(x), -1)}
+        unet = self.tuned_components["unet"] if torch.is_grad_enabled() else self.denoiser  # gradients: uncompiled
+        output: torch.Tensor = unet(
             x.to(dtype),
             timestep.to(x.device) if isinstance(timestep, torch.Tensor) else timestep,
             encoder_hidden_states=embeds.embeds.to(dtype),
-            added_cond_kwargs=added,
+            added_cond_kwargs=added or None,
+            cross_attention_kwargs=None if masks is None else {"ip_adapter_masks": masks},
             return_dict=False,
         )[0]
         return output.to(x)

@@ -63,6 +63,7 @@ def preview_mask(work: Work, request: FitRequest) -> PIL.Image.Image:
     Raises:
         TypeError, ValueError: as :func:`fit_picture`.
     """
+    work.family.check()
     (picture,) = request.pictures
     one = fit_input(work, picture, "", None, request.size)
     found = one.search(request.settings).find(work, one.placed, closer=one.closer)
@@ -117,6 +118,7 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
         FloatingPointError: the loss ran away.
     """
     family, settings = work.family, request.settings
+    family.check()
     if settings.spatial_control and settings.renormalize is None:
         settings = replace(settings, renormalize=family.renormalizes)
         request = replace(request, settings=settings)

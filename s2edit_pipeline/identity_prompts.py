@@ -80,6 +80,34 @@ def warn_of_words(source: str, targets: Sequence[str], family: ModelFamily) -> N
             logger.warning(warning)
 
 
+def tokenize_alike(
+    source: str, targets: Sequence[str], family: ModelFamily, overlay: IdentityOverlay
+) -> tuple[TokenizedPrompt, list[TokenizedPrompt]]:
+    """The source prompt and the targets. What is too long is cut off, with a warning, where source and target go on
+    with the same words: nothing of the edit depends on these.
+
+    Raises:
+        ValueError: a word of the edit would be cut off.
+    """
+    before, after = family.tokenize_cut(source), [family.tokenize_cut(target) for target in targets]
+    lost = [prompt.lost for prompt in (before, *after)]
+    if len(set(lost)) > 1 or any(token in split_words(text, [token]) for text in lost for token in overlay.tokens):
+        for prompt in (source, *targets):
+            family.tokenize(prompt)  # refuses the first that is too long
+    if lost[0]:
+        logger.warning(f"The prompt is longer than the text encoder reads; cut off was: {lost[0]!r}.")
+    return before, after
+
+
+def tokenize_each(texts: Sequence[str], family: ModelFamily, overlay: IdentityOverlay) -> list[TokenizedPrompt]:
+    """Prompts that are drawn from; what is too long is cut off, with a warning.
+
+    Raises:
+        ValueError: a learned token would be cut off.
+    """
+    return [tokenize_alike(text, [], family, overlay)[0] for text in texts]
+
+
 def identities_in(prompts: Sequence[str], overlay: IdentityOverlay) -> list[str]:
     """The loaded identities that ``prompts`` say."""
     return [token for token in overlay.identities if any(token in split_words(prompt, [token]) for prompt in prompts)]

@@ -21,6 +21,7 @@ from .identity_prompts import (
     encode_each,
     fitting_identities,
     spatial_control,
+    tokenize_alike,
     with_identities,
 )
 from .inversion_origin import made_with
@@ -99,6 +100,7 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
         TypeError, ValueError: an input that can't be used; nothing has been done then.
     """
     family, method = work.family, inversion_method(call.method)
+    family.check()
     _refuse_what_has_no_effect(call, family.guidance)
     check_keeping(call.method, call.keep)
     check_prompt(call.prompt, "prompt")
@@ -107,7 +109,7 @@ def invert_words(work: Work, call: InversionCall) -> Inversion:
     schedule = family.schedule(call.num_inference_steps, placed.size)
     check_served(call.method, family.guidance, schedule.prediction)
     tokens = fitting_identities(call.prompt, call.identity_token, work.overlay)
-    prompt = family.tokenize(with_identities(call.prompt, tokens, work.overlay))
+    prompt, _ = tokenize_alike(with_identities(call.prompt, tokens, work.overlay), [], family, work.overlay)
     check_negative(call.negative_prompt, work.overlay)
     encoded = encode_each(family, [prompt], call.clip_skip)
     with torch.no_grad():

@@ -24,6 +24,7 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 
 # diffusers copies only the files that this one names, see publishing.unfollowed: so every module is named here
 from .attention_controls import Controllers  # noqa: F401
+from .attention_opaque import OpaqueLayer  # noqa: F401
 from .attention_seam import attention_control  # noqa: F401
 from .attention_source import KeepAttention
 from .edit_attention import EditControl  # noqa: F401
@@ -35,6 +36,7 @@ from .edit_stage import edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
 from .family_flow import FlowFamily  # noqa: F401
+from .family_ip_adapter import loaded_adapters  # noqa: F401
 from .family_sd3 import StableDiffusion3Family  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
 from .fit_checkpoint import FitCheckpoint  # noqa: F401
@@ -75,17 +77,21 @@ from .picture_modes import rgb_of  # noqa: F401
 from .picture_placement import place_picture  # noqa: F401
 from .picture_saving import save_picture  # noqa: F401
 from .picture_sheet import picture_sheet  # noqa: F401
+from .pipeline_adapters import AdapterLoaders
 from .pipeline_arguments import (
     BOTH,
     DRAWING,
     arguments_of,
+    check_adapters,
     check_call,
     check_drawing,
     check_editing,
     check_fit,
     step_report,
+    stock_names,
 )
 from .pipeline_components import PipelineComponents
+from .pipeline_encoding import PromptEncoding
 from .pipeline_facts import CallFacts
 from .pipeline_loaders import IdentityLoaders
 from .pipeline_memory import memory_advice  # noqa: F401
@@ -106,6 +112,8 @@ class S2EditPipeline(
     PipelineComponents,
     CallFacts,
     IdentityLoaders,
+    AdapterLoaders,
+    PromptEncoding,
     DiffusionPipeline,
     StableDiffusionMixin,
     TextualInversionLoaderMixin,
@@ -364,6 +372,9 @@ class S2EditPipeline(
         clip_skip: int | None = None,
         return_attention_maps: bool = False,
         keep_attention: KeepAttention | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
         stop: Any = None,
         **stock_arguments: Any,
     ) -> S2EditPipelineOutput | tuple[Any, ...]:
@@ -404,6 +415,10 @@ class S2EditPipeline(
             keep_attention: where the inversion is made here: how much of the source's attention is kept meanwhile, as
                 in :meth:`invert`; its ``share`` is what the edit needs. None keeps only where its words look: the
                 source is asked again at the steps that take its attention over, in the least memory.
+            ip_adapter_image, ip_adapter_image_embeds: what a loaded IP-Adapter is shown; in an edit the targets alone
+                are, the source stays the bare model's.
+            cross_attention_kwargs: "scale" weighs the LoRAs that are loaded (not the identities), "ip_adapter_masks"
+                says where each of IP-Adapter's pictures counts.
             stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
                 comes back and says ``interrupted``.
             stock_arguments: only without ``image``: whatever else diffusers' own pipeline of this model takes.
@@ -423,27 +438,28 @@ class S2EditPipeline(
         defaults = {"guidance_scale": family.default_guidance_scale, **family.edit_defaults}
         settings = EditSettings.of(given.values, chosen, defaults)
         steps = family.default_steps if num_inference_steps is None else num_inference_steps
+        lora_scale, shown = check_adapters(given)
         if image is None and not hasattr(inversion, "trajectory"):
             names = check_drawing(given)
             drawn = {
                 **stock_arguments, **given.only((*BOTH, *DRAWING)), "guidance_scale": settings.guidance_scale,
-                "num_inference_steps": steps,
+                "num_inference_steps": steps, **stock_names(shown),
             }  # fmt: skip
-            with self._at_work(identity, stop, lambda call: None) as (work, token):
+            with self._at_work(identity, stop, lambda call: None, lora_scale=lora_scale) as (work, token):
                 output = draw(work, drawn, callback_on_step_end, names, token)
         else:
             method = chosen.get("inversion") or family.default_inversion(steps)
-            names = check_editing(given, stock_arguments, self._callback_tensor_inputs)
+            names = check_editing(given, stock_arguments)
             alone = check_call(given, "an edit", method)
             report = step_report(self, callback_on_step_end, names)
-            with self._at_work(identity, stop, report, alone) as (work, token):
+            with self._at_work(identity, stop, report, alone, lora_scale) as (work, token):
                 request = EditRequest(
                     prompts=[prompt] if isinstance(prompt, str) else list(prompt or []), image=image,
                     source_prompt=source_prompt, identity_token=token, inversion=method, settings=settings,
                     num_inference_steps=num_inference_steps, negative_prompt=negative_prompt, edit_mask=edit_mask,
                     keep_pixels=keep_pixels, size=(height, width), clip_skip=clip_skip, generator=generator,
                     keep_attention=keep_attention, output_type=output_type,
-                    return_attention_maps=return_attention_maps, output_size=output_size, crop=crop,
+                    return_attention_maps=return_attention_maps, output_size=output_size, crop=crop, shown=shown,
                 )  # fmt: skip
                 output = edit_picture(work, request)
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,11 @@ from .fit_settings import ReferenceAttribute
 from .inversion_record import inversion_method
 from .pipeline_turns import Call
 from .pipeline_work import Report
+from .prompt_embeds import ShownPicture
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+EDIT_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+"""What an edit can show its callback."""
 
 
 def _check_output_type(output_type: Any) -> None:
@@ -44,7 +48,9 @@ def _check_generator(generator: Any, what: str) -> None:
     ValueError: it is a list of them; ``what`` takes one.
     """
     if isinstance(generator, (list, tuple)):
-        raise ValueError(f"generator must be one for {what}, not {len(generator)}: all of it shares one picture.")
+        raise ValueError(
+            f"generator must be one for {what}, not a list of {len(generator)}: all of it shares one picture's noise."
+        )
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be one torch.Generator for {what}, not {type(generator).__name__}.")
 
@@ -86,16 +92,16 @@ def _checked_reference(reference: Any) -> tuple[ReferenceAttribute, ...]:
     return (reference,)
 
 
-def _checked_tensor_inputs(names: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
-    """The tensors that a callback is shown.
+def _checked_tensor_inputs(names: Sequence[str] | None) -> tuple[str, ...]:
+    """The tensors that an edit's callback is shown.
 
     Raises:
         ValueError: there is no such tensor.
     """
     names = tuple(names or ("latents",))
     for name in names:
-        if name not in known:
-            raise ValueError(f"{name!r} can't be handed to callbacks; choose from {list(known)}.")
+        if name not in EDIT_TENSORS:
+            raise ValueError(f"{name!r} can't be handed to callbacks; choose from {list(EDIT_TENSORS)}.")
     return names
 
 
@@ -218,6 +224,47 @@ def _refuse_for_editing(arguments: Arguments, stock_arguments: Mapping[str, Any]
         raise TypeError(f"An edit has no argument {name!r}; without image= diffusers' own pipeline may have it.")
 
 
+def check_adapters(arguments: Arguments) -> tuple[float, ShownPicture | None]:
+    """The factor on the loaded LoRAs, and what IP-Adapters are shown.
+
+    Raises:
+        TypeError, ValueError: an argument that can't be used, or that no loaded adapter obeys.
+    """
+    attention = dict(arguments["cross_attention_kwargs"] or {})
+    scale, masks = attention.pop("scale", 1.0), attention.pop("ip_adapter_masks", None)
+    for name in attention:
+        raise ValueError(f"cross_attention_kwargs holds {name!r}; known are 'scale' and 'ip_adapter_masks'.")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"cross_attention_kwargs['scale'] must be a number, not {scale!r}.")
+    family = arguments["self"].family
+    if scale != 1 and not any(getattr(one, "peft_config", None) for one in family.tuned_components.values()):
+        raise ValueError(
+            "cross_attention_kwargs['scale'] weighs LoRAs, and none is loaded. An identity has a scale of its own: "
+            "pipe.load_identity(identity, scale=...)."
+        )
+    if isinstance(masks, torch.Tensor):
+        masks = list(masks.unsqueeze(1))
+    shown = ShownPicture(arguments["ip_adapter_image"], arguments["ip_adapter_image_embeds"], masks)
+    if all(value is None for value in vars(shown).values()):
+        return float(scale), None
+    if family.num_picture_adapters == 0:
+        name = next(iter(arguments.only(("ip_adapter_image", "ip_adapter_image_embeds", "cross_attention_kwargs"))))
+        raise ValueError(f"{name}= is for an IP-Adapter, and none is loaded; call pipe.load_ip_adapter(...) first.")
+    return float(scale), shown
+
+
+def stock_names(shown: ShownPicture | None) -> dict[str, Any]:
+    """``shown`` as diffusers' pipelines call it."""
+    if shown is None:
+        return {}
+    attention = None if shown.masks is None else {"ip_adapter_masks": list(shown.masks)}
+    return {
+        "ip_adapter_image": shown.image,
+        "ip_adapter_image_embeds": shown.embeds,
+        "cross_attention_kwargs": attention,
+    }
+
+
 _OF_GUIDANCE = {
     "branch": (),
     "told": ("negative_prompt", "guidance_rescale"),
@@ -279,7 +326,6 @@ def check_drawing(arguments: Arguments) -> tuple[str, ...]:
     Raises:
         TypeError, ValueError: an argument that drawing can't use.
     """
-    arguments["self"].family.check()
     _check_output_type(arguments["output_type"])
     _refuse_for_drawing(arguments)
     callback = arguments["callback_on_step_end"]
@@ -289,7 +335,7 @@ def check_drawing(arguments: Arguments) -> tuple[str, ...]:
     return tuple(arguments["callback_on_step_end_tensor_inputs"] or ("latents",))
 
 
-def check_editing(arguments: Arguments, stock_arguments: Mapping[str, Any], tensors: Sequence[str]) -> tuple[str, ...]:
+def check_editing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """The tensors that the callback is shown.
 
     Raises:
@@ -299,7 +345,7 @@ def check_editing(arguments: Arguments, stock_arguments: Mapping[str, Any], tens
     _refuse_for_editing(arguments, stock_arguments)
     check_choice("output_size", arguments["output_size"], ("picture", "model"))
     _refuse_guidance(arguments)
-    return _checked_tensor_inputs(arguments["callback_on_step_end_tensor_inputs"], tensors)
+    return _checked_tensor_inputs(arguments["callback_on_step_end_tensor_inputs"])
 
 
 def base_name(pipe: Any) -> str:

@@ -99,6 +99,11 @@ class PipelineComponents:
         if default_guidance_scale is not None:
             check_guidance(default_guidance_scale, "default_guidance_scale")
             self.register_to_config(_default_guidance_scale=float(default_guidance_scale))
+        if text_encoder_2 is not None:  # with several, diffusers' loops show callbacks no negative embeddings
+            self._callback_tensor_inputs = ["latents", "prompt_embeds"]
+        # of all that the class may lack, what this pipeline's own model may
+        absent = {name for name in type(self)._optional_components if getattr(self, name) is None}
+        self._optional_components = sorted(absent | {"safety_checker", "feature_extractor", "image_encoder"})
         self._overlay = IdentityOverlay()
 
     @classmethod

@@ -15,6 +15,7 @@ from .identity_adapter import IdentityAdapter
 from .identity_overlay import IdentityOverlay
 from .object_search import PLACED_MASK
 from .picture_inputs import load_mask
+from .pipeline_adapters import weighed_loras
 from .pipeline_arguments import base_name
 from .pipeline_memory import EDIT_ADVICE, FIT_ADVICE, memory_advice
 from .pipeline_turns import Turns, check_stop_sign, turns_of
@@ -38,6 +39,7 @@ class IdentityLoaders:
 
     _overlay: IdentityOverlay
     maybe_free_model_hooks: Callable[[], None]
+    _optional_components: list[str]
     progress_bar: Callable[..., Any]
 
     @property
@@ -188,12 +190,15 @@ class IdentityLoaders:
             yield token
 
     @contextmanager
-    def _at_work(self, identity: Any, stop: Any, report: Any, alone: str = "") -> Iterator[tuple[Work, str | None]]:
+    def _at_work(
+        self, identity: Any, stop: Any, report: Any, alone: str = "", lora_scale: float = 1.0
+    ) -> Iterator[tuple[Work, str | None]]:
         """A call's turn at the model, and the token of the identity that it was asked with.
 
         Args:
             report: makes the stage's report from the call.
             alone: what needs the model to itself; "" shares it.
+            lora_scale: on the user's own LoRAs, for this call; another than 1 needs the model to itself.
         """
         check_stop_sign(stop)
         family, turns = self.family, self._turns
@@ -202,10 +207,11 @@ class IdentityLoaders:
             turns.call(stop) as call,
             ExitStack() as turn,
         ):
-            if alone:
-                turn.enter_context(turns.exclusive(alone))
+            if alone or lora_scale != 1:
+                turn.enter_context(turns.exclusive(alone or "cross_attention_kwargs"))
             token = turn.enter_context(self._with_identity(identity))
-            family.check()
+            if lora_scale != 1:
+                turn.enter_context(weighed_loras(family.tuned_components.values(), self._overlay, lora_scale))
             work = Work(
                 family=family, overlay=self._overlay, call=call, progress_bar=self.progress_bar, report=report(call),
                 base_model=base_name(self),
@@ -214,7 +220,7 @@ class IdentityLoaders:
 
     def _check_bare(self, why: str) -> None:
         """Raises:
-        ValueError: identities or LoRAs lie over the model.
+        ValueError: identities, LoRAs or IP-Adapters lie over the model.
         """
         if self._overlay.identities:
             raise ValueError(
@@ -227,6 +233,8 @@ class IdentityLoaders:
                     f"Other LoRA weights are attached. {why}. Merge them, pipe.fuse_lora() then "
                     "pipe.unload_lora_weights(), or only unload them, and fit again."
                 )
+        if self.family.num_picture_adapters:
+            raise ValueError(f"An IP-Adapter is loaded. {why}. Call pipe.unload_ip_adapter() first.")
 
     # -------------------------------------------------------------------- diffusers' own loaders
 
@@ -256,82 +264,9 @@ class IdentityLoaders:
                     "with identity.save_pretrained(folder), and load it again with pipe.load_identity(folder)."
                 )
             self.unload_identity()
+            self._optional_components = [n for n in type(self)._optional_components if getattr(self, n) is None]
             try:
                 super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
             finally:
                 for one in loaded:
                     self._lay(one.adapter, one.scale)
-
-    def _refuse_while_loaded(self, what: str) -> None:
-        if self._overlay.identities:
-            raise ValueError(
-                f"{what} changes what the loaded identities ({', '.join(self.identities)}) were laid over. "
-                "Call unload_identity() first, then this, and load them again."
-            )
-
-    @property
-    def _lora_loadable_modules(self) -> list[str]:
-        """Those of the kind of model that this is; read by diffusers' own ``set_adapters`` and the like."""
-        family = known_family(self)
-        return list(family.lora_components if family is not None else ()) or super()._lora_loadable_modules  # type: ignore[misc]
-
-    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' own pipeline of this model."""
-        if self.family.lora_components:
-            self.family.stock().load_lora_weights(*args, **kwargs)
-        else:
-            super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
-
-    @classmethod
-    def load_lora_into_text_encoder(
-        cls, state_dict: Any, network_alphas: Any, text_encoder: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """As Stable Diffusion's; a text encoder that the model doesn't have is passed by without a word."""
-        if text_encoder is not None:
-            super().load_lora_into_text_encoder(  # type: ignore[misc]
-                state_dict, network_alphas, text_encoder, *args, **kwargs
-            )
-
-    def load_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
-        """As Stable Diffusion's; before identities are loaded.
-
-        Raises:
-            ValueError: identities are loaded.
-        """
-        with self._turns.exclusive("load_textual_inversion"):
-            self._refuse_while_loaded("load_textual_inversion")
-            super().load_textual_inversion(*args, **kwargs)  # type: ignore[misc]
-
-    def unload_textual_inversion(self, *args: Any, **kwargs: Any) -> None:
-        """As Stable Diffusion's; before identities are loaded: it would take their tokens out of the tokenizer.
-
-        Raises:
-            ValueError: identities are loaded.
-        """
-        with self._turns.exclusive("unload_textual_inversion"):
-            self._refuse_while_loaded("unload_textual_inversion")
-            super().unload_textual_inversion(*args, **kwargs)  # type: ignore[misc]
-
-    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """As Stable Diffusion's; before identities are loaded.
-
-        Raises:
-            ValueError: identities are loaded.
-        """
-        with self._turns.exclusive("fuse_lora"):
-            self._refuse_while_loaded("fuse_lora")
-            super().fuse_lora(*args, **self._with_components(args, kwargs))  # type: ignore[misc]
-
-    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """As Stable Diffusion's; before identities are loaded.
-
-        Raises:
-            ValueError: identities are loaded.
-        """
-        with self._turns.exclusive("unfuse_lora"):
-            self._refuse_while_loaded("unfuse_lora")
-            super().unfuse_lora(*args, **self._with_components(args, kwargs))  # type: ignore[misc]
-
-    def _with_components(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """``kwargs`` with the model's own components, where the caller names none."""
-        return kwargs if args else {"components": self._lora_loadable_modules, **kwargs}

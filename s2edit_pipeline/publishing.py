@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repo-id", help="the Hub repository to push to, such as me/s2edit")
     parser.add_argument("--out", help="write the repository's files into this new or empty folder; nothing is pushed")
     parser.add_argument("--avatars", action="store_true", help="publish the embedded model with it")
+    parser.add_argument("--space", action="store_true", help="publish the web page as a Space in the pipeline's place")
     parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing to main")
     parser.add_argument("--commit-message", default="S2EditPipeline", help="(default: %(default)s)")
@@ -30,8 +31,19 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.repo_id) == bool(args.out):
         print("s2edit publish: give --repo-id to push, or --out to look at the files first.", file=sys.stderr)
         return 2
+    if args.space and (args.avatars or args.create_pr):
+        print(
+            "s2edit publish: a Space has the embedded model in it; leave --avatars and --create-pr out.",
+            file=sys.stderr,
+        )
+        return 2
     try:
-        if args.out:
+        if args.space:
+            from .app.space import assemble_space, publish_space
+
+            made = assemble_space(args.out) if args.out else publish_space(args.repo_id, private=args.private or None)
+            print(f"The Space's files are in {made}" if args.out else made)
+        elif args.out:
             print(f"The repository's files are in {assemble(args.out, avatars=args.avatars)}")
         else:
             print(

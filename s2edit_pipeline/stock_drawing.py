@@ -17,7 +17,15 @@ import torch
 from .attention_controls import SpatialControl
 from .attention_seam import AttentionAccess, AttentionController, AttentionSite, Cuts
 from .edit_output import S2EditPipelineOutput
-from .identity_prompts import check_prompt, check_takes_part, check_tokens, encode_each, spatial_control
+from .family_base import ModelFamily
+from .identity_prompts import (
+    check_prompt,
+    check_takes_part,
+    check_tokens,
+    encode_each,
+    spatial_control,
+    tokenize_each,
+)
 from .noise_schedule import check_finite
 from .picture_files import read_picture
 from .picture_marks import origin_here, with_origin
@@ -51,10 +59,11 @@ def draw(
         ValueError: as it raises, or a learned token where it can't be served.
         FloatingPointError: the latents are no numbers any more; the message names the step.
     """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    check_drawn(work.family, given)
     stock = work.family.stock()
     stock.encode_prompt = _one_at_a_time(stock.encode_prompt)
     stock.set_progress_bar_config(**getattr(work.family.pipe, "_progress_bar_config", {}))
-    given = {name: value for name, value in arguments.items() if value is not None}
     unknown = sorted(given.keys() - inspect.signature(stock.__call__).parameters.keys())
     if unknown:
         raise TypeError(f"{type(stock).__name__}, which draws this model's pictures, has no argument {unknown[0]!r}.")
@@ -110,6 +119,20 @@ def draw(
     )
 
 
+def check_drawn(family: ModelFamily, arguments: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: a component is missing that the drawing needs; from embeddings alone no text encoder is.
+    """
+    words = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+    has_words = any(arguments.get(name) is not None for name in words)
+    family.check_drawing(reads_words=has_words or arguments.get("prompt_embeds") is None)
+    pictures = (arguments.get("ip_adapter_image"), arguments.get("ip_adapter_image_embeds"))
+    if family.num_picture_adapters and all(picture is None for picture in pictures):
+        raise ValueError(
+            "An IP-Adapter is loaded: show it something, ip_adapter_image=, or call pipe.unload_ip_adapter() first."
+        )
+
+
 def _one_at_a_time(encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
     """The stock pipeline's way to embeddings, which tokenizes."""
 
@@ -140,7 +163,7 @@ def _with_own_embeddings(work: Work, given: dict[str, Any]) -> tuple[dict[str, A
     texts = list(texts) if isinstance(texts, (list, tuple)) else [texts]
     for text in texts:
         check_prompt(text, "prompt")
-    prompts = [family.tokenize(text) for text in texts]
+    prompts = tokenize_each(texts, family, work.overlay)
     encoded = encode_each(family, prompts, clip_skip)
     negative = given.pop("negative_prompt", None)
     negatives = list(negative) if isinstance(negative, (list, tuple)) else [negative] * len(texts)

@@ -26,7 +26,7 @@ from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
-    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
     SlicedAttnProcessor,
 )
 from torch import nn
@@ -477,7 +477,7 @@ class NoAttention:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: IPAdapterAttnProcessor2_0(hidden_size=32, cross_attention_dim=32),
+        lambda: IPAdapterXFormersAttnProcessor(hidden_size=32, cross_attention_dim=32),
         lambda: AttnAddedKVProcessor2_0(),
         lambda: NoAttention(),
     ],

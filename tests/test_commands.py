@@ -89,6 +89,17 @@ def test_several_edits_a_sheet_and_what_the_files_say(folder: Path, capsys: pyte
     assert origin_of(read_picture("quiet.png").xmp).prompt is None
 
 
+def test_an_edit_is_signed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("c2pa")
+    status, _, err = run(capsys, *EDIT, "--add", "glasses", "--out", "signed.jpg", "--sign-for-tests")
+    assert status == 0, err
+    status, out, _ = run(capsys, "identity", "show", "signed.jpg", "--json")
+    credentials = json.loads(out)["content_credentials"]
+    assert status == 0 and credentials["state"] == "Valid" and credentials["actions"][-1] == "c2pa.edited"
+    status, _, err = run(capsys, *EDIT, "--add", "glasses", "--out", "b.jpg", "--sign", "no.pem", "no.key")
+    assert status == 2 and "no.pem" in err and not Path("b.jpg").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

@@ -148,7 +148,7 @@ def test_guidance_stops_for_the_targets_alone(stop: float) -> None:
     x = inversion.trajectory[-1:]
     for step, k in enumerate(range(N, 0, -1)):
         scale = SCALE if step / N < stop else 1.0
-        x = move(x, guided_answer(x, k, TARGETS[:1], NULL, scale), k)
+        x = move(x, guided_answer(x, k, TARGETS[:1], NULL, max(scale, 1.0)), k)
     torch.testing.assert_close(result.targets[:1], x)
 
 
@@ -329,11 +329,12 @@ def test_changed_embeddings_count_from_the_next_step_on(name: str) -> None:
 
 
 def test_the_guidance_is_that_of_the_moment() -> None:
+    """At 1 and below there is none."""
     inversion, scales = inverted("direct"), iter([3.0, 7.0, 7.0, 1.0, 0.0, 2.0])
     result = edit(inversion, [None, None], guidance=lambda: next(scales))
     x = inversion.trajectory[-1:]
     for k, scale in zip(range(N, 0, -1), (3.0, 7.0, 7.0, 1.0, 0.0, 2.0), strict=True):
-        x = move(x, guided_answer(x, k, TARGETS[:1], NULL, scale), k)
+        x = move(x, guided_answer(x, k, TARGETS[:1], NULL, max(scale, 1.0)), k)
     torch.testing.assert_close(result.targets[:1], x)
 
 
@@ -522,7 +523,7 @@ def test_an_error_of_the_callers_own_comes_out_and_leaves_the_pipeline_free(
         calls[call]()
     assert all(processor is processors[name] for name, processor in pipe.unet.attn_processors.items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in pipe.unet.parameters())
-    assert pipe.guidance_scale is None and pipe.interrupt is False
+    assert pipe.interrupt is False
     assert not pipe(TARGET_PROMPT, picture, **FREE).interrupted
 
 

@@ -14,6 +14,12 @@ from s2edit_pipeline import IdentityAdapter
 from s2edit_pipeline.pipeline import S2EditPipeline
 
 SOURCE, TARGET = "a photo of a sad lady", "a photo of a smiling [I] lady"
+QUICK = {"num_inference_steps": 3, "output_type": "np"}
+
+
+def blocks(pipe: S2EditPipeline) -> list[torch.nn.Module]:
+    """Those that ``compile_repeated_blocks`` compiles."""
+    return [module for module in pipe.unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
 
 
 def fit(pipe: S2EditPipeline, picture: Image.Image, mask: np.ndarray, method: str = "lora") -> IdentityAdapter:
@@ -55,6 +61,28 @@ def test_a_unet_behind_torch_compile(pipe: S2EditPipeline, picture: Image.Image,
     """The wrapper, whose parameters have other names; tracing it is slow."""
     with torch.compiler.set_stance("force_eager"):
         compiled_agrees(pipe, picture, half_mask, "eager", ("lora", "full"))
+
+
+def test_compiled_blocks_are_compiled_once_and_whole(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray
+) -> None:
+    """Whatever is done to their attention, at which step, in which call. A fit, and a call with LoRA layers in them,
+    runs them as they are."""
+    identity = fit(pipe, picture, half_mask)
+    target = "a photo of a smiling lady"
+    wanted = [edit(pipe, picture, identity), pipe(target, picture, SOURCE, **QUICK).images]
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    counts = torch._dynamo.utils.counters
+    counts.clear()
+    assert np.array_equal(pipe(target, picture, SOURCE, **QUICK).images, wanted[1])
+    before = counts["stats"]["unique_graphs"]
+    assert before > 0  # it was compiled
+    pipe([target, "a photo of a lady"], picture, SOURCE, inversion="ddim", self_replace_steps=1.0, **QUICK)
+    assert np.array_equal(edit(pipe, picture, identity), wanted[0])
+    assert counts["stats"]["unique_graphs"] == before and not counts["graph_break"]
+    assert_near(fit(pipe, picture, half_mask), identity)
+    assert all(module._compiled_call_impl is not None for module in blocks(pipe)) and blocks(pipe)
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

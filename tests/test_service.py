@@ -83,8 +83,9 @@ def test_what_goes_wrong_is_said(client: tuple[TestClient, S2EditPipeline], pict
 
 def test_a_job_is_cancelled(client: tuple[TestClient, S2EditPipeline], picture: Image.Image) -> None:
     service, _ = client
-    data = {"source_prompt": SOURCE, "to": "a photo of a smiling lady", "steps": 1000}
+    data = {"source_prompt": SOURCE, "to": "a photo of a smiling lady", "steps": 900}
     job = service.post("/edits", files={"picture": png(picture)}, data=data).json()["job"]
     assert service.delete(f"/jobs/{job}").json() == {"stopping": True}
     said = follow(service, job)
-    assert said[-1]["done"] and len(said) < 1000
+    assert "was stopped" in said[-1]["error"] and len(said) < 900
+    assert service.get(f"/jobs/{job}/result").status_code == 422

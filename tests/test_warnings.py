@@ -46,7 +46,16 @@ def test_a_negative_prompt_is_one_string(pipe: S2EditPipeline, picture: Image.Im
 
 def test_an_edit_that_can_change_nothing_says_so(pipe: S2EditPipeline, picture: Image.Image, said: Any) -> None:
     same = edit(pipe, picture, SOURCE)
-    assert np.array_equal(same.images, same.source) and "Edit 1 of 1 is the picture itself" in said()
+    assert np.array_equal((same.images[0] * 255).round(), picture) and "Edit 1 of 1 is the picture itself" in said()
+
+
+@pytest.mark.parametrize("settings", [{"num_inference_steps": 1}, {"strength": 0.1}])
+def test_an_edit_that_nobody_will_see_says_so(said: Any, settings: dict[str, Any]) -> None:
+    pipe, picture = load_avatars(), render(sample_person(3, "held_out"))
+    pipe.set_progress_bar_config(disable=True)
+    prompt = "a photo of a surprised man with short curly black hair"
+    pipe(prompt.replace("surprised", "smiling"), picture, prompt, **{"num_inference_steps": 10, **settings})
+    assert "Edit 1 of 1 can't be told from the picture" in said()
 
 
 def test_an_edit_that_changes_something_says_nothing_of_it(

@@ -87,7 +87,7 @@ def build_page(
                     stop_edit = gr.Button("Stop", elem_id="stop-edit")
                 status = gr.Markdown("", elem_id="status")
                 slider = gr.ImageSlider(label="Before and after", type="pil", height=400, elem_id="slider")
-                gallery = gr.Gallery(label="All edits", columns=4, height=200, elem_id="gallery")
+                gallery = gr.Gallery(label="All edits", columns=4, height=220, object_fit="contain", elem_id="gallery")
                 download = gr.File(label="Download", file_count="multiple", elem_id="download")
                 with gr.Accordion("Where it could change", open=False):
                     regions = gr.Gallery(label="White may change", columns=4, height=160, elem_id="regions")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..identity_adapter import IdentityAdapter
     from ..picture_files import SourcePicture
     from ..pipeline import S2EditPipeline
+    from .content_credentials import Certificate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     result = parser.add_argument_group("result")
     result.add_argument("--sheet", help="also one picture of before, after, mask and difference")
     result.add_argument("--no-prompt-in-metadata", action="store_true", help="leave the prompt out of the file")
+    result.add_argument(
+        "--sign", nargs=2, metavar=("CHAIN", "KEY"), help="add Content Credentials (C2PA), signed with these PEM files"
+    )
+    result.add_argument("--sign-for-tests", action="store_true", help="the same with a self-made certificate")
     add_model(parser)
     parser.set_defaults(run=run_command(edit, "edit"))
 
@@ -49,6 +54,7 @@ def edit(args: argparse.Namespace) -> Answer:
 
     _check(args)
     source = read_picture(args.picture)
+    certificate = _certificate(args)
     pipe = load_model(args)
     words, kept = _words(pipe, source, args)
     targets = _targets(words, args)
@@ -71,6 +77,8 @@ def edit(args: argparse.Namespace) -> Answer:
     edited = time.perf_counter()
     paths = _paths(Path(args.out), targets, Path(args.picture).suffix)
     out.save(paths, prompt_in_metadata=not args.no_prompt_in_metadata)
+    if certificate is not None:
+        _sign(paths, certificate, args.picture)
     if args.sheet:
         out.visualize().save(args.sheet)
     results = [{"out": str(path), "prompt": prompt} for path, prompt in zip(paths, prompts, strict=True)]
@@ -94,6 +102,30 @@ def _check(args: argparse.Namespace) -> None:
             raise BadArguments(f"--replace {change!r} must be A=B, such as sad=smiling.")
     if len(args.to) > 1 and Path(args.out).suffix:
         raise BadArguments(f"--out {args.out} is one file and there are {len(args.to)} edits: give a folder.")
+
+
+def _certificate(args: argparse.Namespace) -> Certificate | None:
+    """Read or made before any work."""
+    if args.sign is None and not args.sign_for_tests:
+        return None
+    from .content_credentials import check_installed, read_certificate, self_made_certificate
+
+    check_installed()
+    if args.sign is None:
+        return self_made_certificate()
+    if args.sign_for_tests:
+        raise BadArguments("--sign and --sign-for-tests are two certificates; leave one out.")
+    return read_certificate(*args.sign)
+
+
+def _sign(paths: list[Path], certificate: Certificate, before: str) -> None:
+    from ..picture_files import read_picture
+    from ..picture_marks import origin_of
+    from .content_credentials import sign_picture
+
+    for path in paths:
+        is_file = Path(before).is_file()
+        sign_picture(path, origin_of(read_picture(path).xmp), certificate, before if is_file else None)
 
 
 def _words(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,12 @@ def _show_picture(path: str) -> Answer:
     from ..picture_files import read_picture
     from ..picture_marks import origin_of
 
-    facts = asdict(origin_of(read_picture(path).xmp))
+    facts: dict[str, Any] = asdict(origin_of(read_picture(path).xmp))
+    with suppress(ImportError):  # it looks there too where it can
+        from .content_credentials import credentials_of
+
+        credentials = credentials_of(path)
+        facts["content_credentials"] = None if credentials is None else asdict(credentials)
     said = tuple(f"{name.replace('_', ' ')}: {value}" for name, value in facts.items() if value is not None)
     return Answer(said or ("This picture doesn't say how it was made.",), facts)
 

@@ -39,7 +39,7 @@ def test_a_fit_is_the_call_with_its_arguments(task: FitTask) -> None:
     pipe, reference = Fitter(), ReferenceAttribute(None, OTHER, "lady")
     fit_identity(pipe, PipelineArguments({"num_steps": 2}), replace(task, reference=reference))
     expected = {"image": task.picture, "prompt": SOURCE, "subject": "lady", "seed": 3, "reference": reference}
-    assert pipe.calls == [{**expected, "num_steps": 2}]
+    assert pipe.calls == [{**expected, "num_steps": 2, "crop": None}]
     assert fit_identity(pipe, PipelineArguments(fit=None), task) is None and len(pipe.calls) == 1
 
 
