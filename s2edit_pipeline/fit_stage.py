@@ -32,8 +32,8 @@ from .prompt_words import insert_token, split_words
 
 logger = logging.get_logger(__name__)
 
-UNKNOWN_ABOVE = 1.0
-"""Reconstruction loss at the first step; noise has a mean square of 1."""
+NOISE_SQUARE = 1.0
+"""The mean square of noise: what a model that predicts 0 in its place loses."""
 
 OnFitStep = Callable[[int, int, Mapping[str, float]], None]
 """``on_step(step, num_steps, measures)``, the caller's own."""
@@ -188,15 +188,17 @@ def _checkpoint(work: Work, request: FitRequest, examples: Sequence[FitExample])
 def _reporter(work: Work, bar: Any, settings: FitSettings, on_step: OnFitStep) -> Callable[[FitProgress], bool]:
     assert settings.num_steps is not None
     num_steps = settings.num_steps
+    # a flow's target is n - x_0, and the latents are scaled to a mean square of about 1 too
+    of_nothing = 2 * NOISE_SQUARE if work.family.training_schedule().prediction == "flow" else NOISE_SQUARE
 
     def report(progress: FitProgress) -> bool:
         bar.set_postfix(loss=f"{progress.reconstruction_loss:.4f}", cos=f"{progress.cosine:+.3f}", refresh=False)
         bar.update()
-        if progress.step == 0 and progress.reconstruction_loss > UNKNOWN_ABOVE:
+        if progress.step == 0 and progress.reconstruction_loss > of_nothing:
             logger.warning(
                 "This model doesn't know such pictures: its loss at the first step is "
-                f"{progress.reconstruction_loss:.2f}, and one that predicts nothing at all has about 1. What is fitted "
-                "will be of no use. Load a model for it: "
+                f"{progress.reconstruction_loss:.2f}, and one that predicts nothing at all has about {of_nothing:g}. "
+                "What is fitted will be of no use. Load a model for it: "
                 "S2EditPipeline.from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')."
             )
         measures = {

@@ -42,7 +42,7 @@ pipe.load_identity("$repository")
 edited = pipe($example, image=image, source_prompt=$quoted_source_prompt).images[0]
 ```
 
-Plain diffusers reads it too, without the mask: $plain_diffusers
+$plain_diffusers
 
 ## What it is
 
@@ -109,10 +109,6 @@ def identity_card(
         f'<img src="{file}" width="256" alt="where {html.escape(name)} looks">\n\n*Where `{name}` looks*'
         for name, file in masks.items()
     ]
-    loads = ["`load_lora_weights`"] if reads_as_lora else []
-    plain_diffusers = " and ".join([*loads, "`load_textual_inversion`"]) + "."
-    if len(identity.rows) > 1:
-        plain_diffusers += f" {SECOND_ENCODER_NOTE}"
     rows = {f"token `{name}`": f'before "{noun}"' for name, noun in list(tokens.items())[1:]} | facts
     return TEMPLATE.substitute(
         front_matter=_front_matter(source_prompt, base_model, previews, reads_as_lora, license),
@@ -128,10 +124,20 @@ def identity_card(
         base_model=base_model or "the base model that it was fitted to",
         repository=repository or "this folder or repository",
         example=_quoted(example),
-        plain_diffusers=plain_diffusers,
+        plain_diffusers=_plain_diffusers(identity, reads_as_lora=reads_as_lora),
         method=identity.method,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
+
+
+def _plain_diffusers(identity: Any, *, reads_as_lora: bool) -> str:
+    """What diffusers' own pipelines make of it."""
+    lora = ["`load_lora_weights`"] if reads_as_lora else []
+    if "transformer" in identity.base_fingerprint:
+        reads = f"reads its weights, {lora[0]}, and not its token" if lora else "doesn't read it"
+        return f"Plain diffusers {reads}: its pipelines of such models load no learned words into all text encoders."
+    loads = f"Plain diffusers reads it too, without the mask: {' and '.join([*lora, '`load_textual_inversion`'])}."
+    return f"{loads} {SECOND_ENCODER_NOTE}" if len(identity.rows) > 1 else loads
 
 
 def _front_matter(

@@ -20,12 +20,12 @@ def test_what_is_passed_wins_and_none_is_the_presets() -> None:
     given = {"method": None, "num_steps": 3, "early_stop": True, "batch_size": None}
     assert fit_preset("paper", given) == {
         "method": "full", "num_steps": 3, "learning_rate": 5e-6, "token_learning_rate": 5e-6, "batch_size": 1,
-        "timestep_sampling": "uniform", "lr_scheduler": "constant", "early_stop": True,
+        "timestep_sampling": "uniform", "lr_scheduler": "constant", "early_stop": True, "renormalize": False,
     }  # fmt: skip
     assert fit_preset(None, given) == {"num_steps": 3, "early_stop": True}
     # steps, rates and batch are the method's
     assert fit_preset("paper", {"method": "token", "num_steps": None}) == {
-        "method": "token", "timestep_sampling": "uniform", "early_stop": False,
+        "method": "token", "timestep_sampling": "uniform", "early_stop": False, "renormalize": False,
     }  # fmt: skip
     assert fit_preset("paper", {"method": "full"}) == FIT_PRESETS["paper"]
     assert with_preset("paper", EDIT_PRESETS, {"blend_words": None}) == EDIT_PRESETS["paper"]
