@@ -6,7 +6,6 @@ beside this one; here arguments become a request, which goes to its stage.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -29,7 +28,7 @@ from .attention_source import KeepAttention
 from .describe_captioner import caption_of  # noqa: F401
 from .describe_completion import completed  # noqa: F401
 from .describe_judge import DenoisingJudge  # noqa: F401
-from .describe_stage import DescribeRequest, words_for_fit
+from .describe_stage import describe_picture  # noqa: F401
 from .describe_vocabulary import read_vocabulary  # noqa: F401
 from .edit_attention import EditControl  # noqa: F401
 from .edit_loop import EDITS  # noqa: F401
@@ -47,10 +46,10 @@ from .fit_checkpoint import FitCheckpoint  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401
 from .fit_lora_start import start_along_gradient  # noqa: F401
 from .fit_losses import cosine  # noqa: F401
-from .fit_settings import MASK_THRESHOLD, FitRequest, FitSettings, ReferenceAttribute
-from .fit_stage import fit_picture
+from .fit_settings import FitSettings  # noqa: F401
+from .fit_stage import fit_picture  # noqa: F401
 from .fit_weights import lora_weights  # noqa: F401
-from .identity_adapter import IdentityAdapter
+from .identity_adapter import IdentityAdapter  # noqa: F401
 from .identity_card import identity_card  # noqa: F401
 from .identity_compression import compress  # noqa: F401
 from .identity_files import read_identity  # noqa: F401
@@ -90,13 +89,13 @@ from .pipeline_arguments import (
     check_call,
     check_drawing,
     check_editing,
-    check_fit,
     step_report,
     stock_names,
 )
 from .pipeline_components import PipelineComponents
 from .pipeline_encoding import PromptEncoding
 from .pipeline_facts import CallFacts
+from .pipeline_fitting import IdentityFitting
 from .pipeline_loaders import IdentityLoaders
 from .pipeline_looks import Looks
 from .pipeline_memory import memory_advice  # noqa: F401
@@ -120,6 +119,7 @@ class S2EditPipeline(
     AdapterLoaders,
     PromptEncoding,
     Looks,
+    IdentityFitting,
     DiffusionPipeline,
     StableDiffusionMixin,
     TextualInversionLoaderMixin,
@@ -147,100 +147,6 @@ class S2EditPipeline(
     Raises:
         ValueError: a model that isn't served, or components that hold another pipeline's identities.
     """
-
-    def fit_identity(
-        self,
-        image: Any,
-        prompt: str | None = None,
-        subject: str | None = None,
-        token: str = "[I]",
-        method: str | None = None,
-        mask: Any = None,
-        num_steps: int | None = None,
-        learning_rate: float | None = None,
-        semantic_weight: float = 0.1,
-        spatial_control: bool = True,
-        reference: Any = None,
-        generator: torch.Generator | None = None,
-        callback_on_step_end: Callable[..., Any] | None = None,
-        *,
-        checkpoint_folder: str | os.PathLike[str] | None = None,
-        preset: str | None = None,
-        batch_size: int | None = None,
-        timestep_sampling: str | None = None,
-        lr_scheduler: str | None = None,
-        early_stop: bool | None = None,
-        optimizer: str = "adamw",
-        gradient_checkpointing: bool = False,
-        lora_rank: int = FitSettings.lora_rank,
-        lora_layers: str = FitSettings.lora_layers,
-        lora_init: str = FitSettings.lora_init,
-        detach_sentence: bool = False,
-        renormalize: bool | None = None,
-        mask_after: bool = False,
-        mask_threshold: float = MASK_THRESHOLD,
-        crop: Any = "auto",
-        height: int | None = None,
-        width: int | None = None,
-        token_learning_rate: float | None = None,
-        complete_prompt: bool = False,
-        stop: Any = None,
-    ) -> IdentityAdapter:
-        """Fit ``token`` to the subject of one picture (S2Edit, stage one). The pipeline is left as it was found.
-
-        Args:
-            image: the picture, see ``picture_inputs.load_picture``.
-            prompt: P, what it shows: "a photo of a lady with glasses"; None: what :meth:`describe` says.
-            subject, token: the noun in it, "lady" (None: what it speaks of), and the word in brackets that will stand
-                before it.
-            method: "lora" (None), "full" (the paper's) or "token".
-            mask: the subject's mask, white inside, the picture's shape; None finds it by itself.
-            num_steps, learning_rate, token_learning_rate: None takes the method's own.
-            semantic_weight: lambda; 0 leaves the semantic loss out.
-            spatial_control: mask the token's cross-attention.
-            reference: a ``ReferenceAttribute``: a second picture, whose attribute gets a token of its own. Both are
-                tuned jointly, each with its own semantic and spatial control (S2Edit, composition); the edit's
-                prompt then holds both, "a [I] lady with [A] makeup".
-            generator: makes the fit repeatable.
-            callback_on_step_end: ``f(pipe, step, num_steps, measures)``, ``measures`` a dict with
-                ``reconstruction_loss``, ``semantic_loss``, ``cosine`` (and ``reference_cosine``).
-            checkpoint_folder: the fit is kept there every so often. Killed, the same call goes on from there and ends
-                in the same bits. Finished, it is taken as it is.
-            preset: "paper" is the paper's reading in one word, see ``fit_settings.FIT_PRESETS``; what is passed beside
-                it wins.
-            batch_size, timestep_sampling, lr_scheduler, early_stop, optimizer, gradient_checkpointing, lora_rank,
-                lora_layers, lora_init, detach_sentence, renormalize, mask_after, mask_threshold, token_learning_rate:
-                see ``fit_settings.FitSettings``; None takes the method's own.
-            crop: what part of the picture to work at. "auto": close up at the subject where it fills little of a large
-                picture; None: all of it; (left, top, right, bottom): that. The identity's settings tell.
-            height, width: work at another size than the model's own.
-            complete_prompt: add to ``prompt`` what :meth:`describe` says beside it.
-            stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
-                comes back and says ``interrupted``.
-
-        Returns:
-            The identity.
-
-        Raises:
-            TypeError, ValueError, ImportError: an input that can't be used; nothing has been done then.
-            FloatingPointError: the loss ran away; the message names the step.
-        """
-        settings = FitSettings.of(locals())
-        known = DescribeRequest(image, prompt, size=(height, width), crop=crop)
-        references = check_fit(self, generator, reference)
-
-        def on_step(step: int, total: int, measures: Mapping[str, float]) -> None:
-            if callback_on_step_end is not None:
-                callback_on_step_end(self, step, total, measures)
-
-        with self._at_work(None, stop, lambda call: None, alone="fit_identity") as (work, _):
-            self._check_bare("A new identity is fitted to the bare model")
-            prompt, subject = words_for_fit(work, known, subject, complete=complete_prompt)
-            request = FitRequest(
-                pictures=(ReferenceAttribute(image, prompt, subject, token, mask, crop), *references),
-                settings=settings, generator=generator, size=known.size, checkpoint_folder=checkpoint_folder,
-            )  # fmt: skip
-            return fit_picture(work, request, on_step)
 
     def invert(
         self,
