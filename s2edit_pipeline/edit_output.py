@@ -36,7 +36,7 @@ class S2EditPipelineOutput(BaseOutput):
         nsfw_content_detected: for each picture, where the pipeline has a safety checker.
         interrupted: whether the call was stopped before its end; the pictures are then what there was.
         pictures: the pictures with all that is known of the source's file (bit depth, profile, EXIF), and with the
-            mark of how they were made; :meth:`save` writes them. None of latents, and of arrays drawn from noise.
+            mark of how they were made; :meth:`save` writes them. Of ``output_type="pil"`` alone.
         before: the picture that was edited, in the same form.
     """
 

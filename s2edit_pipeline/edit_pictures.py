@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ def edited_pictures(
         maps: word -> where it looked, (h, w).
     """
     shown = shown_as(work, request, placed, edited.targets)
+    if request.output_type in ("np", "pt"):  # which aren't rounded to 8 bits
+        shown = replace(shown, source=_in_16_bits(shown.source))
     placement = shown.placement
     looks = None if maps is None else {word: _map_picture(look, placement) for word, look in maps.items()}
     masks = [None if region is None else picture_mask(region.cpu(), placement) for region in edited.regions]
@@ -66,7 +69,7 @@ def edited_pictures(
         source=source[0] if request.output_type == "pil" else source,
         nsfw_content_detected=flagged,
         interrupted=edited.interrupted,
-        pictures=pictures,
+        pictures=pictures if request.output_type == "pil" else None,
         before=None if placed is None else shown.source,
     )
 
@@ -129,6 +132,13 @@ def _painted(shown: PlacedPicture, colors: np.ndarray) -> SourcePicture:
     for strip in strips(placement.box):
         new[strip[1] - top : strip[3] - top] = np.rint(placement.from_canvas(colors, strip).clip(0, 1) * most)
     return source.with_colors(placement.box, new)
+
+
+def _in_16_bits(source: SourcePicture) -> SourcePicture:
+    """The same colours with room between them: v of 255 is 257 v of 65535."""
+    if source.color_type == np.uint16:
+        return source
+    return replace(source, native=source.rgb, deep=np.asarray(source.rgb).astype(np.uint16) * 257, alpha=None)
 
 
 def _blackened(picture: SourcePicture) -> SourcePicture:
