@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from .session import Knobs, Missing, Session
+from .tools import add_tools
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,6 +106,7 @@ def build_page(
             [prompt, subject, lines, add, strength, guidance, reach, shape, edit_steps],
             [status, slider, gallery, download, regions],
         )
+        add_tools(pipe)
         for button in (stop_fit, stop_edit):
             button.click(_stop, [session], [progress], queue=False, api_visibility="private")
     return page

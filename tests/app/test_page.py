@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import contextlib
+import io
 import os
 import shutil
 import socket
@@ -184,3 +187,40 @@ def test_the_spaces_folder_shows_the_page_and_edits(browser: Any, tmp_path: Path
             tab.close()
         finally:
             space.terminate()
+
+
+def test_an_mcp_client_lists_the_tools_and_calls_one(pipe: S2EditPipeline, ada: Path) -> None:
+    mcp = pytest.importorskip("mcp")
+    from mcp.client.streamable_http import streamablehttp_client
+
+    page = make_page(pipe)
+    options = {**launch_options(), "allowed_paths": [str(ada.parent)]}
+    _, address, _ = page.launch(
+        prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", mcp_server=True, **options
+    )
+
+    async def use() -> tuple[dict[str, str], Any]:
+        async with (
+            streamablehttp_client(f"{address}gradio_api/mcp/") as (read, write, _),
+            mcp.ClientSession(read, write) as client,
+        ):
+            await client.initialize()
+            tools = {tool.name: tool.description or "" for tool in (await client.list_tools()).tools}
+            encoded = "data:image/png;base64," + base64.b64encode(ada.read_bytes()).decode()
+            arguments = {"picture": encoded, "description": PROMPT, "wanted": PROMPT.replace("sad", "smiling")}
+            name = next(name for name in tools if name.endswith("edit_picture"))
+            return tools, await client.call_tool(name, {**arguments, "subject": "lady", "learn": False})
+
+    try:
+        tools, result = asyncio.run(use())
+    finally:
+        page.close()
+    assert {name.rpartition("edit_picture")[1] or "describe_picture" for name in tools} == {
+        "edit_picture",
+        "describe_picture",
+    }
+    assert all("picture" in description for description in tools.values())
+    assert not result.isError, result.content
+    (image, *_) = [part for part in result.content if part.type == "image"]
+    edited = Image.open(io.BytesIO(base64.b64decode(image.data)))
+    assert edited.size == Image.open(ada).size
