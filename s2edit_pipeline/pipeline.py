@@ -306,8 +306,7 @@ class S2EditPipeline(
                 are, the source stays the bare model's.
             cross_attention_kwargs: "scale" weighs the LoRAs that are loaded (not the identities), "ip_adapter_masks"
                 says where each of IP-Adapter's pictures counts.
-            complete_prompt: add to the source prompt and the targets what :meth:`describe` says beside them, see
-                ``describe_stage.words_for_edit``; None: where no source prompt is known.
+            complete_prompt: add to all prompts what :meth:`describe` says besides; None: where no source is known.
             stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
                 comes back and says ``interrupted``.
             stock_arguments: only without ``image``: whatever else diffusers' own pipeline of this model takes.
