@@ -127,7 +127,7 @@ def measure_edit_costs(
         picture = picture.resize((side, side))
 
     def edit(prompts: str | list[str], **changes: Any) -> Any:
-        return pipe(prompts, image=picture, source_prompt=prompt, **AS_THE_MODEL_GIVES_IT, **settings, **changes)
+        return pipe(prompts, image=picture, source_prompt=prompt, **{**AS_THE_MODEL_GIVES_IT, **settings, **changes})
 
     inverting = {name: value for name, value in settings.items() if name != "guidance_scale"}
     inversion = pipe.invert(picture, prompt, **inverting)

@@ -47,8 +47,8 @@ def test_null_text_where_nothing_stops_early(pipe: Any, picture: Image.Image, nu
     assert (counts.evaluations, counts.backward_evaluations) == null_text_evaluations(2)
     with count_unet(pipe.unet) as counts:
         pipe(
-            TARGETS[:number], source_prompt=SOURCE, guidance_scale=500.0,
-            inversion=inversion, **PROMPT_TO_PROMPT,
+            TARGETS[:number], source_prompt=SOURCE,
+            inversion=inversion, **{**PROMPT_TO_PROMPT, "guidance_scale": 500.0},
         )  # fmt: skip
     assert (counts.evaluations, counts.backward_evaluations) == (free_edit_evaluations(2, number), 0)
 
