@@ -282,7 +282,11 @@ class _Wrappers:
                     wrapper.opaque = OpaqueLayer(wrapper.attend, layer) if kind.__name__ in _ONE_OUTPUT else None
                     layer.set_processor(wrapper)
                 if control.has_gradients or not _can_stay_compiled(control.denoiser, layers):
-                    self.compiled = [(m, m._compiled_call_impl) for m in control.denoiser.modules()]
+                    self.compiled = [
+                        (m, m._compiled_call_impl)
+                        for m in control.denoiser.modules()
+                        if m._compiled_call_impl is not None
+                    ]
                     for module, _ in self.compiled:
                         module._compiled_call_impl = None
             self.controls.append(control)
