@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from torch import nn
 
@@ -65,6 +66,8 @@ class UNetFamily(ModelFamily):
     def check_drawing(self, *, reads_words: bool) -> None:
         pipe = self.pipe
         self._check_there("vae", "unet", "scheduler")
+        if type(pipe.scheduler).__name__ not in KarrasDiffusionSchedulers.__members__:  # these the stock pipeline takes
+            check_diffusion_scheduler(pipe.scheduler)
         if pipe.safety_checker is not None and pipe.feature_extractor is None:
             raise ValueError(
                 "The safety checker needs the feature_extractor: load it too, or pass safety_checker=None."

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import SchedulerMixin
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 
 from s2edit_pipeline import S2EditPipeline
@@ -52,11 +53,20 @@ def test_schedulers_that_serve(
 
 
 @pytest.mark.parametrize("name", CANNOT)
-def test_schedulers_that_cannot(make_family: Callable[..., S2EditPipeline], name: str) -> None:
+def test_schedulers_that_cannot(
+    make_family: Callable[..., S2EditPipeline], wide_picture: Image.Image, name: str
+) -> None:
+    """To draw, the stock pipeline's own serve too."""
     pipe = make_family("sd1")
     pipe.scheduler = getattr(diffusers, name)()
-    with pytest.raises(ValueError, match=rf"{name} has .*pipe.scheduler = DDIMScheduler.from_pretrained"):
-        pipe("a lady", num_inference_steps=1)
+    message = rf"{name} has .*pipe.scheduler = DDIMScheduler.from_pretrained"
+    with pytest.raises(ValueError, match=message):
+        pipe("a lady", wide_picture, "a sad lady", num_inference_steps=1)
+    if name in KarrasDiffusionSchedulers.__members__:
+        assert pipe("a lady", num_inference_steps=1).images
+    else:
+        with pytest.raises(ValueError, match=message):
+            pipe("a lady", num_inference_steps=1)
 
 
 @pytest.mark.parametrize(
@@ -68,12 +78,16 @@ def test_schedulers_that_cannot(make_family: Callable[..., S2EditPipeline], name
     ],
 )
 def test_settings_that_cannot(
-    make_family: Callable[..., S2EditPipeline], name: str, settings: dict[str, Any], message: str
+    make_family: Callable[..., S2EditPipeline],
+    wide_picture: Image.Image,
+    name: str,
+    settings: dict[str, Any],
+    message: str,
 ) -> None:
     pipe = make_family("sd1")
     pipe.scheduler = getattr(diffusers, name)(**settings)
     with pytest.raises(ValueError, match=message):
-        pipe("a lady", num_inference_steps=1)
+        pipe("a lady", wide_picture, "a sad lady", num_inference_steps=1)
 
 
 def test_both_lists_name_real_schedulers() -> None:

@@ -91,7 +91,6 @@ DRAWINGS: dict[str, dict[str, Any]] = {
     "as tensors": {"output_type": "pt"},
     "as pictures": {"output_type": "pil"},
     "as latents": {"output_type": "latent"},
-    "attention's own arguments": {"cross_attention_kwargs": {"scale": 0.5}},
 }
 XL_DRAWINGS: dict[str, dict[str, Any]] = {
     "a second prompt": {"prompt_2": "a man with a hat", "negative_prompt_2": "blurred"},
@@ -133,7 +132,7 @@ def test_the_arguments_of_the_comparison_tell_pictures_apart(
     """Else equality would say little: each changes the picture, or is refused."""
     pipe = small_families[family]
     same_picture = {"plain", "as tensors", "as pictures", "as latents", "tensors for the callback", "eta",
-                    "attention's own arguments", "its own tensors for the callback"}  # fmt: skip
+                    "its own tensors for the callback"}  # fmt: skip
     if family != "sdxl":  # without a negative prompt it takes the empty one
         same_picture.add("an empty negative prompt")
     arguments = {"prompt": PROMPT, "num_inference_steps": 3, "guidance_scale": 4.5, "output_type": "np"}
