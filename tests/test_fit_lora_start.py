@@ -158,7 +158,7 @@ def base_gradients(
     for module in components.values():
         module.requires_grad_(True)
     row = nn.Parameter(rows["text_encoder"].float())
-    with token_rows(pipe.text_encoder, {example.token_id: row}), objective.controlled():
+    with token_rows(pipe.text_encoder, {example.token_id("text_encoder"): row}), objective.controlled():
         reconstruction, semantic, _ = objective.losses(*objective.draw(generator, torch.device("cpu")))
         (reconstruction + settings.semantic_weight * semantic).backward()
     for component, module in components.items():

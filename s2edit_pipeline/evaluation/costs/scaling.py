@@ -104,7 +104,7 @@ def measure_scaling(
             num_inference_steps=n,
             height=side,
             width=side,
-            **AS_THE_MODEL_GIVES_IT,
+            **{**AS_THE_MODEL_GIVES_IT, "output_size": "model"},
         )
 
     runs = {str(setting): call(*setting) for setting in dict.fromkeys(settings)}
