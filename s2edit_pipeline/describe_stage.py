@@ -124,9 +124,9 @@ def account_of(work: Work, request: DescribeRequest) -> Account:
     return Account(choices.template, choices.chosen, _scores(choices), choices.caption())
 
 
-def own_vocabulary(pipe: Any) -> Sequence[str] | None:
-    """The vocabulary that the model brings, or None."""
-    vocabulary: Sequence[str] | None = getattr(pipe, "config", {}).get("_vocabulary")
+def own_vocabulary(pipe: Any) -> str | None:
+    """The vocabulary that the model brings, a caption a line, or None."""
+    vocabulary: str | None = getattr(pipe, "config", {}).get("_vocabulary")
     return vocabulary
 
 

@@ -174,12 +174,13 @@ def _group(bracket: str, text: str) -> Group:
 
 
 def read_vocabulary(vocabulary: str | Sequence[str]) -> tuple[Template, ...]:
-    """The templates of a vocabulary: one text, or several, for subjects of which other things are said.
+    """The templates of a vocabulary: one text, or several, for subjects of which other things are said, as a list or as
+    lines.
 
     Raises:
         TypeError, ValueError: as :func:`read_template`; or there is none.
     """
-    texts = [vocabulary] if isinstance(vocabulary, str) else list(vocabulary)
+    texts = vocabulary.splitlines() if isinstance(vocabulary, str) else list(vocabulary)
     if not texts:
         raise ValueError(f"The vocabulary is empty; write it like {_EXAMPLE}.")
     return tuple(read_template(text) for text in texts)

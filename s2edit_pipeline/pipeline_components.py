@@ -103,7 +103,8 @@ class PipelineComponents:
             self.register_to_config(_default_guidance_scale=float(default_guidance_scale))
         if vocabulary is not None:
             read_vocabulary(vocabulary)  # refused here if it is none
-            self.register_to_config(_vocabulary=[vocabulary] if isinstance(vocabulary, str) else list(vocabulary))
+            # one text: of a list in its index diffusers' loader thinks that it is a component
+            self.register_to_config(_vocabulary=vocabulary if isinstance(vocabulary, str) else "\n".join(vocabulary))
         if text_encoder_2 is not None:  # with several, diffusers' loops show callbacks no negative embeddings
             self._callback_tensor_inputs = ["latents", "prompt_embeds"]
         # of all that the class may lack, what this pipeline's own model may

@@ -332,7 +332,7 @@ def test_the_vocabulary_goes_where_the_model_goes(worded: S2EditPipeline, about:
     assert all(text.removeprefix("with ") in about.prompt for text in about.scores)
     worded.save_pretrained(tmp_path)
     for again in (S2EditPipeline.from_pretrained(tmp_path), S2EditPipeline.from_pipe(worded)):
-        assert own_vocabulary(again) == [SMALL]
+        assert own_vocabulary(again) == SMALL
     assert own_vocabulary(S2EditPipeline(**worded.components)) is None
 
 
@@ -391,4 +391,4 @@ def test_the_embedded_model_reads_its_avatars() -> None:
     about = pipe.describe(render(sample("creature", 3, "held_out")), vocabulary=words)
     assert about.prompt == "a photo of an angry red dog with stripes on a green background"
     assert about.subject == "dog"
-    assert own_vocabulary(pipe) == vocabulary()
+    assert own_vocabulary(pipe) == "\n".join(vocabulary())
