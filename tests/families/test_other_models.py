@@ -12,7 +12,7 @@ from s2edit_pipeline import S2EditPipeline
 
 REFUSAL = (
     r"DiTTransformer2DModel is a model that isn't served yet\. "
-    r"Served are: Stable Diffusion 1, 2 and XL \(UNet2DConditionModel\)"
+    r"Served are: .*Stable Diffusion 1, 2 and XL \(UNet2DConditionModel\)"
 )
 
 
