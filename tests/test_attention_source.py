@@ -44,10 +44,8 @@ def test_what_was_kept_is_what_the_source_branch_says(
     pipe.to(dtype=torch.float64)
 
     def invert(**keep: Any) -> Any:
-        generator = torch.Generator().manual_seed(1)
-        return pipe.invert(
-            picture, SOURCE, method, STEPS, generator=generator, keep_attention=KeepAttention(**keep)
-        )  # fmt: skip
+        drawn = {"generator": torch.Generator().manual_seed(1)} if method == "edit_friendly" else {}
+        return pipe.invert(picture, SOURCE, method, STEPS, keep_attention=KeepAttention(**keep), **drawn)
 
     whole = invert(share=1.0)
     assert len(whole.attention.layers) == len(whole.attention.maps) == STEPS

@@ -254,17 +254,18 @@ def test_drawing_refuses_what_it_would_ignore(
 
 
 def test_a_fit_takes_one_generator(pipe: S2EditPipeline, picture: Image.Image) -> None:
-    with pytest.raises(ValueError, match=r"generator must be one for a fit, not 1"):
+    with pytest.raises(ValueError, match=r"generator must be one for a fit, not a list of 1"):
         pipe.fit_identity(picture, SOURCE, "lady", generator=[torch.Generator()])  # type: ignore[arg-type]
 
 
 def test_the_tuple_has_every_field_in_its_place(pipe: S2EditPipeline, picture: Image.Image) -> None:
-    images, maps, masks, source, flagged, interrupted, pictures = pipe(
+    images, maps, masks, source, flagged, interrupted, pictures, before = pipe(
         SOURCE, picture, SOURCE, num_inference_steps=1, return_dict=False, callback_on_step_end_tensor_inputs=None
     )
     assert len(images) == len(masks) == 1 and maps is None and flagged is None and source.size == (32, 32)
     assert interrupted is False and pictures[0].native is images[0]
-    assert len(pipe("a lady", num_inference_steps=1, return_dict=False)) == 7
+    assert np.array_equal(np.asarray(before.native), np.asarray(picture))
+    assert len(pipe("a lady", num_inference_steps=1, return_dict=False)) == 8
 
 
 def test_weighing_a_word_down_stays_in_its_place(pipe: S2EditPipeline, picture: Image.Image) -> None:

@@ -148,7 +148,7 @@ def test_the_word_is_looked_for_at_each_level_in_the_noised_picture(kind: str) -
     schedule = NoiseSchedule(signal, noise, torch.arange(20) if kind == "epsilon" else share[1:].float(), kind)
     family: Any = Family(schedule)
     latents = noise_of(1, 4, 6, 6)
-    prompt: Any = SimpleNamespace(text="a lady", find=lambda word: {"lady": (1,)}[word])
+    prompt: Any = SimpleNamespace(text="a lady", find=lambda word: {"lady": (1,)}[word], word_columns=[0, 1])
     before = torch.get_rng_state()
     mask = object_mask(SimpleNamespace(family=family), latents, prompt, "lady", 0.5)  # type: ignore[arg-type]
     assert torch.equal(torch.get_rng_state(), before)

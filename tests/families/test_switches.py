@@ -437,6 +437,11 @@ ELSEWHERE = {
     "optimizer": "test_fit_cost.py::test_eight_bits_need_bitsandbytes",
     "gradient_checkpointing": "test_fit_cost.py::test_checkpointing_makes_the_same_gradients",
     "residuals": "test_inversions.py::test_in_a_flow_what_the_sources_steps_miss_is_found",
+    "checkpoint_folder": "test_fit_checkpoint.py::fit",
+    "complete_prompt": "test_describe.py::test_short_prompts_are_completed_alike",
+    "cross_attention_kwargs": "families/test_diffusers_manner.py::test_loras_are_weighed_by_the_call",
+    "ip_adapter_image": "families/test_diffusers_manner.py::test_an_ip_adapter_and_an_identity_side_by_side",
+    "ip_adapter_image_embeds": "families/test_diffusers_manner.py::test_an_ip_adapter_shows_pictures",
     "settle_from": "test_edit_loop.py::test_at_last_what_drifted_a_little_is_the_source_again",
     "confine_from": "test_edit_words.py::test_the_source_is_kept_from_the_share_asked_for",
 }
