@@ -305,7 +305,7 @@ def _copy_average(parameters: list[torch.nn.Parameter], state: dict[str, Any]) -
         parameter.copy_(average)
 
 
-OPTIONS: Mapping[str, Any] = {"default_guidance_scale": 2.0, "vocabulary": vocabulary()}
+OPTIONS: Mapping[str, Any] = {"default_guidance_scale": 2.0, "vocabulary": "\n".join(vocabulary())}
 """What the model's folder says to ``S2EditPipeline`` alone, see ``pipeline_components.PipelineComponents``."""
 
 
