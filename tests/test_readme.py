@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from s2edit_pipeline import S2EditPipeline, fit_settings
+from s2edit_pipeline import S2EditPipeline, describe_judge, fit_settings
 from s2edit_pipeline.fit_settings import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +46,9 @@ def test_python_examples_run(
     picture.save(tmp_path / "ada.jpg")
     short = Recipe(3, 1e-3, 5e-3, 4, "uniform", "constant")  # as written, but shorter
     monkeypatch.setattr(fit_settings, "RECIPES", {"lora": short})
+    for name, value in {"NOUN_LEVELS": (0.8,), "NOISES": 1, "ROUNDS": 1}.items():
+        monkeypatch.setattr(describe_judge, name, value)
+    monkeypatch.setattr(describe_judge.DenoisingJudge.best, "__defaults__", ((0.5,),))
     examples = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text("utf-8"), flags=re.DOTALL)
     assert examples
     monkeypatch.chdir(tmp_path)
