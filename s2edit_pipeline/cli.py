@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
+
+from . import __version__
 
 
 def _of(module: str) -> Callable[[argparse.ArgumentParser], None]:
@@ -179,10 +182,15 @@ def make_parser(commands: Container[str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--print-completion", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="print a completion script"
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     for name, one in COMMANDS.items():
         command = subparsers.add_parser(
-            name, help=one.summary, description=one.summary.capitalize() + ".", epilog="example: " + one.example
+            name,
+            help=one.summary,
+            description=one.summary.capitalize() + ".",
+            epilog="example: " + one.example,
+            allow_abbrev=False,
         )
         if name in commands:
             one.add_arguments(command)
@@ -195,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; None takes them from ``sys.argv``.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it says as it is imported is not for users
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(argv[:1])
     args = parser.parse_args(argv)

@@ -24,11 +24,12 @@ logger = logging.getLogger(__name__)
 QUALITY = 95
 """Of lossy files where the source doesn't say its own."""
 
-_SUFFIXES = {
+SUFFIXES = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP", ".tif": "TIFF",
     ".tiff": "TIFF", ".gif": "GIF", ".bmp": "BMP", ".dib": "BMP", ".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF",
     ".jp2": "JPEG2000", ".ppm": "PPM", ".pgm": "PPM",
 }  # fmt: skip
+"""Suffix of a file's name -> Pillow's name of the format."""
 
 _MODES: dict[str, tuple[str, ...]] = {
     "JPEG": ("L", "RGB", "CMYK"),
@@ -65,9 +66,9 @@ def save_picture(picture: SourcePicture, path: str | os.PathLike[str], quality: 
         ValueError: a suffix that no picture has here; what the format can't hold, such as too many pixels for WebP.
     """
     path = Path(path)
-    file_format = _SUFFIXES.get(path.suffix.lower())
+    file_format = SUFFIXES.get(path.suffix.lower())
     if file_format is None and path.suffix:
-        raise ValueError(f"{path.suffix!r} is no picture's suffix here; choose one of {', '.join(sorted(_SUFFIXES))}.")
+        raise ValueError(f"{path.suffix!r} is no picture's suffix here; choose one of {', '.join(sorted(SUFFIXES))}.")
     data = picture_bytes(picture, file_format, quality)
     path.write_bytes(data)
     return path

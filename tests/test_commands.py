@@ -53,7 +53,7 @@ def test_fit_show_and_edit_with_it(folder: Path, capsys: pytest.CaptureFixture[s
     assert status == 0 and facts["steps"] == 2 and facts["token"] == "[ada]"
     assert facts["bytes"] == sum(file.stat().st_size for file in Path("ada").iterdir())
     status, out, _ = run(capsys, "identity", "show", "ada", "--json")
-    assert status == 0 and json.loads(out)["source_prompt"] == PROMPT
+    assert status == 0 and (json.loads(out)["source_prompt"], json.loads(out)["method"]) == (PROMPT, "lora")
     arguments = ["edit", "ada.png", "--identity", "ada", "--inference-steps", "2", "--out", "smiles.png"]
     status, out, _ = run(capsys, *arguments, "--replace", "sad=smiling", "--json")
     assert status == 0
@@ -85,8 +85,8 @@ def test_several_edits_a_sheet_and_what_the_files_say(folder: Path, capsys: pyte
         assert origin.source_type == EDITED and origin.prompt == result["prompt"] and "[I] lady" in result["prompt"]
     status, out, _ = run(capsys, "identity", "show", results[0]["out"])
     assert status == 0 and "compositeWithTrainedAlgorithmicMedia" in out
-    assert run(capsys, *EDIT, "--add", "glasses", "--out", "quiet.png", "--no-prompt-in-metadata")[0] == 0
-    assert origin_of(read_picture("quiet.png").xmp).prompt is None
+    assert run(capsys, *EDIT, "--add", "glasses", "--out", "new/quiet.png", "--no-prompt-in-metadata")[0] == 0
+    assert origin_of(read_picture("new/quiet.png").xmp).prompt is None
 
 
 def test_an_edit_is_signed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +109,9 @@ def test_an_edit_is_signed(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         ((*EDIT, "--out", "a.png"), "say what to change"),
         ((*EDIT, "--out", "a.png", "--replace", "sad"), "must be A=B"),
         ((*EDIT, "--out", "a.png", "--replace", "happy=sad"), "happy"),
+        ((*EDIT, "--out", "a.xyz", "--add", "glasses"), "pictures are written as"),
+        ((*EDIT, "--out", "a.png", "--add", "glasses", "--inference-steps", "0"), "at least 1"),
+        ((*EDIT, "--out", "a.png", "--add", "glasses", "--device", "cuda"), "no CUDA device"),
         ((*EDIT, "--out", "a.png", "--to", "a", "--to", "b"), "give a folder"),
         ((*EDIT, "--out", "a.png", "--to", "a", "--add", "b"), "leave --replace, --add and --remove out"),
         (("identity", "push", "ada.png", "me/ada"), "ada.png"),

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("picture", help="a file or an address")
     parser.add_argument("--out", required=True, help="a file, or for several edits a folder")
     change = parser.add_argument_group("what to change")
-    change.add_argument("--to", action="append", default=[], metavar="PROMPT", help="a target prompt; several are")
+    change.add_argument(
+        "--to", action="append", default=[], metavar="PROMPT", help="a target prompt; repeat it for another edit"
+    )
     change.add_argument("--replace", action="append", default=[], metavar="A=B", help="B in the place of A")
     change.add_argument("--add", action="append", default=[], metavar="WORDS", help="such as glasses, 'a red hat'")
     change.add_argument("--remove", action="append", default=[], metavar="WORDS", help="such as beard")
@@ -49,11 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def edit(args: argparse.Namespace) -> Answer:
+    from ..describe_stage import own_vocabulary
     from ..picture_files import read_picture
     from ..prompt_words import insert_token, split_words
 
     _check(args)
     source = read_picture(args.picture)
+    if args.prompt is not None and not args.to:
+        changed(args.prompt, args)  # a word that isn't there is found before the model is loaded
     certificate = _certificate(args)
     pipe = load_model(args)
     words, kept = _words(pipe, source, args)
@@ -73,9 +78,12 @@ def edit(args: argparse.Namespace) -> Answer:
         guidance_scale=args.guidance,
         strength=args.strength,
         edit_mask=args.edit_mask,
+        # what a short target leaves out would change too
+        complete_prompt=bool(args.to) and (args.prompt is None or own_vocabulary(pipe) is not None),
     )
     edited = time.perf_counter()
     paths = _paths(Path(args.out), targets, Path(args.picture).suffix)
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     out.save(paths, prompt_in_metadata=not args.no_prompt_in_metadata)
     if certificate is not None:
         _sign(paths, certificate, args.picture)
@@ -93,6 +101,8 @@ def _check(args: argparse.Namespace) -> None:
     """Raises:
     BadArguments: what is asked for doesn't go together.
     """
+    from ..picture_saving import SUFFIXES
+
     if not (args.to or args.replace or args.add or args.remove):
         raise BadArguments("say what to change: --add glasses, --replace sad=smiling, --remove beard, or --to PROMPT.")
     if args.to and (args.replace or args.add or args.remove):
@@ -100,6 +110,10 @@ def _check(args: argparse.Namespace) -> None:
     for change in args.replace:
         if not all(part.strip() for part in change.partition("=")[::2]):
             raise BadArguments(f"--replace {change!r} must be A=B, such as sad=smiling.")
+    if args.inference_steps < 1:
+        raise BadArguments(f"--inference-steps must be at least 1, not {args.inference_steps}.")
+    if Path(args.out).suffix and Path(args.out).suffix.lower() not in SUFFIXES:
+        raise BadArguments(f"--out {args.out}: pictures are written as {', '.join(sorted(SUFFIXES))}.")
     if len(args.to) > 1 and Path(args.out).suffix:
         raise BadArguments(f"--out {args.out} is one file and there are {len(args.to)} edits: give a folder.")
 
@@ -142,12 +156,15 @@ def _words(
 
 
 def _targets(words: PictureWords, args: argparse.Namespace) -> list[str]:
+    return list(args.to) if args.to else [changed(words.prompt, args, words.subject)]
+
+
+def changed(prompt: str, args: argparse.Namespace, subject: str | None = None) -> str:
+    """``prompt`` as --replace, --add and --remove say."""
     from ..prompt_changes import change_words
 
-    if args.to:
-        return list(args.to)
     replace = {a.strip(): b.strip() for a, _, b in (change.partition("=") for change in args.replace)}
-    return [change_words(words.prompt, replace=replace, add=args.add, remove=args.remove, subject=words.subject)]
+    return change_words(prompt, replace=replace, add=args.add, remove=args.remove, subject=subject)
 
 
 def _fitted(

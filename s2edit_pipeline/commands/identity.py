@@ -47,7 +47,7 @@ def show(args: argparse.Namespace) -> Answer:
     identity = IdentityAdapter.from_pretrained(args.what)
     facts: dict[str, Any] = {
         "token": identity.token, "subject": identity.subject, "source_prompt": identity.source_prompt,
-        "base_model": identity.base_model, "method": identity.settings.get("method"),
+        "base_model": identity.base_model, "method": identity.method,
         "learned": list(identity.learned), "digest": identity.digest, "measures": dict(identity.measures),
     }  # fmt: skip
     return Answer(tuple(f"{name.replace('_', ' ')}: {value}" for name, value in facts.items()), facts)

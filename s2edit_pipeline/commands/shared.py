@@ -62,6 +62,8 @@ def load_model(args: argparse.Namespace) -> S2EditPipeline:
     transformers_logging.disable_progress_bar()
     logging.disable_progress_bar()
     device = args.device or _best_device()
+    if device.split(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise BadArguments(f"--device {device}: PyTorch finds no CUDA device here; leave it out, or take cpu.")
     on_gpu = device.split(":")[0] in ("cuda", "xpu", "mps")
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.model and on_gpu else "float32"))
     level = logging.get_verbosity()
