@@ -274,13 +274,12 @@ class _Wrappers:
             if not self.controls:
                 layers = attention_layers(control.denoiser)
                 check_processors(layers)
-                for name, layer in layers.items():
-                    processor = layer.processor
-                    self.installed.append((layer, processor))
-                    kind: Any = type(processor)
-                    wrapper = _wrapper_class(kind)(name, processor, self)
-                    wrapper.opaque = OpaqueLayer(wrapper.attend, layer) if kind.__name__ in _ONE_OUTPUT else None
-                    layer.set_processor(wrapper)
+                try:
+                    for name, layer in layers.items():
+                        self._wrap(name, layer)
+                except BaseException:
+                    self._unwrap()
+                    raise
                 if control.has_gradients or not _can_stay_compiled(control.denoiser, layers):
                     self.compiled = [
                         (m, m._compiled_call_impl)
@@ -291,13 +290,24 @@ class _Wrappers:
                         module._compiled_call_impl = None
             self.controls.append(control)
 
+    def _wrap(self, name: str, layer: Any) -> None:
+        processor = layer.processor
+        kind: Any = type(processor)
+        wrapper = _wrapper_class(kind)(name, processor, self)
+        wrapper.opaque = OpaqueLayer(wrapper.attend, layer) if kind.__name__ in _ONE_OUTPUT else None
+        self.installed.append((layer, processor))
+        layer.set_processor(wrapper)
+
+    def _unwrap(self) -> None:
+        for layer, processor in self.installed:
+            layer.set_processor(processor)
+        self.installed.clear()
+
     def leave(self, control: _Control) -> None:
         with self.lock:
             self.controls.remove(control)
             if not self.controls:
-                for layer, processor in self.installed:
-                    layer.set_processor(processor)
-                self.installed.clear()
+                self._unwrap()
                 for module, compiled in self.compiled:
                     module._compiled_call_impl = compiled
                 self.compiled.clear()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from .noise_schedule import NoiseSchedule
 from .prompt_embeds import ShownPicture
@@ -14,11 +15,16 @@ DEFAULT_GUIDANCE = 4.5
 """Where neither the caller nor the model says otherwise; S2Edit recommends 3.5 to 5.5."""
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a finite number; numpy's are, and True isn't."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_share(name: str, value: object, *, open_ended: bool = False) -> None:
     """Raises:
     ValueError: ``value`` isn't a number in [0, 1], or with ``open_ended`` in (0, 1).
     """
-    if not isinstance(value, (int, float)) or not (0 < value < 1 if open_ended else 0 <= value <= 1):
+    if not is_number(value) or not (0 < value < 1 if open_ended else 0 <= value <= 1):
         wanted = "above 0 and below 1" if open_ended else "from 0 to 1"
         raise ValueError(f"{name} must be {wanted}, not {value!r}.")
 
@@ -90,7 +96,9 @@ class EditSettings:
         check_share("change_threshold", self.change_threshold)
         check_share("blend_threshold", self.blend_threshold, open_ended=True)
         check_choice("edit", self.edit, ("auto", "replace", "refine"))
-        if not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
+        for name in ("blend_words", "keep_words"):
+            _check_words(name, getattr(self, name))
+        if not is_number(self.strength) or not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength!r}.")
         if self.blend_words is False:
             self.check_region("with blend_words=False, which has none")
@@ -122,11 +130,20 @@ class EditSettings:
         return max(1, round(self.strength * schedule.num_steps))
 
 
+def _check_words(name: str, words: Any) -> None:
+    """Raises:
+    TypeError: ``words`` are no words.
+    """
+    several = isinstance(words, (list, tuple)) and all(isinstance(word, str) for word in words)
+    if not (words is None or isinstance(words, (bool, str)) or several):
+        raise TypeError(f"{name} must be a word, a list of words, False or None, not {words!r}.")
+
+
 def check_guidance(scale: Any, name: str = "guidance_scale") -> None:
     """Raises:
     ValueError: ``scale`` is no guidance scale.
     """
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+    if not is_number(scale) or scale < 0:
         raise ValueError(f"{name} must be a number of at least 0, not {scale!r}.")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .edit_settings import check_choice, check_share, with_preset
+from .edit_settings import check_choice, check_share, is_number, with_preset
 
 MASK_THRESHOLD = 0.4
 
@@ -176,11 +176,11 @@ class FitSettings:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
         for name in ("learning_rate", "token_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)!r}.")
+            if not is_number(getattr(self, name)) or not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}.")
         check_share("mask_threshold", self.mask_threshold, open_ended=True)
-        if not self.semantic_weight >= 0:
-            raise ValueError(f"semantic_weight must be 0 or more, not {self.semantic_weight!r}.")
+        if not is_number(self.semantic_weight) or not self.semantic_weight >= 0:
+            raise ValueError(f"semantic_weight must be a number of 0 or more, not {self.semantic_weight!r}.")
         self._refuse_what_has_no_effect()
 
     def _give_the_row_the_one_rate(self) -> None:

@@ -51,11 +51,22 @@ class AdapterLoaders:
         return list(own) or super()._lora_loadable_modules  # type: ignore[misc]
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As diffusers' own pipeline of this model."""
-        if self.family.lora_components:
-            self.family.stock().load_lora_weights(*args, **kwargs)
-        else:
-            super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
+        """As diffusers' own pipeline of this model; when no call is at work."""
+        with self._turns.exclusive("load_lora_weights"):
+            if self.family.lora_components:
+                self.family.stock().load_lora_weights(*args, **kwargs)
+            else:
+                super().load_lora_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own; when no call is at work."""
+        with self._turns.exclusive("unload_lora_weights"):
+            super().unload_lora_weights(*args, **kwargs)  # type: ignore[misc]
+
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' own; when no call is at work."""
+        with self._turns.exclusive("set_adapters"):
+            super().set_adapters(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def load_lora_into_text_encoder(

@@ -268,5 +268,7 @@ class IdentityLoaders:
             try:
                 super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
             finally:
-                for one in loaded:
-                    self._lay(one.adapter, one.scale)
+                del self._optional_components  # the class's own again
+                with ExitStack() as every:  # one that can't be laid on keeps none of the others out
+                    for one in reversed(loaded):
+                        every.callback(self._lay, one.adapter, one.scale)
