@@ -100,7 +100,9 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
 
 
-def _text(most: int, least: int = 1) -> Callable[[Any], bool]:
+def text_check(most: int, least: int = 1) -> Callable[[Any], bool]:
+    """Whether a value is a string of so many characters, without control characters."""
+
     def check(value: Any) -> bool:
         return isinstance(value, str) and least <= len(value) <= most and not any(map(_is_control, value))
 
@@ -111,42 +113,47 @@ def _is_control(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs") and not character.isspace()
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
     # compared, not converted: JSON's integers may be too large for a float
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 <= value <= 1e300
 
 
 def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, bool) or _is_number(value) or _text(200, 0)(value)
+    return value is None or isinstance(value, bool) or is_number(value) or text_check(200, 0)(value)
 
 
-def _mapping(check: Callable[[Any], bool], most: int = 100) -> Callable[[Any], bool]:
-    name = _text(100)
+def mapping_check(check: Callable[[Any], bool], most: int = 100) -> Callable[[Any], bool]:
+    """Whether a value is an object of at most so many fields, each of which passes ``check``."""
+    name = text_check(100)
     return lambda v: isinstance(v, dict) and len(v) <= most and all(name(k) and check(value) for k, value in v.items())
 
 
-def _record(**checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def record_check(**checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Whether a value is an object of just these fields, each of which passes its own check."""
     return lambda v: isinstance(v, dict) and v.keys() == checks.keys() and all(c(v[n]) for n, c in checks.items())
 
 
-def _is_hash(value: Any) -> bool:
+def is_hash(value: Any) -> bool:
+    """Whether it is a SHA-256."""
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
+    """Whether it is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63
 
 
 def _numbers(most: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, list) and len(v) <= most and all(map(_is_number, v))
+    return lambda v: isinstance(v, list) and len(v) <= most and all(map(is_number, v))
 
 
 def _is_count(value: Any) -> bool:
-    return (value == 0 and type(value) is int) or _is_size(value)
+    return (value == 0 and type(value) is int) or is_size(value)
 
 
-_is_full_fingerprint = _record(
-    dtype=_text(30),
+_is_full_fingerprint = record_check(
+    dtype=text_check(30),
     count=_is_count,
     squares=_numbers(64),
     sums=_numbers(64),
@@ -156,30 +163,31 @@ _is_full_fingerprint = _record(
 )
 
 
-def _is_fingerprint(value: Any) -> bool:
+def is_fingerprint(value: Any) -> bool:
+    """Whether it is what ``identity_fingerprint.fingerprint`` gives, or a list of numbers as version 2 had it."""
     return _numbers(100)(value) or _is_full_fingerprint(value)
 
 
-_TOKEN_FIELDS = {"token": _text(100), "subject": _text(1000), "source_prompt": _text(10_000)}
+_TOKEN_FIELDS = {"token": text_check(100), "subject": text_check(1000), "source_prompt": text_check(10_000)}
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "token": (_TOKEN_FIELDS["token"], "a string of 1 to 100 characters"),
     "subject": (_TOKEN_FIELDS["subject"], "a string of 1 to 1,000 characters"),
     "source_prompt": (_TOKEN_FIELDS["source_prompt"], "a string of 1 to 10,000 characters"),
     "method": (lambda v: isinstance(v, str) and v in METHODS, f"one of {', '.join(METHODS)}"),
     "reference": (
-        lambda v: v is None or _record(**_TOKEN_FIELDS)(v),
+        lambda v: v is None or record_check(**_TOKEN_FIELDS)(v),
         "null, or a record of token, subject and source_prompt",
     ),
-    "base_model": (_text(500, 0), "a string of at most 500 characters"),
+    "base_model": (text_check(500, 0), "a string of at most 500 characters"),
     "base_fingerprint": (
-        lambda v: _mapping(_is_fingerprint)(v) and v.keys() <= set(COMPONENTS),
+        lambda v: mapping_check(is_fingerprint)(v) and v.keys() <= set(COMPONENTS),
         "a fingerprint of each component, or at most 100 numbers",
     ),
-    "settings": (_mapping(_is_scalar), "at most 100 strings, numbers and truth values"),
-    "measures": (_mapping(_is_number), "at most 100 numbers"),
-    "library_versions": (_mapping(_text(100)), "at most 100 strings"),
-    "files": (_mapping(_record(bytes=_is_size, sha256=_is_hash)), "bytes and sha256 of each file"),
-    "checksum": (_is_hash, "a SHA-256"),
+    "settings": (mapping_check(_is_scalar), "at most 100 strings, numbers and truth values"),
+    "measures": (mapping_check(is_number), "at most 100 numbers"),
+    "library_versions": (mapping_check(text_check(100)), "at most 100 strings"),
+    "files": (mapping_check(record_check(bytes=is_size, sha256=is_hash)), "bytes and sha256 of each file"),
+    "checksum": (is_hash, "a SHA-256"),
 }
 
 
@@ -224,12 +232,12 @@ def tensors_of(file: Path, data: bytes) -> tuple[dict[str, torch.Tensor], dict[s
         metadata = header.pop("__metadata__", {})
         spans = {name: (e["dtype"], e["shape"], e["data_offsets"]) for name, e in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} has a damaged header ({error!r}). Fetch or save the identity again.") from error
+        raise ValueError(f"{file} has a damaged header ({error!r}). Fetch or save it again.") from error
     expected = 0
     for name, (dtype, shape, offsets) in sorted(spans.items(), key=lambda item: _start(item[1][2])):
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise ValueError(f"{file}: {name!r} is {dtype!r}; an identity's tensors are {', '.join(_DTYPES)}.")
-        if not isinstance(shape, list) or not all(map(_is_size, shape)) or not 1 <= len(shape) <= 4:
+            raise ValueError(f"{file}: {name!r} is {dtype!r}; expected are {', '.join(_DTYPES)}.")
+        if not isinstance(shape, list) or not all(map(is_size, shape)) or not 1 <= len(shape) <= 4:
             raise ValueError(
                 f"{file}: {name!r} has the shape {str(shape)[:80]}; expected 1 to 4 whole numbers above 0."
             )
@@ -247,7 +255,7 @@ def tensors_of(file: Path, data: bytes) -> tuple[dict[str, torch.Tensor], dict[s
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # its own reader is stricter still
-        raise ValueError(f"{file} is damaged: {error}. Fetch or save the identity again.") from error
+        raise ValueError(f"{file} is damaged: {error}. Fetch or save it again.") from error
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{file}: {name!r} holds values that are no numbers (NaN or infinity).")
@@ -266,20 +274,20 @@ def check_tensor_names(file: Path, tensors: Iterable[str], pattern: str) -> None
 
 
 def _is_rank(value: Any) -> bool:
-    return _is_size(value) and value <= 2**16
+    return is_size(value) and value <= 2**16
 
 
 def _is_alpha(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= 2**16
+    return is_number(value) and 0 < value <= 2**16
 
 
 _LORA_FIELDS: dict[str, Callable[[Any], bool]] = {
     "r": _is_rank,
     "lora_alpha": _is_alpha,
-    "target_modules": lambda v: isinstance(v, list) and all(map(_text(500), v)),
+    "target_modules": lambda v: isinstance(v, list) and all(map(text_check(500), v)),
     "rank_pattern": lambda v: isinstance(v, dict) and all(map(_is_rank, v.values())),
     "alpha_pattern": lambda v: isinstance(v, dict) and all(map(_is_alpha, v.values())),
-    "lora_dropout": _is_number,
+    "lora_dropout": is_number,
     # these would make another formula of it
     "bias": lambda v: v == "none",
     "use_dora": lambda v: v is False,

@@ -6,6 +6,7 @@ Each method is one function ``f(task) -> path`` and one entry of the registry; a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from .attention_source import SourceAttention
 from .edit_settings import check_choice
+from .inversion_files import read_inversion, write_inversion
 from .noise_guidance import Guidance, guided
 from .noise_schedule import NoiseSchedule
 from .picture_files import SourcePicture
@@ -211,3 +213,34 @@ class Inversion:
     def pinned(self) -> bool:
         """Whether the source branch is held to the stored trajectory."""
         return INVERSIONS[self.method].pinned
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write it to a folder, safetensors and JSON. Left out are the picture itself, which an edit is handed again
+        (``image=``, to paste the edit into it), and the kept attention, for which it asks again.
+
+        Raises:
+            ValueError: it was stopped before its end, or the folder holds other things.
+        """
+        write_inversion(save_directory, self)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Inversion:
+        """What :meth:`save_pretrained` wrote. An edit checks it as one that was just made: model, scheduler,
+        identities, LoRAs, picture and words have to be the same.
+
+        Raises:
+            ValueError: a file is missing, damaged, or none that an inversion has.
+        """
+        config, tensors = read_inversion(folder)
+        check_choice("inversion method", config["method"], tuple(INVERSIONS))
+        place = config["placement"]
+        return cls(
+            method=config["method"],
+            prompt=config["prompt"],
+            guidance_scale=config["guidance_scale"],
+            clip_skip=config["clip_skip"],
+            picture_digest=config["picture_digest"],
+            placement=None if place is None else Placement(**{name: tuple(value) for name, value in place.items()}),
+            made_with=MadeWith(**config["made_with"]),
+            **tensors,
+        )

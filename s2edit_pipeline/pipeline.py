@@ -62,6 +62,7 @@ from .identity_prompts import check_prompt  # noqa: F401
 from .identity_schema import check_config  # noqa: F401
 from .inversion_ddim import ddim_trajectory  # noqa: F401
 from .inversion_edit_friendly import edit_friendly  # noqa: F401
+from .inversion_files import read_inversion  # noqa: F401
 from .inversion_null_text import null_text  # noqa: F401
 from .inversion_origin import check_inversion  # noqa: F401
 from .inversion_record import Inversion

@@ -176,7 +176,7 @@ ATTACKS: list[tuple[str, Callable[[Files], Files], str]] = [
     (
         "a wrong dtype",
         lambda f: sealed(with_tensors(f, LORA_FILE, lambda t: first(t, lambda x: x.long()))),
-        r"is 'I64'; an identity's tensors are F32, F16, BF16",
+        r"is 'I64'; expected are F32, F16, BF16",
     ),
     (
         "a wrong name",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, KeepAttention, ReferenceAttribute, S2EditPipeline
@@ -129,7 +130,18 @@ def digest(value: Any) -> str:
 
 @pytest.fixture(scope="module")
 def walk(request: pytest.FixtureRequest, small_families: dict[str, S2EditPipeline], wide_picture: Image.Image) -> Walk:
-    return Walk(small_families[request.param], wide_picture)
+    """Hundreds of calls are made: of Stable Diffusion 1's kind the least U-Net that there can be."""
+    pipe = small_families[request.param]
+    if request.param == "sd1":
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, down_block_types=["CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D"], block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+            cross_attention_dim=32, attention_head_dim=4,
+        )  # fmt: skip
+        pipe = S2EditPipeline(**{**pipe.components, "unet": unet.eval()})
+        pipe.set_progress_bar_config(disable=True)
+    return Walk(pipe, wide_picture)
 
 
 def problems(walk: Walk, situation: Situation, values: Mapping[str, Any]) -> list[str]:
@@ -177,7 +189,8 @@ def call_values(walk: Walk) -> dict[str, Any]:
         "pooled_prompt_embeds": noise(1, 24), "negative_pooled_prompt_embeds": noise(1, 24), "original_size": (40, 30),
         "crops_coords_top_left": (3, 5), "target_size": (16, 32), "latents": noise(1, 4, 8, 12), "height": 24,
         "width": 32, "clip_skip": 1, "return_attention_maps": True, "keep_attention": KeepAttention(share=1.0),
-        "stop": stopped(), "stock_arguments": 0.5, "complete_prompt": True,
+        "stop": stopped(), "stock_arguments": 0.5, "complete_prompt": True, "ip_adapter_image": walk.picture,
+        "ip_adapter_image_embeds": [noise(2, 1, 16)], "cross_attention_kwargs": {"scale": 0.5},
     }  # fmt: skip
 
 
@@ -192,7 +205,9 @@ DRAWING = {
     "negative_pooled_prompt_embeds", "latents", "original_size", "crops_coords_top_left", "target_size",
     "stock_arguments",
 }  # fmt: skip
-NOT_OF_AN_EDIT = DRAWING | {"residuals"}  # which a flow's inversions alone find
+OF_ADAPTERS = {"ip_adapter_image", "ip_adapter_image_embeds", "cross_attention_kwargs"}
+"""Arguments that a loaded IP-Adapter or LoRA obeys, see test_diffusers_manner.py; here none is."""
+NOT_OF_AN_EDIT = DRAWING | OF_ADAPTERS | {"residuals"}  # which a flow's inversions alone find
 XL_ALONE = {
     "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "original_size", "crops_coords_top_left", "target_size"
 }  # fmt: skip
@@ -216,7 +231,7 @@ def drawing(walk: Walk) -> Situation:
     return Situation(
         "__call__",
         lambda: {"prompt": TARGET, "num_inference_steps": 2, "output_type": "np", "generator": seeded(0)},
-        EDITING | (set() if walk.xl else XL_ALONE),
+        EDITING | OF_ADAPTERS | (set() if walk.xl else XL_ALONE),
         idle,
         {
             **ETA,
@@ -325,9 +340,11 @@ FITS: dict[str, tuple[dict[str, Any], set[str], dict[str, str]]] = {  # argument
     "lora": ({"method": "lora"}, set(), {"preset": OTHER_METHOD}),
     "full": ({"method": "full", "num_steps": None}, LORA, {}),
     "token": ({"method": "token"}, LORA | {"detach_sentence"}, {"preset": OTHER_METHOD}),
-    "a mask": ({"method": "lora", "mask": LEFT}, {"mask_threshold"}, {"preset": OTHER_METHOD}),
+    "a mask": (
+        {"method": "token", "mask": LEFT}, LORA | {"detach_sentence", "mask_threshold"}, {"preset": OTHER_METHOD}
+    ),
     "no spatial control": (
-        {"method": "lora", "spatial_control": False}, OF_THE_MASK,
+        {"method": "token", "spatial_control": False}, LORA | OF_THE_MASK | {"detach_sentence"},
         {"preset": OTHER_METHOD, "spatial_control": SITUATION},
     ),
     "no semantic loss": (
@@ -347,22 +364,24 @@ def test_no_argument_of_a_fit_is_ignored(walk: Walk, name: str, monkeypatch: pyt
     package = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit))
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     arguments, refused, idle = FITS[name]
-    other_rates = "constant" if arguments["method"] == "lora" else "cosine"
+    is_lora = arguments["method"] == "lora"
+    quick = {"lora_layers": "attention", "lora_init": "random"} if is_lora else {}
     values = {
         "image": walk.picture.rotate(180), "prompt": "a photo of a lady", "subject": "glasses", "token": "<ada>",
         "method": None, "mask": ~LEFT, "num_steps": 3, "learning_rate": 1e-4, "semantic_weight": 5.0,
         "spatial_control": False, "generator": seeded(9), "callback_on_step_end": None, "preset": "paper",
         "reference": ReferenceAttribute(walk.picture.rotate(180), "a photo of a man with a hat", "hat", mask=LEFT),
-        "batch_size": 2, "timestep_sampling": "high_noise", "lr_scheduler": other_rates, "early_stop": True,
-        "optimizer": "adamw_8bit", "gradient_checkpointing": True, "lora_rank": 3, "lora_layers": "attention",
-        "lora_init": "random", "detach_sentence": True, "renormalize": True, "mask_after": True, "mask_threshold": 0.1,
+        "batch_size": 2, "timestep_sampling": "high_noise", "lr_scheduler": "constant" if is_lora else "cosine",
+        "early_stop": True, "optimizer": "adamw_8bit", "gradient_checkpointing": True, "lora_rank": 3,
+        "lora_layers": "all" if is_lora else "attention", "lora_init": "gradient" if is_lora else "random",
+        "detach_sentence": True, "renormalize": True, "mask_after": True, "mask_threshold": 0.1,
         "height": 24, "width": 32, "token_learning_rate": 1e-4, "stop": stopped(), "crop": PART,
         "complete_prompt": True,
     }  # fmt: skip
 
     def fit() -> dict[str, Any]:
         common = {"num_steps": 2, "batch_size": 1, "height": 16, "width": 24, "generator": seeded(0)}
-        settings = {**common, **arguments}
+        settings = {**common, **quick, **arguments}
         if settings["num_steps"] is None:  # the preset's own steps, cut short
             settings |= {"num_steps": 2}
         return {"image": walk.picture, "prompt": SOURCE, "subject": "lady", **settings}
