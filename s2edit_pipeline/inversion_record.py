@@ -233,7 +233,7 @@ class Inversion:
         """
         config, tensors = read_inversion(folder)
         check_choice("inversion method", config["method"], tuple(INVERSIONS))
-        place = config["placement"]
+        place, stored = config["placement"], dict[str, Any](tensors)
         return cls(
             method=config["method"],
             prompt=config["prompt"],
@@ -242,5 +242,5 @@ class Inversion:
             picture_digest=config["picture_digest"],
             placement=None if place is None else Placement(**{name: tuple(value) for name, value in place.items()}),
             made_with=MadeWith(**config["made_with"]),
-            **tensors,
+            **stored,
         )

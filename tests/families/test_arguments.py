@@ -9,7 +9,7 @@ import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from s2edit_pipeline import IdentityAdapter, KeepAttention, ReferenceAttribute, S2EditPipeline
+from s2edit_pipeline import IdentityAdapter, KeepAttention, ReferenceAttribute, S2EditPipeline, describe_captioner
 from s2edit_pipeline.attention_controls import MapRecorder
 from s2edit_pipeline.inversion_record import INVERSIONS
 
@@ -129,7 +129,9 @@ def digest(value: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def walk(request: pytest.FixtureRequest, small_families: dict[str, S2EditPipeline], wide_picture: Image.Image) -> Walk:
+def walk(
+    request: pytest.FixtureRequest, small_families: dict[str, S2EditPipeline], wide_picture: Image.Image
+) -> Iterator[Walk]:
     """Hundreds of calls are made: of Stable Diffusion 1's kind the least U-Net that there can be."""
     pipe = small_families[request.param]
     if request.param == "sd1":
@@ -141,7 +143,9 @@ def walk(request: pytest.FixtureRequest, small_families: dict[str, S2EditPipelin
         )  # fmt: skip
         pipe = S2EditPipeline(**{**pipe.components, "unet": unet.eval()})
         pipe.set_progress_bar_config(disable=True)
-    return Walk(pipe, wide_picture)
+    with pytest.MonkeyPatch.context() as patch:  # where a picture has to be described
+        patch.setattr(describe_captioner, "load_captioner", lambda *_: lambda picture: "a photo of a cat with a hat")
+        yield Walk(pipe, wide_picture)
 
 
 def problems(walk: Walk, situation: Situation, values: Mapping[str, Any]) -> list[str]:
