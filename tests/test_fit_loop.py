@@ -298,10 +298,10 @@ def test_a_loss_that_runs_away_is_named(pipe: S2EditPipeline) -> None:
         ({"num_steps": 0}, "num_steps must be a whole number of at least 1"),
         ({"num_steps": 2.5}, "num_steps"),
         ({"lora_rank": True}, "lora_rank"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
-        ({"token_learning_rate": -1.0}, "token_learning_rate must be above 0"),
-        ({"semantic_weight": -1.0}, "semantic_weight must be 0 or more"),
+        ({"learning_rate": 0.0}, "learning_rate must be a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number above 0"),
+        ({"token_learning_rate": -1.0}, "token_learning_rate must be a number above 0"),
+        ({"semantic_weight": -1.0}, "semantic_weight must be a number of 0 or more"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:

@@ -68,18 +68,19 @@ def edit(args: argparse.Namespace) -> Answer:
     fitted = time.perf_counter()
     token = identity.token
     prompts = [t if token in split_words(t, [token]) else insert_token(t, words.subject, token) for t in targets]
+    # what a short target leaves out, of words that nobody wrote, would change too
+    completes = bool(args.to) and args.prompt is None and own_vocabulary(pipe) is not None
     task(pipe, "editing")
     out: Any = pipe(
         prompts,
         image=source.native,
-        source_prompt=words.prompt,
+        source_prompt=None if completes else words.prompt,  # the identity's own, which are these words
         identity=identity,
         num_inference_steps=args.inference_steps,
         guidance_scale=args.guidance,
         strength=args.strength,
         edit_mask=args.edit_mask,
-        # what a short target leaves out would change too
-        complete_prompt=bool(args.to) and (args.prompt is None or own_vocabulary(pipe) is not None),
+        complete_prompt=completes,
     )
     edited = time.perf_counter()
     paths = _paths(Path(args.out), targets, Path(args.picture).suffix)
