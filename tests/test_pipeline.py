@@ -74,7 +74,7 @@ BAD_PICTURES = [
         ({"learning_rate": -1.0}, ValueError, "learning_rate"),
         ({"semantic_weight": -1.0}, ValueError, "semantic_weight"),
         ({"mask_threshold": 0}, ValueError, "mask_threshold must be above 0 and below 1, not 0"),
-        ({"token_learning_rate": 0.0}, ValueError, "token_learning_rate must be above 0"),
+        ({"token_learning_rate": 0.0}, ValueError, "token_learning_rate must be a number above 0"),
         ({"generator": [torch.Generator()] * 2}, ValueError, "generator must be one for a fit, not a list of 2"),
         ({"generator": 3}, TypeError, "generator must be one torch.Generator for a fit, not int"),
         ({"stop": True}, TypeError, "stop must be a threading.Event"),
