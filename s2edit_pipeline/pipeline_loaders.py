@@ -264,11 +264,12 @@ class IdentityLoaders:
                     "with identity.save_pretrained(folder), and load it again with pipe.load_identity(folder)."
                 )
             self.unload_identity()
+            optional = self._optional_components
             self._optional_components = [n for n in type(self)._optional_components if getattr(self, n) is None]
             try:
                 super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
             finally:
-                del self._optional_components  # the class's own again
+                self._optional_components = optional
                 with ExitStack() as every:  # one that can't be laid on keeps none of the others out
                     for one in reversed(loaded):
                         every.callback(self._lay, one.adapter, one.scale)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import logging
 from PIL import Image
 
 from s2edit_pipeline import S2EditPipeline, load_avatars
@@ -76,13 +76,14 @@ def test_the_embedded_models_folder_says_its_own(caplog: pytest.LogCaptureFixtur
     assert S2EditPipeline.from_pretrained(MODEL_FOLDER).family.default_guidance_scale == 2.0
     index = json.loads((MODEL_FOLDER / "model_index.json").read_text("utf-8"))
     assert {name: index[f"_{name}"] for name in recipe.OPTIONS} == recipe.OPTIONS  # what a new training writes
-    logging.enable_propagation()
+    diffusers_logger = getLogger("diffusers")
+    propagates, diffusers_logger.propagate = diffusers_logger.propagate, True
     try:
         caplog.clear()
         StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
         assert "guidance" not in caplog.text
     finally:
-        logging.disable_propagation()
+        diffusers_logger.propagate = propagates
 
 
 @pytest.mark.parametrize("scale", [-1.0, "high", float("nan")])

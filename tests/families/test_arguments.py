@@ -11,6 +11,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -360,7 +361,9 @@ FITS: dict[str, tuple[dict[str, Any], set[str], dict[str, str]]] = {  # argument
 
 @pytest.mark.parametrize("walk", ["sd1"], indirect=True)
 @pytest.mark.parametrize("name", FITS)
-def test_no_argument_of_a_fit_is_ignored(walk: Walk, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_argument_of_a_fit_is_ignored(
+    walk: Walk, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class AdamW8bit(torch.optim.AdamW):  # stands in for bitsandbytes', which needs a CUDA device
         def __init__(self, groups: Any, weight_decay: float) -> None:
             super().__init__(groups, weight_decay=weight_decay, betas=(0.5, 0.6))
@@ -380,7 +383,7 @@ def test_no_argument_of_a_fit_is_ignored(walk: Walk, name: str, monkeypatch: pyt
         "lora_layers": "all" if is_lora else "attention", "lora_init": "gradient" if is_lora else "random",
         "detach_sentence": True, "renormalize": True, "mask_after": True, "mask_threshold": 0.1,
         "height": 24, "width": 32, "token_learning_rate": 1e-4, "stop": stopped(), "crop": PART,
-        "complete_prompt": True,
+        "complete_prompt": True, "checkpoint_folder": tmp_path / "fit",
     }  # fmt: skip
 
     def fit() -> dict[str, Any]:
@@ -390,7 +393,14 @@ def test_no_argument_of_a_fit_is_ignored(walk: Walk, name: str, monkeypatch: pyt
             settings |= {"num_steps": 2}
         return {"image": walk.picture, "prompt": SOURCE, "subject": "lady", **settings}
 
-    idle = {"method": SITUATION, "early_stop": LONG_FITS, "gradient_checkpointing": MEMORY, **idle}
+    kept = "the same fit, kept on its way: tests/test_fit_checkpoint.py"
+    idle = {
+        "method": SITUATION,
+        "checkpoint_folder": kept,
+        "early_stop": LONG_FITS,
+        "gradient_checkpointing": MEMORY,
+        **idle,
+    }
     changes: dict[str, Any] = {}
     if name == "a mask":
         changes["spatial_control"] = {"spatial_control": False, "mask": None}
