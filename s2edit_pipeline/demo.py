@@ -177,36 +177,13 @@ def _sheet(
     rows: list[tuple[str, Image.Image, Image.Image | None, Image.Image | None]],
 ) -> Image.Image:
     """One picture: source, mask and reconstruction above; below, a column for each edit: it, the truth, its region."""
-    from PIL import Image, ImageDraw, ImageFont
+    from .picture_sheet import picture_sheet
 
-    cell, gap, caption = 192, 8, 22
-    font = ImageFont.load_default(14)
-    has_truth = any(truth is not None for _, _, truth, _ in rows)
     lines: list[list[tuple[str, Image.Image | None]]] = [
         [("source", source), ("mask of [I]", mask), ("reconstruction", reconstruction)],
         [(name, edited) for name, edited, _, _ in rows],
     ]
-    if has_truth:
+    if any(truth is not None for _, _, truth, _ in rows):
         lines.append([("the truth", truth) for _, _, truth, _ in rows])
     lines.append([("may change", region) for _, _, _, region in rows])
-    columns = max(len(line) for line in lines)
-    sheet = Image.new(
-        "RGB", (columns * (cell + gap) + gap, len(lines) * (cell + caption + gap) + caption + gap), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 4), prompt, "black", font)
-    for y, line in enumerate(lines):
-        for x, (text, picture) in enumerate(line):
-            left, top = gap + x * (cell + gap), caption + gap + y * (cell + caption + gap)
-            if picture is None:
-                continue
-            shown = picture.convert("RGB")
-            shown.thumbnail((10**6, cell)) if shown.height > cell else None
-            scale = min(cell / shown.width, cell / shown.height)
-            shown = shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.LANCZOS)
-            sheet.paste(shown, (left, top + caption))
-            draw.rectangle(
-                (left - 1, top + caption - 1, left + shown.width, top + caption + shown.height), outline="#999"
-            )
-            draw.text((left, top + 3), text[:30], "black", font)
-    return sheet
+    return picture_sheet(lines, 192, prompt)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .describe_captioner import DEFAULT_CAPTIONER, caption_of
@@ -27,11 +27,18 @@ class Description:
         subject: the noun in it, "lady".
         scores: how sure: phrase of a vocabulary -> by what share the model's denoising error grows under the second
             best; of a captioner, its whole prompt -> by what share it grows without these words.
+        account: the same in parts, from which :meth:`complete` works.
     """
 
     prompt: str
     subject: str
     scores: Mapping[str, float]
+    account: Account | None = field(default=None, repr=False, compare=False)
+
+    def complete(self, target: str) -> str:
+        """``target``, a short target prompt, with all that the description says and ``target`` is silent about: what a
+        target leaves out would change too."""
+        return target if self.account is None else self.account.beside(target)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def describe_picture(work: Work, request: DescribeRequest) -> Description:
     account = account_of(work, request)
     prompt = account.prompt if request.prompt is None else account.beside(request.prompt)
     subject = account.subject if request.prompt is None else subject_noun(request.prompt) or account.subject
-    return Description(prompt, subject, account.scores)
+    return Description(prompt, subject, account.scores, account)
 
 
 def account_of(work: Work, request: DescribeRequest) -> Account:

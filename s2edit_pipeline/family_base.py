@@ -224,13 +224,27 @@ class ModelFamily(ABC):
         """Within the context the autoencoder's numbers don't overflow; it may be of another dtype there."""
         return nullcontext()
 
-    @abstractmethod
+    @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) latents of level 0 of ``pixels`` (B, 3, H, W) in [-1, 1]."""
+        vae = self.pipe.vae
+        with self.autoencoder_in_range():
+            encoded = vae.encode(pixels.to(self.device, vae.dtype))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return ((latents - self._latent_shift) * vae.config.scaling_factor).to(self.dtype)
 
-    @abstractmethod
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """(B, 3, H, W) in about [-1, 1]."""
+        vae = self.pipe.vae
+        with self.autoencoder_in_range():
+            latents = latents.to(vae.dtype) / vae.config.scaling_factor + self._latent_shift
+            pixels: torch.Tensor = vae.decode(latents, return_dict=False, generator=generator)[0]
+            return pixels
+
+    @property
+    def _latent_shift(self) -> float:
+        return getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
 
     # -------------------------------------------------------------------- noise
 

@@ -63,27 +63,6 @@ class FlowFamily(ModelFamily):
                 "from one model."
             )
 
-    # -------------------------------------------------------------------- pictures and latents
-
-    @torch.no_grad()
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        vae = self.pipe.vae
-        encoded = vae.encode(pixels.to(self.device, vae.dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return ((latents - self._shift) * vae.config.scaling_factor).to(self.dtype)
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        vae = self.pipe.vae
-        pixels: torch.Tensor = vae.decode(
-            latents.to(vae.dtype) / vae.config.scaling_factor + self._shift, return_dict=False
-        )[0]
-        return pixels
-
-    @property
-    def _shift(self) -> float:
-        return getattr(self.pipe.vae.config, "shift_factor", None) or 0.0
-
     # -------------------------------------------------------------------- noise
 
     @abstractmethod

@@ -223,24 +223,6 @@ class UNetFamily(ModelFamily):
                 for parameter, half in halves:
                     parameter.data = half
 
-    @torch.no_grad()
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        vae = self.pipe.vae
-        with self.autoencoder_in_range():
-            encoded = vae.encode(pixels.to(self.device, vae.dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return ((latents - shift) * vae.config.scaling_factor).to(self.dtype)
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        vae = self.pipe.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        with self.autoencoder_in_range():
-            latents = latents.to(vae.dtype) / vae.config.scaling_factor + shift
-            pixels: torch.Tensor = vae.decode(latents, return_dict=False, generator=generator)[0]
-            return pixels
-
     # -------------------------------------------------------------------- noise
 
     def schedule(self, num_inference_steps: int, size: tuple[int, int] | None = None) -> NoiseSchedule:

@@ -133,8 +133,7 @@ def with_identities(prompt: str, tokens: Sequence[str], overlay: IdentityOverlay
         ValueError: the subject isn't in it.
     """
     for token in tokens:
-        if token not in split_words(prompt, [token]):
-            prompt = insert_token(prompt, overlay.identities[token].adapter.subject, token, fitted=True)
+        prompt = insert_token(prompt, overlay.identities[token].adapter.subject, token, fitted=True)
     return prompt
 
 

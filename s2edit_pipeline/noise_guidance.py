@@ -40,21 +40,14 @@ PLAIN_GUIDANCE = Guidance()
 """Classifier-free guidance (Ho & Salimans 2021)."""
 
 
-def guided(
-    unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float, guidance_rescale: float = 0.0
-) -> torch.Tensor:
-    """Classifier-free guidance (Ho & Salimans 2021), in the form diffusers uses, (B, C, h, w).
-
-    ``guidance_rescale`` brings the result's deviation that far back to the conditional's (Lin et al. 2024,
-    section 3.4): guidance stretches it, which burns colours.
-    """
-    output = unconditional + guidance_scale * (conditional - unconditional)
-    return rescaled(output, conditional, guidance_rescale)
+def guided(unconditional: torch.Tensor, conditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans 2021), in the form diffusers uses, (B, C, h, w)."""
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def rescaled(output: torch.Tensor, conditional: torch.Tensor, guidance_rescale: float) -> torch.Tensor:
     """The guided ``output`` with its deviation brought back to the ``conditional``'s by the share
-    ``guidance_rescale`` (Lin et al. 2024, section 3.4)."""
+    ``guidance_rescale`` (Lin et al. 2024, section 3.4): guidance stretches it, which burns colours."""
     if guidance_rescale == 0:
         return output
     axes = list(range(1, output.ndim))

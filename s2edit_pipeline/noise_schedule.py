@@ -121,11 +121,7 @@ def diffusion_schedule(scheduler: Any, num_inference_steps: int) -> NoiseSchedul
         ValueError: the scheduler can't serve, or the number of steps is out of its range.
     """
     check_diffusion_scheduler(scheduler)
-    num_train = scheduler.config.num_train_timesteps
-    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train:
-        raise ValueError(
-            f"num_inference_steps must be a whole number from 1 to {num_train}, not {num_inference_steps!r}."
-        )
+    num_train = _checked_steps(scheduler, num_inference_steps)
     known = {key: value for key, value in scheduler.config.items() if key in DDIMScheduler().config}
     ddim = DDIMScheduler.from_config({**known, "clip_sample": False, "thresholding": False})
     ddim.set_timesteps(num_inference_steps)
@@ -137,6 +133,20 @@ def diffusion_schedule(scheduler: Any, num_inference_steps: int) -> NoiseSchedul
         )
     alphas_bar = torch.cat([ddim.final_alpha_cumprod.reshape(1).double(), ddim.alphas_cumprod[timesteps].double()])
     return _variance_preserving(alphas_bar, timesteps, scheduler)
+
+
+def _checked_steps(scheduler: Any, num_inference_steps: Any) -> int:
+    """How many levels ``scheduler`` was trained at, which is the most steps that can be made.
+
+    Raises:
+        ValueError: more are asked for, or what is no number of steps.
+    """
+    num_train: int = scheduler.config.num_train_timesteps
+    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train:
+        raise ValueError(
+            f"num_inference_steps must be a whole number from 1 to {num_train}, not {num_inference_steps!r}."
+        )
+    return num_train
 
 
 def diffusion_training_schedule(scheduler: Any) -> NoiseSchedule:
@@ -210,11 +220,7 @@ def flow_schedule(scheduler: Any, num_inference_steps: int, time: FlowTime) -> N
         ValueError: the scheduler can't serve, or the number of steps is out of its range.
     """
     check_flow_scheduler(scheduler)
-    num_train = scheduler.config.num_train_timesteps
-    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train:
-        raise ValueError(
-            f"num_inference_steps must be a whole number from 1 to {num_train}, not {num_inference_steps!r}."
-        )
+    _checked_steps(scheduler, num_inference_steps)
     asked = copy.deepcopy(scheduler)
     shifted = {"mu": time.mu} if scheduler.config.use_dynamic_shifting else {}
     if time.sigmas is None:

@@ -89,10 +89,7 @@ def assemble(folder: str | Path, *, avatars: bool = False, repo_id: str | None =
     """
     from huggingface_hub import ModelCard
 
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already; give a new or an empty folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(folder)
     pipeline, *siblings = pipeline_modules()
     shutil.copyfile(pipeline, folder / pipeline.name)
     for module in siblings:
@@ -109,6 +106,19 @@ def assemble(folder: str | Path, *, avatars: bool = False, repo_id: str | None =
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         card.data.base_model = None  # this repository is one
     (folder / "README.md").write_text(str(card), "utf-8")
+    return folder
+
+
+def new_folder(folder: str | Path) -> Path:
+    """``folder``, made if need be.
+
+    Raises:
+        ValueError: it is a file or has something in it.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; give a new or an empty folder.")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -44,6 +44,8 @@ from s2edit_pipeline.attention_seam import (
 from s2edit_pipeline.family_unet import UNetFamily
 from s2edit_pipeline.pipeline import S2EditPipeline
 
+from .bare_attention import BareLayer
+
 NONE, INPUTS, PROBABILITIES = AttentionAccess
 
 
@@ -356,26 +358,6 @@ def test_scores_that_overflow_are_made_in_float32_where_the_layer_says_so() -> N
         with controlled(attn.half(), Watcher(), 2, 3):
             output = attn(hidden)
     torch.testing.assert_close(output.double(), reference, rtol=1e-2, atol=1e-2)
-
-
-class BareLayer(nn.Module):
-    """A layer that hands its inputs, (batch, heads, length, channels), to the kernel as they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.processor: Any = BareProcessor()
-
-    def set_processor(self, processor: Any) -> None:
-        self.processor = processor
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        output: torch.Tensor = self.processor(self, hidden_states, **arguments)
-        return output
-
-
-class BareProcessor:
-    def __call__(self, attn: nn.Module, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        return F.scaled_dot_product_attention(hidden_states, **arguments)
 
 
 ARGUMENTS: dict[str, dict[str, Any]] = {

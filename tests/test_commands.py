@@ -89,6 +89,22 @@ def test_several_edits_a_sheet_and_what_the_files_say(folder: Path, capsys: pyte
     assert origin_of(read_picture("new/quiet.png").xmp).prompt is None
 
 
+def test_short_targets_are_completed_by_the_words_that_were_found(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, describe = [], S2EditPipeline.describe
+
+    def look(pipe: S2EditPipeline, image: Any) -> Any:
+        seen.append(image)
+        return describe(pipe, image, vocabulary="a photo of a [sad|smiling] {lady} [with a beard]")
+
+    monkeypatch.setattr(S2EditPipeline, "describe", look)
+    arguments = ("--steps", "2", "--inference-steps", "2", "--out", "a.png", "--json")
+    status, out, _ = run(capsys, "edit", "ada.png", "--to", "a photo of a smiling lady", *arguments)
+    assert status == 0 and len(seen) == 1  # the picture is described once
+    assert json.loads(out)["results"][0]["prompt"] == "a photo of a smiling [I] lady with a beard"
+
+
 def test_an_edit_is_signed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("c2pa")
     status, _, err = run(capsys, *EDIT, "--add", "glasses", "--out", "signed.jpg", "--sign-for-tests")

@@ -366,6 +366,20 @@ def test_an_edit_without_a_source_prompt_is_described(
     assert np.array_equal(bare, worded(target, picture, about.prompt, **settings).images)
 
 
+def test_a_description_completes_targets_as_an_edit_would(
+    worded: S2EditPipeline, picture: Image.Image, about: Description
+) -> None:
+    """Without judging the picture again."""
+    mood = "sad" if "sad" in about.prompt else "smiling"
+    other = {"sad": "smiling", "smiling": "sad"}[mood]
+    short = f"a photo of a {other} {about.subject}"
+    assert about.complete(short) == about.prompt.replace(mood, other) != short
+    assert about.complete(about.prompt) == about.prompt
+    settings: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np"}
+    edited = worded(short, picture, complete_prompt=True, **settings).images
+    assert np.array_equal(edited, worded(about.complete(short), picture, about.prompt, **settings).images)
+
+
 def test_short_prompts_are_completed_alike(worded: S2EditPipeline, picture: Image.Image) -> None:
     source = worded.describe(picture, prompt=SOURCE).prompt
     mood = "sad" if "sad" in source else "smiling"

@@ -21,7 +21,7 @@ from s2edit_pipeline.inversion_record import (
     check_served,
     inversion_method,
 )
-from s2edit_pipeline.noise_guidance import Guidance, guided
+from s2edit_pipeline.noise_guidance import Guidance, guided, rescaled
 from s2edit_pipeline.noise_schedule import NoiseSchedule
 from s2edit_pipeline.pipeline import S2EditPipeline
 
@@ -191,7 +191,7 @@ def test_the_walk_up_is_the_naive_loop(kind: str) -> None:
 @pytest.mark.parametrize(("rescale", "scale"), [(0.0, 4.5), (0.7, 4.5), (1.0, 1.0), (0.0, 0.0)])
 def test_guidance_is_the_formula(rescale: float, scale: float) -> None:
     unconditional, conditional = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1)
-    output = guided(unconditional, conditional, scale, rescale)
+    output = rescaled(guided(unconditional, conditional, scale), conditional, rescale)
     for i in range(2):
         plain = (1 - scale) * unconditional[i] + scale * conditional[i]
         matched = plain * conditional[i].std() / plain.std()

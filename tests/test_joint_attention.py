@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from s2edit_pipeline.attention_controls import (
     Controllers,
@@ -22,6 +20,8 @@ from s2edit_pipeline.attention_controls import (
 from s2edit_pipeline.attention_seam import AttentionAccess, AttentionController, AttentionSite, attention_control
 from s2edit_pipeline.attention_source import AttentionKeeper, KeepAttention
 from s2edit_pipeline.prompt_alignment import PromptAlignment
+
+from .bare_attention import BareLayer
 
 HEIGHT, WIDTH, WORDS, HEADS, CHANNELS = 2, 3, 5, 2, 4
 CELLS = HEIGHT * WIDTH
@@ -36,26 +36,6 @@ LAYOUTS = {
 def site_of(layout: str, **facts: bool) -> AttentionSite:
     picture, text, _ = LAYOUTS[layout]
     return AttentionSite("layer", "joint", HEIGHT, WIDTH, text=text, picture=picture, **facts)
-
-
-class BareLayer(nn.Module):
-    """Hands queries, keys and values to the kernel as they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.processor: Any = BareProcessor()
-
-    def set_processor(self, processor: Any) -> None:
-        self.processor = processor
-
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        output: torch.Tensor = self.processor(self, hidden_states, **arguments)
-        return output
-
-
-class BareProcessor:
-    def __call__(self, attn: nn.Module, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        return F.scaled_dot_product_attention(hidden_states, **arguments)
 
 
 class Inputs:

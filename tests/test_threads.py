@@ -251,26 +251,13 @@ def test_a_fit_and_a_mask_wait_for_a_call_that_brought_an_identity(
         fit(pipe, picture, half_mask, 0)
 
 
-def test_two_pipelines_of_one_model_take_turns(
-    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray
+@pytest.mark.parametrize("shares", ["all", "the text encoder"])
+def test_two_pipelines_that_share_modules_take_turns(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, shares: str
 ) -> None:
-    """``from_pipe`` shares the modules."""
-    other = S2EditPipeline.from_pipe(pipe)
-    other.set_progress_bar_config(disable=True)
-    identities = [fit(pipe, picture, half_mask, seed) for seed in range(2)]
-    alone = [edit(pipe, picture, TARGETS[0], identity=identity) for identity in identities]
-    jobs = [((pipe, other)[i % 2], i // 2 % 2) for i in range(8)]
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda job: edit(job[0], picture, TARGETS[0], identity=identities[job[1]]), jobs))
-    for (_, which), result in zip(jobs, results, strict=True):
-        np.testing.assert_array_equal(result, alone[which])
-
-
-def test_pipelines_that_share_a_text_encoder_alone_take_turns(
-    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray
-) -> None:
-    """An identity lies over the text encoder too."""
-    other = S2EditPipeline.from_pipe(pipe, unet=copy.deepcopy(pipe.unet))
+    """As ``from_pipe`` makes them. An identity lies over the text encoder too."""
+    own = {} if shares == "all" else {"unet": copy.deepcopy(pipe.unet)}
+    other = S2EditPipeline.from_pipe(pipe, **own)
     other.set_progress_bar_config(disable=True)
     identities = [fit(pipe, picture, half_mask, seed) for seed in range(2)]
     alone = [edit(pipe, picture, TARGETS[0], identity=identity) for identity in identities]

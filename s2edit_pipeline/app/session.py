@@ -218,9 +218,7 @@ class Session:
     def _with_token(self, prompt: str) -> str:
         """``prompt`` with the identity's token before its subject, where it speaks of that."""
         identity = self.identity
-        if identity is None or identity.token in split_words(prompt, [identity.token]):
-            return prompt
-        if identity.subject not in split_words(prompt):
+        if identity is None or identity.subject not in split_words(prompt):
             return prompt
         return insert_token(prompt, identity.subject, identity.token)
 

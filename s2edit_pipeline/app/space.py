@@ -7,7 +7,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent
+from ..publishing import PACKAGE, new_folder
 
 _APP = '''\
 """The page of S2EditPipeline; $S2EDIT_MODEL is a diffusers folder or Hub name, the embedded avatars otherwise."""
@@ -51,10 +51,7 @@ def assemble_space(folder: str | Path) -> Path:
     Raises:
         ValueError: ``folder`` is a file or has something in it.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already; give a new or an empty folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(folder)
     ignored = shutil.ignore_patterns("__pycache__", "evaluation", "instruct*")
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=ignored)
     (folder / "app.py").write_text(_APP, "utf-8")

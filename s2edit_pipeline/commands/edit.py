@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def edit(args: argparse.Namespace) -> Answer:
     from ..describe_stage import own_vocabulary
     from ..picture_files import read_picture
-    from ..prompt_words import insert_token, split_words
+    from ..prompt_words import insert_token
 
     _check(args)
     source = read_picture(args.picture)
@@ -66,10 +66,9 @@ def edit(args: argparse.Namespace) -> Answer:
     started = time.perf_counter()
     identity = kept or _fitted(pipe, source, words, args)
     fitted = time.perf_counter()
-    token = identity.token
-    prompts = [t if token in split_words(t, [token]) else insert_token(t, words.subject, token) for t in targets]
-    # what a short target leaves out, of words that nobody wrote, would change too
-    completes = bool(args.to) and args.prompt is None and own_vocabulary(pipe) is not None
+    prompts = [insert_token(target, words.subject, identity.token) for target in targets]
+    # targets beside an identity's own words, which nobody has described the picture by yet
+    completes = bool(args.to and args.identity) and args.prompt is None and own_vocabulary(pipe) is not None
     task(pipe, "editing")
     out: Any = pipe(
         prompts,
@@ -157,7 +156,9 @@ def _words(
 
 
 def _targets(words: PictureWords, args: argparse.Namespace) -> list[str]:
-    return list(args.to) if args.to else [changed(words.prompt, args, words.subject)]
+    if not args.to:
+        return [changed(words.prompt, args, words.subject)]
+    return [target if words.about is None else words.about.complete(target) for target in args.to]
 
 
 def changed(prompt: str, args: argparse.Namespace, subject: str | None = None) -> str:

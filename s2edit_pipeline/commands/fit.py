@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .picture_words import PictureWords, add_words, words_for
-from .shared import Answer, add_model, load_model, run_command, task
+from .picture_words import PictureWords, add_words, opened
+from .shared import Answer, add_model, run_command, task
 
 if TYPE_CHECKING:
     from ..identity_adapter import IdentityAdapter
@@ -33,11 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fit(args: argparse.Namespace) -> Answer:
-    from ..picture_files import read_picture
-
-    picture = read_picture(args.picture).native
-    pipe = load_model(args)
-    words = words_for(pipe, picture, args)
+    pipe, picture, words = opened(args)
     started = time.perf_counter()
     identity = fit_words(pipe, picture, words, args, token=args.token)
     seconds = time.perf_counter() - started

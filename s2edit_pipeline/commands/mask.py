@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .picture_words import add_words, words_for
-from .shared import Answer, add_model, load_model, run_command, task
+from .picture_words import add_words, opened
+from .shared import Answer, add_model, run_command, task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def mask(args: argparse.Namespace) -> Answer:
-    from ..picture_files import read_picture
-
-    picture = read_picture(args.picture).native
-    pipe = load_model(args)
-    words = words_for(pipe, picture, args)
+    pipe, picture, words = opened(args)
     task(pipe, "looking")
     found = pipe.preview_mask(picture, words.prompt, words.subject)
     out = Path(args.out)

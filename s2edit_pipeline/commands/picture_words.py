@@ -6,24 +6,35 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .shared import BadArguments, task
+from .shared import BadArguments, load_model, task
 
 if TYPE_CHECKING:
+    from ..describe_stage import Description
     from ..pipeline import S2EditPipeline
 
 
 @dataclass(frozen=True)
 class PictureWords:
-    """What a picture shows, and the noun of its subject."""
+    """What a picture shows, and the noun of its subject; and where the model found them, its description."""
 
     prompt: str
     subject: str
+    about: Description | None = None
 
 
 def add_words(parser: argparse._ActionsContainer) -> None:
     """``--prompt`` and ``--subject``."""
     parser.add_argument("--prompt", help="what the picture shows: 'a photo of a lady with glasses' (default: found)")
     parser.add_argument("--subject", help="the noun in it that is kept: 'lady' (default: the first it speaks of)")
+
+
+def opened(args: argparse.Namespace) -> tuple[S2EditPipeline, Any, PictureWords]:
+    """The pipeline, ``args.picture`` as a PIL picture, and its words."""
+    from ..picture_files import read_picture
+
+    picture = read_picture(args.picture).native  # before the model: what can't be read is said at once
+    pipe = load_model(args)
+    return pipe, picture, words_for(pipe, picture, args)
 
 
 def words_for(pipe: S2EditPipeline, picture: Any, args: argparse.Namespace) -> PictureWords:
@@ -39,7 +50,7 @@ def words_for(pipe: S2EditPipeline, picture: Any, args: argparse.Namespace) -> P
             raise BadArguments(f"--subject {args.subject!r} is a word of the prompt: give --prompt too.")
         task(pipe, "describing")
         about = pipe.describe(picture)
-        return PictureWords(about.prompt, about.subject)
+        return PictureWords(about.prompt, about.subject, about)
     if args.subject is not None:
         return PictureWords(args.prompt, args.subject)
     parts = parts_of(pieces_of(args.prompt))
