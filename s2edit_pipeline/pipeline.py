@@ -39,6 +39,7 @@ from .edit_stage import edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
 from .family_flow import FlowFamily  # noqa: F401
+from .family_flux import FluxFamily  # noqa: F401
 from .family_ip_adapter import loaded_adapters  # noqa: F401
 from .family_sd3 import StableDiffusion3Family  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
