@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from .attention_controls import PromptToPrompt, Reweighting, mask_at
+from .attention_prompt_to_prompt import PromptToPrompt, Reweighting
 from .attention_source import KeepAttention
+from .attention_spatial import mask_at
 from .describe_stage import words_for_edit
 from .edit_attention import EditControl
 from .edit_loop import EDITS, EditTask, warn_of_outcome

@@ -50,7 +50,7 @@ class ModelFamily(ABC):
     kept_attention: ClassVar[float] = 0.4
     """The share of an inversion's steps at which the source's attention is kept where the caller says nothing."""
     renormalizes: ClassVar[bool] = False
-    """Whether spatial control is renormalised where the caller says nothing, see ``attention_controls``."""
+    """Whether spatial control is renormalised where the caller says nothing, see ``attention_spatial``."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe

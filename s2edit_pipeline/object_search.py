@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .attention_controls import MapRecorder, mask_at
+from .attention_maps import MapRecorder
+from .attention_spatial import mask_at
 from .fit_settings import MASK_THRESHOLD
 from .object_masks import mask_to_picture, threshold_map
 from .picture_files import SourcePicture

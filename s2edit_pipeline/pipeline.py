@@ -21,10 +21,13 @@ from diffusers.loaders import (
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 
 # diffusers copies only the files that this one names, see publishing.unfollowed: so every module is named here
-from .attention_controls import Controllers  # noqa: F401
+from .attention_chain import Controllers  # noqa: F401
+from .attention_maps import MapRecorder  # noqa: F401
 from .attention_opaque import OpaqueLayer  # noqa: F401
+from .attention_prompt_to_prompt import PromptToPrompt  # noqa: F401
 from .attention_seam import attention_control  # noqa: F401
 from .attention_source import KeepAttention
+from .attention_spatial import SpatialControl  # noqa: F401
 from .describe_captioner import caption_of  # noqa: F401
 from .describe_completion import completed  # noqa: F401
 from .describe_judge import DenoisingJudge  # noqa: F401

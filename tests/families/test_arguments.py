@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, KeepAttention, ReferenceAttribute, S2EditPipeline, describe_captioner
-from s2edit_pipeline.attention_controls import MapRecorder
+from s2edit_pipeline.attention_maps import MapRecorder
 from s2edit_pipeline.inversion_record import INVERSIONS
 
 SOURCE, TARGET = "a photo of a sad lady with glasses", "a photo of a smiling lady with glasses"
