@@ -262,7 +262,7 @@ class ModelFamily(ABC):
 
     def guides(self, guidance_scale: float) -> bool:
         """Whether this scale asks for the unconditional branch, as diffusers' pipelines have it."""
-        return guidance_scale > 1
+        return self.guidance.has_null(guidance_scale)
 
     @abstractmethod
     def denoise(self, x: torch.Tensor, timestep: Any, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from .edit_settings import check_choice, check_share, is_number, with_preset
-
-MASK_THRESHOLD = 0.4
+from .argument_checks import check_choice, check_share, is_number, with_preset
+from .object_masks import MASK_THRESHOLD
 
 
 @dataclass(frozen=True)
