@@ -50,7 +50,7 @@ class ModelFamily(ABC):
     kept_attention: ClassVar[float] = 0.4
     """The share of an inversion's steps at which the source's attention is kept where the caller says nothing."""
     renormalizes: ClassVar[bool] = False
-    """Whether spatial control is renormalised where the caller says nothing, see ``attention_controls``."""
+    """Whether spatial control is renormalised where the caller says nothing, see ``attention_spatial``."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -262,7 +262,7 @@ class ModelFamily(ABC):
 
     def guides(self, guidance_scale: float) -> bool:
         """Whether this scale asks for the unconditional branch, as diffusers' pipelines have it."""
-        return guidance_scale > 1
+        return self.guidance.has_null(guidance_scale)
 
     @abstractmethod
     def denoise(self, x: torch.Tensor, timestep: Any, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor:

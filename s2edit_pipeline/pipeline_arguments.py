@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .edit_settings import check_choice, check_guidance
+from .argument_checks import check_choice, check_guidance
+from .edit_loop import edit_method
 from .family_base import ModelFamily
 from .fit_settings import ReferenceAttribute
 from .inversion_record import inversion_method
@@ -187,7 +188,7 @@ EDITING = (
     "source_prompt", "inversion", "preset", "reweight", "edit_mask", "keep_words", "keep_pixels", "blend_words",
     "blend_threshold", "change_threshold", "guidance_stop", "strength", "edit", "cross_replace_steps",
     "self_replace_steps", "return_attention_maps", "keep_attention", "residuals", "output_size", "crop",
-    "complete_prompt",
+    "complete_prompt", "edit_method",
 )  # fmt: skip
 """Arguments that only editing a picture can obey."""
 DRAWING = (
@@ -344,6 +345,7 @@ def check_editing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> t
     """
     _check_output_type(arguments["output_type"])
     _refuse_for_editing(arguments, stock_arguments)
+    edit_method(arguments["edit_method"])
     check_choice("output_size", arguments["output_size"], ("picture", "model"))
     _refuse_guidance(arguments)
     return _checked_tensor_inputs(arguments["callback_on_step_end_tensor_inputs"])

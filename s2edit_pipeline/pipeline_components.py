@@ -25,8 +25,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from .argument_checks import check_guidance
 from .describe_vocabulary import read_vocabulary
-from .edit_settings import check_guidance
 from .family_base import family_of
 from .identity_overlay import IdentityOverlay
 

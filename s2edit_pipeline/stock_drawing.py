@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from .attention_controls import SpatialControl
 from .attention_seam import AttentionAccess, AttentionController, AttentionSite, Cuts
+from .attention_spatial import SpatialControl
 from .edit_output import S2EditPipelineOutput
 from .family_base import ModelFamily
 from .identity_prompts import (

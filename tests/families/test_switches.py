@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, Inversion, KeepAttention, ReferenceAttribute, S2EditPipeline
-from s2edit_pipeline.attention_controls import mask_at
+from s2edit_pipeline.attention_spatial import mask_at
 from s2edit_pipeline.edit_settings import EditSettings
 from s2edit_pipeline.fit_settings import FitSettings
 from s2edit_pipeline.inversion_record import INVERSIONS

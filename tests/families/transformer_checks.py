@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from s2edit_pipeline import IdentityAdapter, ReferenceAttribute, S2EditPipeline
-from s2edit_pipeline.attention_controls import SpatialControl
 from s2edit_pipeline.attention_seam import AttentionAccess, AttentionController, AttentionSite, attention_layers
+from s2edit_pipeline.attention_spatial import SpatialControl
 
 SOURCE, TARGET = "a photo of a sad lady with glasses", "a photo of a smiling lady with glasses"
 WITH_TOKEN = "a photo of a smiling [I] lady with glasses"
