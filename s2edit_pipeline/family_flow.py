@@ -29,7 +29,6 @@ class FlowFamily(ModelFamily):
     """A transformer that predicts a flow, on the levels of a ``FlowMatchEulerDiscreteScheduler``."""
 
     denoiser_name = "transformer"
-    default_steps = 28
     edit_defaults: ClassVar[Mapping[str, Any]] = {"self_replace_steps": 0.2}
     kept_attention = 0.0
     renormalizes = True
@@ -65,6 +64,10 @@ class FlowFamily(ModelFamily):
             )
 
     # -------------------------------------------------------------------- noise
+
+    @property
+    def default_steps(self) -> int:
+        return 28
 
     @abstractmethod
     def flow_time(self, size: tuple[int, int] | None, num_inference_steps: int | None) -> FlowTime:

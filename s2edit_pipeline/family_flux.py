@@ -144,6 +144,10 @@ class FluxFamily(FlowFamily):
 
     # -------------------------------------------------------------------- noise
 
+    @property
+    def default_steps(self) -> int:
+        return super().default_steps if self._is_told else 4
+
     def flow_time(self, size: tuple[int, int] | None, num_inference_steps: int | None) -> FlowTime:
         height, width = (side // self.size_multiple for side in size or (self.native_size, self.native_size))
         return FlowTime(
@@ -160,14 +164,11 @@ class FluxFamily(FlowFamily):
         height, width = x.shape[-2:]
         rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
-        guidance = None
-        if self._is_told:
-            guidance = embeds.guidance if embeds.guidance is not None else torch.full((len(x),), self.guidance.neutral)
-            guidance = guidance.to(x.device, torch.float32)
+        told = embeds if embeds.guidance is not None else embeds.told(self.guidance.neutral)
         output = self.denoiser(
             hidden_states=cells_of(x).to(dtype),
             timestep=torch.as_tensor(timestep, dtype=torch.float32, device=x.device).expand(len(x)),
-            guidance=guidance,
+            guidance=told.guidance if self._is_told else None,
             encoder_hidden_states=embeds.embeds.to(dtype),
             pooled_projections=embeds.pooled.to(dtype),
             txt_ids=torch.zeros(embeds.embeds.shape[1], 3, dtype=dtype, device=x.device),

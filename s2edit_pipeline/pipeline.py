@@ -336,7 +336,7 @@ class S2EditPipeline(
         steps = family.default_steps if num_inference_steps is None else num_inference_steps
         lora_scale, shown = check_adapters(given)
         if image is None and not hasattr(inversion, "trajectory"):
-            names = check_drawing(given)
+            names = check_drawing(given, stock_arguments)
             drawn = {
                 **stock_arguments, **given.only((*BOTH, *DRAWING)), "guidance_scale": settings.guidance_scale,
                 "num_inference_steps": steps, **stock_names(shown),
