@@ -43,8 +43,6 @@ class ModelFamily(ABC):
     denoiser_classes: ClassVar[tuple[str, ...]]
     """Its classes, by name."""
 
-    default_steps: ClassVar[int] = 50
-    """``num_inference_steps`` where the caller says none."""
     edit_defaults: ClassVar[Mapping[str, Any]] = {}
     """What of ``EditSettings`` is another where the caller says nothing."""
     kept_attention: ClassVar[float] = 0.4
@@ -106,6 +104,11 @@ class ModelFamily(ABC):
         """The denoiser's. diffusers walks through all modules to answer: ask once a call."""
         dtype: torch.dtype = self.denoiser.dtype
         return dtype
+
+    @property
+    def default_steps(self) -> int:
+        """``num_inference_steps`` where the caller says none."""
+        return 50
 
     @property
     def default_guidance_scale(self) -> float:

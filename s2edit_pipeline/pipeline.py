@@ -43,6 +43,7 @@ from .edit_stage import edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
 from .family_flow import FlowFamily  # noqa: F401
+from .family_flux import FluxFamily  # noqa: F401
 from .family_ip_adapter import loaded_adapters  # noqa: F401
 from .family_sd3 import StableDiffusion3Family  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
@@ -335,7 +336,7 @@ class S2EditPipeline(
         steps = family.default_steps if num_inference_steps is None else num_inference_steps
         lora_scale, shown = check_adapters(given)
         if image is None and not hasattr(inversion, "trajectory"):
-            names = check_drawing(given)
+            names = check_drawing(given, stock_arguments)
             drawn = {
                 **stock_arguments, **given.only((*BOTH, *DRAWING)), "guidance_scale": settings.guidance_scale,
                 "num_inference_steps": steps, **stock_names(shown),

@@ -285,6 +285,24 @@ def _refuse_guidance(arguments: Arguments) -> None:
         raise ValueError(f"{name} has no effect on this model, which has no unconditional branch: {why}. Leave it out.")
 
 
+def _refuse_guidance_in_drawing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: an argument about guidance that the stock pipeline of this model would pass over without a word.
+    """
+    form = arguments["self"].family.guidance.form
+    is_guided = form == "branch" or (stock_arguments.get("true_cfg_scale") or 1) > 1
+    for name in () if is_guided else arguments.only(_NEGATIVE):
+        raise ValueError(
+            f"{name} has no effect on this model, which has no unconditional branch; where its stock pipeline can make "
+            "one, pass true_cfg_scale= above 1 with it. Leave it out."
+        )
+    if form == "none" and arguments["guidance_scale"]:  # 0 is what such models' cards say
+        raise ValueError("guidance_scale has no effect on this model: it was distilled at one strength. Leave it out.")
+
+
+_NEGATIVE = ("negative_prompt", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
 def check_fit(pipe: Any, generator: Any, reference: Any) -> tuple[ReferenceAttribute, ...]:
     """The one reference attribute of a fit, or nothing.
 
@@ -322,7 +340,7 @@ def check_call(arguments: Arguments, what: str, method: Any = None) -> str:
     return str(method)
 
 
-def check_drawing(arguments: Arguments) -> tuple[str, ...]:
+def check_drawing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """The tensors that the callback is shown, which the stock pipeline checks.
 
     Raises:
@@ -330,6 +348,7 @@ def check_drawing(arguments: Arguments) -> tuple[str, ...]:
     """
     _check_output_type(arguments["output_type"])
     _refuse_for_drawing(arguments)
+    _refuse_guidance_in_drawing(arguments, stock_arguments)
     callback = arguments["callback_on_step_end"]
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         return tuple(callback.tensor_inputs)

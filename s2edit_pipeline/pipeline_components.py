@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -67,9 +68,9 @@ class PipelineComponents:
         safety_checker: StableDiffusionSafetyChecker = None,
         feature_extractor: CLIPImageProcessor = None,
         image_encoder: PreTrainedModel = None,
-        text_encoder_2: CLIPTextModelWithProjection = None,
-        tokenizer_2: CLIPTokenizer = None,
-        transformer: SD3Transformer2DModel = None,
+        text_encoder_2: CLIPTextModelWithProjection | T5EncoderModel = None,
+        tokenizer_2: CLIPTokenizer | T5Tokenizer = None,
+        transformer: SD3Transformer2DModel | FluxTransformer2DModel = None,
         text_encoder_3: T5EncoderModel = None,
         tokenizer_3: T5Tokenizer = None,
         requires_safety_checker: bool = False,
@@ -78,8 +79,9 @@ class PipelineComponents:
         vocabulary: str | list[str] | None = None,
     ) -> None:
         super().__init__()
-        if getattr(tokenizer, "s2edit_tokens", ()):
-            tokens = ", ".join(tokenizer.s2edit_tokens)
+        held = [getattr(one, "s2edit_tokens", ()) for one in (tokenizer, tokenizer_2, tokenizer_3)]
+        if any(held):
+            tokens = ", ".join(dict.fromkeys(token for each in held for token in each))
             raise ValueError(
                 f"These components hold identities that another pipeline has loaded ({tokens}). "
                 "Call unload_identity() there first, and load them here again."

@@ -79,7 +79,9 @@ def draw(
     if names_token:
         given, prompts = _with_own_embeddings(work, given)
         scale, latents = work.family.pixels_per_latent, given.get("latents")
-        size = (given["height"] // scale, given["width"] // scale) if latents is None else latents.shape[-2:]
+        size = (given["height"] // scale, given["width"] // scale)
+        if latents is not None and latents.ndim == 4:  # packed ones have no size of their own
+            size = latents.shape[-2:]
         rows = [prompt for prompt in prompts for _ in range(given.get("num_images_per_prompt", 1))]
         seam = work.family.control_attention(_DrawnRows(work, rows), *size)
 
@@ -160,6 +162,12 @@ def _with_own_embeddings(work: Work, given: dict[str, Any]) -> tuple[dict[str, A
         raise ValueError(
             "A learned token in a prompt can't be combined with embeddings or a second prompt: leave these out."
         )
+    if given.get("true_cfg_scale", 1) > 1:
+        raise ValueError(
+            "This model can't draw a learned token with an unconditional branch beside it: leave true_cfg_scale out."
+        )
+    if "max_sequence_length" in given:
+        raise ValueError("A learned token's prompt is read at the model's own length: leave max_sequence_length out.")
     texts = list(texts) if isinstance(texts, (list, tuple)) else [texts]
     for text in texts:
         check_prompt(text, "prompt")
@@ -169,9 +177,12 @@ def _with_own_embeddings(work: Work, given: dict[str, Any]) -> tuple[dict[str, A
     negatives = list(negative) if isinstance(negative, (list, tuple)) else [negative] * len(texts)
     if len(negatives) != len(texts):
         raise ValueError(f"negative_prompt lists {len(negatives)} for {len(texts)} prompts; give one for all, or each.")
-    with torch.no_grad():
-        nulls = join([family.encode_negative(text, encoded, clip_skip) for text in negatives])
-    return {**given, **_named(encoded, ""), **_named(nulls, "negative_")}, prompts
+    named = {**given, **_named(encoded, "")}
+    if family.guidance.form == "branch":
+        with torch.no_grad():
+            nulls = join([family.encode_negative(text, encoded, clip_skip) for text in negatives])
+        named |= _named(nulls, "negative_")
+    return named, prompts
 
 
 def _named(embeds: PromptEmbeds, prefix: str) -> dict[str, torch.Tensor]:

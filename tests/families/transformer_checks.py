@@ -18,6 +18,8 @@ from s2edit_pipeline import IdentityAdapter, ReferenceAttribute, S2EditPipeline
 from s2edit_pipeline.attention_seam import AttentionAccess, AttentionController, AttentionSite, attention_layers
 from s2edit_pipeline.attention_spatial import SpatialControl
 
+from ..test_custom_pipeline import PACKAGE, last_line
+
 SOURCE, TARGET = "a photo of a sad lady with glasses", "a photo of a smiling lady with glasses"
 WITH_TOKEN = "a photo of a smiling [I] lady with glasses"
 WIDE, SQUARE = {"height": 16, "width": 24}, {"height": 16, "width": 16}
@@ -88,6 +90,45 @@ def check_drawing_is_the_stock_pipelines(pipe: S2EditPipeline, **arguments: Any)
     with pipe.family.control_attention(Unchanged(), WIDE["height"] // scale, WIDE["width"] // scale):
         seen = stock(SOURCE, **{**given, "generator": seeded(1)}).images
     torch.testing.assert_close(seen, theirs, rtol=1e-5, atol=1e-5)
+
+
+def check_folders(pipe: S2EditPipeline, stock_class: Any, tmp_path: Path, **arguments: Any) -> None:
+    """Saved, and loaded here and by the stock pipeline; handed over to it and back: each draws the same."""
+    given = {"num_inference_steps": 2, "output_type": "latent", **WIDE, **arguments}
+    expected = pipe(SOURCE, generator=seeded(1), **given).images
+    pipe.save_pretrained(tmp_path)
+    stock = stock_class.from_pretrained(tmp_path)
+    for again in (
+        S2EditPipeline.from_pretrained(tmp_path), stock, S2EditPipeline.from_pipe(stock),
+        stock_class.from_pipe(pipe), stock_class(**pipe.components),
+    ):  # fmt: skip
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(again(SOURCE, generator=seeded(1), **given).images, expected, rtol=1e-4, atol=1e-4)
+
+
+FITS_AND_EDITS = """
+import sys
+from diffusers import DiffusionPipeline
+from PIL import Image
+model, folder, out, height, width, source, target = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=folder, trust_remote_code=True)
+assert type(pipe).__name__ == "S2EditPipeline" and type(pipe).__module__.startswith("diffusers_modules"), type(pipe)
+picture, size = Image.new("RGB", (24, 16), "teal"), {"height": int(height), "width": int(width)}
+mask = Image.new("L", (24, 16), 255)
+identity = pipe.fit_identity(picture, source, "lady", num_steps=1, mask=mask, crop=None, **size)
+identity.save_pretrained(out)
+token = pipe.load_identity(out)
+result = pipe(target, image=picture, source_prompt=source, num_inference_steps=2, crop=None, **size)
+print(token, result.images[0].size, *sorted(m for m in sys.modules if m.startswith("s2edit_pipeline")))
+"""
+
+
+def check_a_fresh_process_serves_it(pipe: S2EditPipeline, tmp_path: Path) -> None:
+    """Loaded as a custom pipeline, where the package isn't installed."""
+    pipe.save_pretrained(tmp_path / "model")
+    paths = [str(path) for path in (tmp_path / "model", PACKAGE, tmp_path / "ada")]
+    line = last_line(FITS_AND_EDITS, tmp_path, *paths, *map(str, WIDE.values()), SOURCE, WITH_TOKEN)
+    assert line == "[I] (24, 16)"  # and no module of the installed package
 
 
 # ------------------------------------------------------------------------------ the whole way
