@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import PIL.Image
@@ -96,9 +96,9 @@ class ModelFamily(ABC):
         components = {self.denoiser_name: self.denoiser, **self.text_encoders}
         return {name: getattr(module, "_orig_mod", module) for name, module in components.items()}
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
-        """Where the work is done."""
+        """Where the work is done; diffusers walks through all modules to answer, so a call asks once."""
         device: torch.device = self.pipe._execution_device
         return device
 

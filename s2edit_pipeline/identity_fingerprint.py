@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,7 @@ def _signs() -> torch.Tensor:
     return torch.from_numpy(1 - 2 * bits.astype(np.float32))
 
 
+@lru_cache(maxsize=4096)
 def _factors(name: str, count: int) -> torch.Tensor:
     """c of the tensor ``name``: (count,) float64, of either sign, from 0.5 to 1.5."""
     start = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], dtype="<u8")[0]
@@ -196,16 +197,17 @@ def _read(
             continue
         # transformers 5 took a level out of CLIP's names
         published = pattern_name(name)
-        buckets[_place(published, tensor)].add(published, tensor, made_in)
+        buckets[_place(published, tensor.ndim)].add(published, tensor, made_in)
         counts[_name_of(tensor.dtype)] += tensor.numel()
     dtype = max(counts, key=lambda kind: counts[kind], default="float32")
     return _Reading(dtype, sum(counts.values()), buckets, word_rows, words)
 
 
-def _place(name: str, tensor: torch.Tensor) -> int:
+@lru_cache(maxsize=4096)
+def _place(name: str, num_axes: int) -> int:
     """The bucket of the tensor ``name``."""
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[8:16], "little")
-    if tensor.ndim <= 1:
+    if num_axes <= 1:
         return number % VECTOR_BUCKETS
     return VECTOR_BUCKETS + number % (BUCKETS - VECTOR_BUCKETS)
 

@@ -62,9 +62,8 @@ def test_it_loads_and_edits_as_it_did(
     name: str, request: pytest.FixtureRequest, picture: Image.Image, tmp_path: Path
 ) -> None:
     pipe, prompt, subject = MAKERS[name](request)
-    target = (
-        prompt.replace(f" {subject}", f" [I] {subject}", 1).replace("surprised", "smiling").replace("sad", "smiling")
-    )
+    target = prompt.replace(f" {subject}", f" [I] {subject}", 1)
+    target = target.replace("surprised", "smiling").replace("sad", "smiling")
     folder = GOLDEN / name
     if os.environ.get("S2EDIT_WRITE_GOLDEN"):
         write(pipe, picture, prompt, subject, folder)
