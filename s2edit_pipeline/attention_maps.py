@@ -54,7 +54,11 @@ class MapRecorder(AttentionController):
         return probs
 
     def _add(self, size: tuple[int, int], total: torch.Tensor, count: int) -> None:
-        self._sums[size] = self._sums[size] + total if size in self._sums else total
+        before = self._sums.get(size)
+        if before is not None:  # where prompts have as many columns as they need, batches differ by their longest
+            width = max(before.shape[-1], total.shape[-1])
+            before, total = (F.pad(maps, (0, width - maps.shape[-1])) for maps in (before, total))
+        self._sums[size] = total if before is None else before + total
         self._counts[size] = self._counts.get(size, 0) + count
 
     def add(self, other: MapRecorder) -> None:

@@ -47,6 +47,9 @@ class ModelFamily(ABC):
     """What of ``EditSettings`` is another where the caller says nothing."""
     kept_attention: ClassVar[float] = 0.4
     """The share of an inversion's steps at which the source's attention is kept where the caller says nothing."""
+    drawn_branches: ClassVar[str] = "null first"
+    """How the stock pipeline asks the branches of a guided drawing: as rows of one batch, "null first" or "null last",
+    or "apart", the prompts' before."""
     renormalizes: ClassVar[bool] = False
     """Whether spatial control is renormalised where the caller says nothing, see ``attention_spatial``."""
 
@@ -318,6 +321,16 @@ class ModelFamily(ABC):
     def lora_components(self) -> tuple[str, ...]:
         """What diffusers' own pipeline loads LoRAs into, where this is another's than Stable Diffusion's; else ()."""
         return ()
+
+    def drawing_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """``given`` as the stock pipeline's call names it; what is this pipeline's own has the names that Stable
+        Diffusion's has."""
+        return dict(given)
+
+    def drawn_embeddings(self, embeds: PromptEmbeds, prefix: str = "") -> dict[str, Any]:
+        """``embeds`` as the stock pipeline's call names them; ``prefix`` is "negative_" of the unconditional ones."""
+        named = {f"{prefix}prompt_embeds": embeds.embeds, f"{prefix}pooled_prompt_embeds": embeds.pooled}
+        return {name: value for name, value in named.items() if value is not None}
 
     @property
     @abstractmethod

@@ -56,12 +56,18 @@ class FlowFamily(ModelFamily):
         """Raises:
         ValueError: the transformer takes other latents than the autoencoder gives.
         """
-        given = self.pipe.vae.config.latent_channels
+        given = self.autoencoder_channels
         if self.latent_channels != given:
             raise ValueError(
                 f"The transformer takes {self.latent_channels} channels and the autoencoder gives {given}: load both "
                 "from one model."
             )
+
+    @property
+    def autoencoder_channels(self) -> int:
+        """C of the latents that the autoencoder gives."""
+        channels: int = self.pipe.vae.config.latent_channels
+        return channels
 
     # -------------------------------------------------------------------- noise
 

@@ -45,6 +45,7 @@ class FluxFamily(FlowFamily):
     name = "FLUX.1"
     denoiser_classes = ("FluxTransformer2DModel",)
     stock_class = FluxPipeline
+    drawn_branches = "apart"
     needed = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer", "scheduler")
 
     @classmethod

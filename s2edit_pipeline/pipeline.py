@@ -45,6 +45,8 @@ from .family_base import family_of  # noqa: F401
 from .family_flow import FlowFamily  # noqa: F401
 from .family_flux import FluxFamily  # noqa: F401
 from .family_ip_adapter import loaded_adapters  # noqa: F401
+from .family_language import LanguageModelFamily  # noqa: F401
+from .family_qwen import QwenImageFamily  # noqa: F401
 from .family_sd3 import StableDiffusion3Family  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
 from .fit_checkpoint import FitCheckpoint  # noqa: F401

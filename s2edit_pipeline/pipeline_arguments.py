@@ -296,6 +296,8 @@ def _refuse_guidance_in_drawing(arguments: Arguments, stock_arguments: Mapping[s
             f"{name} has no effect on this model, which has no unconditional branch; where its stock pipeline can make "
             "one, pass true_cfg_scale= above 1 with it. Leave it out."
         )
+    if form == "branch" and "true_cfg_scale" in stock_arguments and arguments["guidance_scale"] is not None:
+        raise ValueError("guidance_scale and true_cfg_scale are one thing in this model; pass one of them.")
     if form == "none" and arguments["guidance_scale"]:  # 0 is what such models' cards say
         raise ValueError("guidance_scale has no effect on this model: it was distilled at one strength. Leave it out.")
 

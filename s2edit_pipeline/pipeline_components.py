@@ -7,8 +7,10 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -21,6 +23,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5EncoderModel,
     T5Tokenizer,
 )
@@ -60,9 +64,9 @@ class PipelineComponents:
 
     def __init__(
         self,
-        vae: AutoencoderKL = None,
-        text_encoder: CLIPTextModel | CLIPTextModelWithProjection = None,
-        tokenizer: CLIPTokenizer = None,
+        vae: AutoencoderKL | AutoencoderKLQwenImage = None,
+        text_encoder: CLIPTextModel | CLIPTextModelWithProjection | Qwen2_5_VLForConditionalGeneration = None,
+        tokenizer: CLIPTokenizer | Qwen2Tokenizer = None,
         unet: UNet2DConditionModel = None,
         scheduler: KarrasDiffusionSchedulers | FlowMatchEulerDiscreteScheduler = None,
         safety_checker: StableDiffusionSafetyChecker = None,
@@ -70,7 +74,7 @@ class PipelineComponents:
         image_encoder: PreTrainedModel = None,
         text_encoder_2: CLIPTextModelWithProjection | T5EncoderModel = None,
         tokenizer_2: CLIPTokenizer | T5Tokenizer = None,
-        transformer: SD3Transformer2DModel | FluxTransformer2DModel = None,
+        transformer: SD3Transformer2DModel | FluxTransformer2DModel | QwenImageTransformer2DModel = None,
         text_encoder_3: T5EncoderModel = None,
         tokenizer_3: T5Tokenizer = None,
         requires_safety_checker: bool = False,

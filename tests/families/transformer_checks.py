@@ -106,6 +106,34 @@ def check_folders(pipe: S2EditPipeline, stock_class: Any, tmp_path: Path, **argu
         torch.testing.assert_close(again(SOURCE, generator=seeded(1), **given).images, expected, rtol=1e-4, atol=1e-4)
 
 
+def check_drawn_branches(pipe: S2EditPipeline, picture: Image.Image, combine: Callable[..., torch.Tensor]) -> None:
+    """A learned token is masked in the prompt's branch and not in the unconditional one: the first step of both
+    together is that of each alone, ``combine(unconditional, conditional, scale)`` of what they predict."""
+    noise, scale = torch.randn(1, 24, 16, generator=seeded(7)), 3.0
+
+    def first_step(prompt: str, **more: Any) -> torch.Tensor:
+        """Of the packed latents, over the step's length."""
+        steps: list[torch.Tensor] = []
+        pipe(
+            prompt, latents=noise, num_inference_steps=2, output_type="latent", **WIDE, **more,
+            callback_on_step_end=lambda pipe, step, timestep, tensors: steps.append(tensors["latents"]),
+        )  # fmt: skip
+        sigmas = pipe.family.schedule(2, (WIDE["height"], WIDE["width"])).noise
+        return (steps[0] - noise) / float(sigmas[1] - sigmas[2])
+
+    with left_as_found(pipe):
+        identity = fit(pipe, picture, "token", num_steps=1, mask=np.arange(24)[None].repeat(16, 0) < 12)
+        pipe.load_identity(identity)
+        alone, null = first_step("a [I] lady", true_cfg_scale=1.0), first_step("a hat", true_cfg_scale=1.0)
+        both = first_step("a [I] lady", negative_prompt="a hat", true_cfg_scale=scale)
+        pipe.unload_identity()
+        pipe.load_identity(replaced(identity, mask=None))
+        unmasked = first_step("a [I] lady", true_cfg_scale=1.0)
+        pipe.unload_identity()
+    torch.testing.assert_close(both, combine(null, alone, scale), rtol=1e-4, atol=1e-4)
+    assert float((alone - unmasked).abs().max()) > 1e-4
+
+
 FITS_AND_EDITS = """
 import sys
 from diffusers import DiffusionPipeline
@@ -393,7 +421,11 @@ def check_identities(pipe: S2EditPipeline, picture: Image.Image) -> None:
 def fit_of(pipe: S2EditPipeline, identity: IdentityAdapter) -> IdentityAdapter:
     """``identity`` with other rows."""
     rows = {name: row + torch.randn(row.shape, generator=seeded(5)) for name, row in identity.rows.items()}
-    return IdentityAdapter(**{**{n: getattr(identity, n) for n in identity.__dataclass_fields__}, "rows": rows})
+    return replaced(identity, rows=rows)
+
+
+def replaced(identity: IdentityAdapter, **changes: Any) -> IdentityAdapter:
+    return IdentityAdapter(**{**{n: getattr(identity, n) for n in identity.__dataclass_fields__}, **changes})
 
 
 def check_errors_leave_all_as_found(pipe: S2EditPipeline, picture: Image.Image) -> None:
