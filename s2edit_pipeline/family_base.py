@@ -386,4 +386,7 @@ def family_of(pipe: Any) -> ModelFamily:
         raise ValueError(
             f"The pipeline has no unet; load it whole, or pass unet= to from_pretrained. Served are: {served}."
         )
-    raise ValueError(f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}.")
+    raise ValueError(
+        f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}. Load one of these: "
+        "S2EditPipeline.from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')."
+    )

@@ -90,19 +90,16 @@ def draw(
             *size,
         )
 
-    work.call.facts |= {
-        "guidance_rescale": arguments.get("guidance_rescale", 0.0),
-        "clip_skip": arguments.get("clip_skip"),
-    }
+    state = work.call.state
+    state.guidance_rescale, state.clip_skip = arguments.get("guidance_rescale", 0.0), arguments.get("clip_skip")
 
     def on_step(stock: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        facts = work.call.facts
         now = given.get("true_cfg_scale") if stock._guidance_scale is None else stock._guidance_scale
-        facts |= {"guidance_scale": now, "num_timesteps": stock.num_timesteps}
+        state.guidance_scale, state.num_timesteps = now, stock.num_timesteps
         check_finite(tensors["latents"], "the drawing", step)
         named = {name: tensors[name] for name in callback_tensors}
         changed = (callback(work.family.pipe, step, timestep, named) if callback is not None else None) or {}
-        stock._guidance_scale = facts["guidance_scale"]
+        stock._guidance_scale = state.guidance_scale
         stock._interrupt = work.call.should_stop
         if step + 1 == stock.num_timesteps and given.get("output_type") != "latent":
             decoding.enter_context(work.family.autoencoder_in_range())
