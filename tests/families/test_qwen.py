@@ -141,6 +141,12 @@ def test_the_levels_are_the_stock_pipelines(pipe: S2EditPipeline) -> None:
         pipe.family.schedule(1)
 
 
+def test_steps_are_the_stock_pipelines(pipe: S2EditPipeline) -> None:
+    checks.check_steps_are_the_stock_pipelines(
+        pipe, 3.0, lambda x: QwenImagePipeline._pack_latents(x, *x.shape[:2], *x.shape[2:])
+    )
+
+
 def test_columns_behind_the_token_know_of_it_and_those_before_do_not(
     pipe: S2EditPipeline, wide_picture: Image.Image
 ) -> None:

@@ -106,6 +106,36 @@ def check_folders(pipe: S2EditPipeline, stock_class: Any, tmp_path: Path, **argu
         torch.testing.assert_close(again(SOURCE, generator=seeded(1), **given).images, expected, rtol=1e-4, atol=1e-4)
 
 
+def check_steps_are_the_stock_pipelines(
+    pipe: S2EditPipeline,
+    guidance_scale: float | None,
+    pack: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    length: int | None = None,
+) -> None:
+    """What our own loops ask of the model, and do with its answer, is what the stock pipeline does at each step."""
+    family, seen = pipe.family, []
+    size = [side // family.pixels_per_latent for side in WIDE.values()]
+    x = torch.randn(1, family.latent_channels, *size, generator=seeded(3))
+    pipe(
+        SOURCE, latents=pack(x), num_inference_steps=3, guidance_scale=guidance_scale, output_type="latent", **WIDE,
+        **({} if length is None else {"max_sequence_length": length}),
+        callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(tensors["latents"].clone()),
+    )  # fmt: skip
+    schedule, form = family.schedule(3, (WIDE["height"], WIDE["width"])), family.guidance.form
+    with torch.no_grad():
+        words = family.encode([family.tokenize(SOURCE)])
+        null = family.encode_negative(None, words)
+        if form == "told":
+            words = words.told(guidance_scale)
+        for k, after in zip((3, 2, 1), seen, strict=True):
+            output = family.denoise(x, schedule.timestep(k), words, torch.float32)
+            if form == "branch":
+                nulls = family.denoise(x, schedule.timestep(k), null, torch.float32)
+                output = family.combine(nulls, output, guidance_scale)
+            x = schedule.move(x, output, k, k - 1)
+            torch.testing.assert_close(pack(x), after, rtol=1e-4, atol=1e-4)
+
+
 def check_drawn_branches(pipe: S2EditPipeline, picture: Image.Image, combine: Callable[..., torch.Tensor]) -> None:
     """A learned token is masked in the prompt's branch and not in the unconditional one: the first step of both
     together is that of each alone, ``combine(unconditional, conditional, scale)`` of what they predict."""
