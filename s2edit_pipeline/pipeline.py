@@ -49,6 +49,7 @@ from .family_language import LanguageModelFamily  # noqa: F401
 from .family_qwen import QwenImageFamily  # noqa: F401
 from .family_sd3 import StableDiffusion3Family  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
+from .family_z_image import ZImageFamily  # noqa: F401
 from .fit_checkpoint import FitCheckpoint  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401
 from .fit_lora_start import start_along_gradient  # noqa: F401

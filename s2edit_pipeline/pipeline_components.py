@@ -13,6 +13,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Model,
     T5EncoderModel,
     T5Tokenizer,
 )
@@ -65,7 +67,10 @@ class PipelineComponents:
     def __init__(
         self,
         vae: AutoencoderKL | AutoencoderKLQwenImage = None,
-        text_encoder: CLIPTextModel | CLIPTextModelWithProjection | Qwen2_5_VLForConditionalGeneration = None,
+        text_encoder: CLIPTextModel
+        | CLIPTextModelWithProjection
+        | Qwen2_5_VLForConditionalGeneration
+        | Qwen3Model = None,
         tokenizer: CLIPTokenizer | Qwen2Tokenizer = None,
         unet: UNet2DConditionModel = None,
         scheduler: KarrasDiffusionSchedulers | FlowMatchEulerDiscreteScheduler = None,
@@ -74,7 +79,10 @@ class PipelineComponents:
         image_encoder: PreTrainedModel = None,
         text_encoder_2: CLIPTextModelWithProjection | T5EncoderModel = None,
         tokenizer_2: CLIPTokenizer | T5Tokenizer = None,
-        transformer: SD3Transformer2DModel | FluxTransformer2DModel | QwenImageTransformer2DModel = None,
+        transformer: SD3Transformer2DModel
+        | FluxTransformer2DModel
+        | QwenImageTransformer2DModel
+        | ZImageTransformer2DModel = None,
         text_encoder_3: T5EncoderModel = None,
         tokenizer_3: T5Tokenizer = None,
         requires_safety_checker: bool = False,

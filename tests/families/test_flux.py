@@ -17,6 +17,8 @@ from . import transformer_checks as checks
 from .tiny_transformers import autoencoder, flux_parts, pipeline
 from .transformer_checks import SOURCE, WIDE
 
+pytestmark = pytest.mark.usefixtures("small_by_nature")
+
 KINDS: dict[str, dict[str, Any]] = {"dev": {}, "schnell": {"guidance": False}}
 INVERSIONS = ("direct", "ddim", "fixed_point", "midpoint", "edit_friendly", "flowedit")
 

@@ -17,6 +17,8 @@ from . import transformer_checks as checks
 from .tiny_transformers import pipeline, qwen_parts
 from .transformer_checks import SOURCE, WIDE
 
+pytestmark = pytest.mark.usefixtures("small_by_nature")
+
 
 @pytest.fixture(scope="module")
 def parts(small_tokenizers: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 from transformers import (
@@ -21,6 +22,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -147,6 +150,31 @@ def qwen_parts(tokenizers: dict[str, Any]) -> dict[str, Any]:
             shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,
             shift_terminal=0.02, time_shift_type="exponential",
         ),
+    }  # fmt: skip
+
+
+def z_image_parts(tokenizers: dict[str, Any]) -> dict[str, Any]:
+    """Z-Image's."""
+    torch.manual_seed(0)
+    tokenizer = copy.deepcopy(tokenizers["qwen"])
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = Qwen3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=len(tokenizer) + 20,
+    )  # fmt: skip
+    return {
+        "transformer": randomized(
+            ZImageTransformer2DModel(
+                in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+                axes_dims=[4, 4, 4], axes_lens=[1024, 64, 64],
+            )
+        ),
+        "vae": autoencoder(shift_factor=0.1159, scaling_factor=0.3611),
+        "text_encoder": telling(Qwen3Model(config)), "tokenizer": tokenizer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
     }  # fmt: skip
 
 

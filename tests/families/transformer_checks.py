@@ -251,9 +251,11 @@ def check_inversions(pipe: S2EditPipeline, picture: Image.Image, methods: tuple[
             assert float((lost.images - inversion.trajectory[:1]).abs().max()) > 1e-3
 
 
-def check_flowedit_is_the_published_update(pipe: S2EditPipeline, picture: Image.Image, n: int = 4) -> None:
+def check_flowedit_is_the_published_update(
+    pipe: S2EditPipeline, picture: Image.Image, n: int = 4, scale: float = 5.0
+) -> None:
     """z <- z + ds (v_target(z + x_k - x_0) - v_source(x_k)) (Kulikov et al. 2024), written out over the model."""
-    family, scale = pipe.family, 5.0
+    family = pipe.family
     inversion = pipe.invert(picture, SOURCE, "flowedit", n, crop=None, generator=seeded(3), **WIDE)
     free = {"cross_replace_steps": 0.0, "self_replace_steps": 0.0, "blend_words": False}
     if family.guidance.form != "none":
@@ -332,11 +334,11 @@ class Naively(TorchFunctionMode):
         return scores.softmax(-1) @ value
 
 
-def check_spatial_control(pipe: S2EditPipeline, layout: Callable[[int], Any]) -> None:
+def check_spatial_control(pipe: S2EditPipeline, layout: Callable[[int], Any], text: str = SOURCE) -> None:
     """The whole model under our control against the naive one, in float64; and with a mask that is empty, nothing of
     the token reaches the picture, not even through other words or layers of the text alone."""
     family = pipe.family
-    prompt = family.tokenize(SOURCE)
+    prompt = family.tokenize(text)
     columns = prompt.columns("sad")
     scale = family.pixels_per_latent
     height, width = WIDE["height"] // scale, WIDE["width"] // scale
@@ -441,9 +443,9 @@ def check_errors_leave_all_as_found(pipe: S2EditPipeline, picture: Image.Image) 
     calls: list[Callable[[], Any]] = [
         lambda: fit(pipe, picture, callback_on_step_end=stop),
         lambda: fit(pipe, picture, "full", callback_on_step_end=stop),
-        lambda: pipe.invert(picture, SOURCE, "direct", 2, identity=identity, callback_on_step_end=stop),
+        lambda: pipe.invert(picture, SOURCE, "direct", 2, identity=identity, callback_on_step_end=stop, **WIDE),
         lambda: edited(pipe, picture, WITH_TOKEN, identity=identity, callback_on_step_end=stop),
-        lambda: pipe("a [I] lady", identity=identity, num_inference_steps=2, callback_on_step_end=stop),
+        lambda: pipe("a [I] lady", identity=identity, num_inference_steps=2, callback_on_step_end=stop, **WIDE),
     ]
     for call in calls:
         with left_as_found(pipe), pytest.raises(Stop):
