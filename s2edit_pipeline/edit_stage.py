@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from .attention_controls import PromptToPrompt, Reweighting, mask_at
+from .attention_prompt_to_prompt import PromptToPrompt, Reweighting
 from .attention_source import KeepAttention
+from .attention_spatial import mask_at
 from .describe_stage import words_for_edit
 from .edit_attention import EditControl
-from .edit_loop import EDITS, EditTask, warn_of_outcome
+from .edit_loop import EditTask, edit_method, warn_of_outcome
 from .edit_output import S2EditPipelineOutput
 from .edit_pictures import edited_pictures, unedited_pictures
 from .edit_settings import EditRequest
@@ -137,7 +138,7 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
         work.progress_bar(total=settings.num_steps(canvas.schedule)) as bar,
         family.control_attention(control, canvas.height, canvas.width),
     ):
-        edited = EDITS[request.method].run(replace(task, on_step=_counted(task.on_step, bar)))
+        edited = edit_method(request.method).run(replace(task, on_step=_counted(task.on_step, bar)))
     control.forget_source()  # before the autoencoder needs the room
     warn_of_outcome(edited)
     maps = None

@@ -12,7 +12,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from .attention_controls import SpatialControl
+from .attention_spatial import SpatialControl
 from .family_base import ModelFamily
 from .fit_checkpoint import FitCheckpoint
 from .fit_lora_start import start_along_gradient

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from .attention_controls import Controllers, SpatialControl
+from .attention_chain import Controllers
 from .attention_seam import AttentionController
 from .attention_source import AttentionKeeper, KeepAttention
+from .attention_spatial import SpatialControl
 from .fit_weights import frozen
 from .identity_prompts import (
     branches,
