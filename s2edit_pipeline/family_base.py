@@ -19,6 +19,7 @@ from torch import nn
 from .attention_seam import AttentionController, AttentionSite, attention_control
 from .noise_guidance import PLAIN_GUIDANCE, Guidance, guided
 from .noise_schedule import NoiseSchedule
+from .offloaded_weights import is_offloaded
 from .picture_files import SourcePicture
 from .picture_inputs import picture_to_tensor
 from .picture_modes import Box
@@ -98,7 +99,10 @@ class ModelFamily(ABC):
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the work is done; diffusers walks through all modules to answer, so a call asks once."""
+        """Where the work is done: where the denoiser is, or is brought to. diffusers walks through all modules to
+        answer, so a call asks once."""
+        if not is_offloaded(self.denoiser):  # of a pipeline that is offloaded in part diffusers names another place
+            return next(self.denoiser.parameters()).device
         device: torch.device = self.pipe._execution_device
         return device
 

@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .identity_lora_names import pattern_name
+from .offloaded_weights import stored, unreadable
 from .prompt_tokens import embedding_modules
 
 BUCKETS = 64
@@ -42,20 +43,29 @@ ROUNDING_SIGMAS = 6.0
 # ------------------------------------------------------------------------------ the weights that count
 
 
-def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def base_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, parameter) of ``module``'s own weights: what PEFT has wrapped by its name without, and at its place;
-    adapters attached to it, IP-Adapter's among them, are left out. A shared parameter comes once."""
-    seen: set[int] = set()
+    adapters attached to it, IP-Adapter's among them, are left out. A shared parameter comes once. Of those that
+    accelerate has offloaded, the tensors that it keeps."""
+    seen: set[Any] = set()
     for name, parameter in _walk(module, "", _is_ip_adapted(module)):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
+        if _itself(parameter) not in seen:
+            seen.add(_itself(parameter))
             yield name, parameter
 
 
-def _walk(module: nn.Module, prefix: str, skips_ip_adapter: bool) -> Iterator[tuple[str, nn.Parameter]]:
+def _itself(tensor: torch.Tensor) -> Any:
+    """The same for a parameter that is shared; what accelerate keeps are other tensors over the same memory."""
+    if isinstance(tensor, nn.Parameter):
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape)
+
+
+def _walk(module: nn.Module, prefix: str, skips_ip_adapter: bool) -> Iterator[tuple[str, torch.Tensor]]:
     while isinstance(module, BaseTunerLayer):
         module = module.base_layer
-    for name, parameter in module._parameters.items():
+    for name in module._parameters:
+        parameter = stored(module, name)
         if parameter is not None:
             yield prefix + name, parameter
     for name, child in module._modules.items():
@@ -68,11 +78,9 @@ def _is_ip_adapted(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj"
 
 
-def _word_table(module: nn.Module) -> nn.Parameter | None:
+def _word_table(module: nn.Module) -> torch.Tensor | None:
     """A text encoder's token embedding."""
-    if not hasattr(module, "get_input_embeddings"):
-        return None
-    return embedding_modules(module)[0].weight  # type: ignore[return-value]
+    return stored(embedding_modules(module)[0], "weight") if hasattr(module, "get_input_embeddings") else None
 
 
 # ------------------------------------------------------------------------------ pseudo-random factors
@@ -221,16 +229,16 @@ class _Reading:
 def _read(
     module: nn.Module, originals: Mapping[str, torch.Tensor] | None, made_in: torch.dtype | None
 ) -> _Reading | None:
-    """None where weights are offloaded."""
+    """None where the weights can't be read."""
+    if unreadable(module):
+        return None
     table, changed = _word_table(module), originals or {}
     parameters = list(base_parameters(module))
-    if any(parameter.is_meta for _, parameter in parameters):
-        return None
     buckets, counts = [_Bucket() for _ in range(BUCKETS)], Counter[str]()
     word_rows, words, short = 0, [], list[_Member]()
     for name, parameter in parameters:
         tensor = changed.get(name, parameter)
-        if parameter is table:
+        if table is not None and _itself(parameter) == _itself(table):
             word_rows, blocks = len(tensor), tensor.split(WORDS_OF_A_BLOCK)
             words = [_Bucket() for _ in blocks]
             for i, block in enumerate(blocks):
@@ -274,7 +282,7 @@ def fingerprint(module: nn.Module, originals: Mapping[str, torch.Tensor] | None 
     Returns:
         ``dtype`` that the weights are in; their ``count``; ``sums`` and ``squares``, the projections and sums of
         squares of 64 buckets of them; ``word_rows`` of the token embedding, ``word_sums`` and ``word_squares`` of each
-        4,096 of them. None where weights are offloaded.
+        4,096 of them. None where the weights are offloaded and can't be read there, see ``offloaded_weights``.
     """
     reading = _read(module, originals, None)
     if reading is None:
@@ -307,7 +315,7 @@ def is_same_base(
         originals: as :func:`fingerprint`'s.
 
     Raises:
-        ValueError: the weights are offloaded.
+        ValueError: the weights are offloaded, and can't be read there.
     """
     if not isinstance(wanted, Mapping):
         numbers = first_weights(module, originals)
@@ -316,7 +324,7 @@ def is_same_base(
     is_float = isinstance(made_in, torch.dtype) and made_in.is_floating_point
     reading = _read(module, originals, made_in if is_float else torch.float32)
     if reading is None:
-        raise ValueError("The weights are offloaded and can't be compared. Call pipe.remove_all_hooks() first.")
+        raise ValueError("The weights are offloaded where they can't be read. Call pipe.remove_all_hooks() first.")
     is_quantised = any(bucket.is_quantised for bucket in reading.buckets) or not is_float
     stored_alike = not is_quantised or reading.dtype == wanted["dtype"]
     if stored_alike and wanted["count"] != reading.count:
@@ -354,9 +362,8 @@ def check_base(adapter: Any, components: Mapping[str, nn.Module], originals: Map
 
     Raises:
         ValueError: the identity was fitted to a base model with other components, or with other weights than
-            ``components`` have; or these are offloaded.
+            ``components`` have; or these can't be read where they are offloaded.
     """
-    check_present(components)
     base = adapter.base_model or "another base model"
     if not adapter.base_fingerprint:
         raise ValueError(
@@ -373,16 +380,4 @@ def check_base(adapter: Any, components: Mapping[str, nn.Module], originals: Map
             raise ValueError(
                 f"The identity {adapter.token!r} was fitted to {base!r}, whose {name} has other weights than this "
                 "pipeline's. Load that model, or fit the identity again here."
-            )
-
-
-def check_present(components: Mapping[str, nn.Module]) -> None:
-    """Raises:
-    ValueError: a component's weights are offloaded.
-    """
-    for name, module in components.items():
-        if any(parameter.is_meta for parameter in module.parameters()):
-            raise ValueError(
-                f"The weights of the {name} are offloaded and can't be changed. Call pipe.remove_all_hooks() first, "
-                "and enable offloading again afterwards."
             )

@@ -16,6 +16,7 @@ from .edit_loop import edit_method
 from .family_base import ModelFamily
 from .fit_settings import ReferenceAttribute
 from .inversion_record import inversion_method
+from .offloaded_weights import check_gathering
 from .pipeline_turns import Call
 from .pipeline_work import Report
 from .prompt_embeds import ShownPicture
@@ -66,15 +67,11 @@ def _check_autograd() -> None:
 
 def _check_can_train(family: ModelFamily) -> None:
     """Raises:
-    ValueError: gradients can't be made here, or a component that a fit changes is offloaded.
+    ValueError: gradients can't be made here, or a component that a fit changes is offloaded in a way that isn't
+        served.
     """
     _check_autograd()
-    for name, module in family.tuned_components.items():
-        if getattr(module, "_hf_hook", None) is not None:
-            raise ValueError(
-                f"The {name} is offloaded, and a fit needs it where the work is done. Call "
-                "pipe.remove_all_hooks() and pipe.to('cuda') first, and enable offloading again afterwards."
-            )
+    check_gathering(family.tuned_components, to_train=True)
 
 
 def _checked_reference(reference: Any) -> tuple[ReferenceAttribute, ...]:
