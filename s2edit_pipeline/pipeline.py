@@ -79,6 +79,7 @@ from .noise_schedule import NoiseSchedule  # noqa: F401
 from .object_masks import mask_to_picture  # noqa: F401
 from .object_search import object_mask  # noqa: F401
 from .offloaded_weights import gathered  # noqa: F401
+from .packed_weights import is_packed  # noqa: F401
 from .picture_arrays import pixel_array  # noqa: F401
 from .picture_compose import compose  # noqa: F401
 from .picture_files import read_picture  # noqa: F401
