@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .attention_controls import LayerAttention, MapRecorder
+from .attention_maps import MapRecorder
+from .attention_prompt_to_prompt import LayerAttention
 from .attention_seam import AttentionAccess, AttentionController, AttentionSite
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers.utils import logging
 
+from .argument_checks import check_choice
 from .edit_attention import EditControl
 from .edit_settings import EditSettings
 from .edit_words import Confinement
@@ -89,6 +91,14 @@ EDITS: dict[str, EditMethod] = {}
 def register_edit(name: str, method: EditMethod) -> None:
     """Make ``method`` known as ``name``."""
     EDITS[name] = method
+
+
+def edit_method(name: Any) -> EditMethod:
+    """Raises:
+    ValueError: there is no such edit method.
+    """
+    check_choice("edit_method", name, tuple(EDITS))
+    return EDITS[name]
 
 
 @torch.no_grad()

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from .attention_controls import PromptToPrompt, Reweighting, mask_at
+from .attention_prompt_to_prompt import PromptToPrompt, Reweighting
 from .attention_source import KeepAttention
+from .attention_spatial import mask_at
 from .describe_stage import words_for_edit
 from .edit_attention import EditControl
-from .edit_loop import EDITS, EditTask, warn_of_outcome
+from .edit_loop import EditTask, edit_method, warn_of_outcome
 from .edit_output import S2EditPipelineOutput
 from .edit_pictures import edited_pictures, unedited_pictures
 from .edit_settings import EditRequest
@@ -46,6 +47,7 @@ from .object_search import cells_of, check_crop, close_up, close_up_at, place
 from .picture_files import SourcePicture, read_picture
 from .picture_inputs import load_mask
 from .picture_placement import PlacedPicture
+from .pipeline_turns import CallState
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import Batch, Branch
@@ -137,7 +139,7 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
         work.progress_bar(total=settings.num_steps(canvas.schedule)) as bar,
         family.control_attention(control, canvas.height, canvas.width),
     ):
-        edited = EDITS[request.method].run(replace(task, on_step=_counted(task.on_step, bar)))
+        edited = edit_method(request.method).run(replace(task, on_step=_counted(task.on_step, bar)))
     control.forget_source()  # before the autoencoder needs the room
     warn_of_outcome(edited)
     maps = None
@@ -397,11 +399,10 @@ def _edit_task(
 ) -> EditTask:
     family, schedule, settings, dtype = work.family, canvas.schedule, request.settings, work.family.dtype
     source, null, targets = rows
-    facts = work.call.facts
-    facts |= {
-        "guidance_scale": settings.guidance_scale, "guidance_rescale": settings.guidance_rescale,
-        "clip_skip": request.clip_skip, "num_timesteps": settings.num_steps(schedule),
-    }  # fmt: skip
+    state = work.call.state = CallState(
+        guidance_scale=settings.guidance_scale, guidance_rescale=settings.guidance_rescale,
+        clip_skip=request.clip_skip, num_timesteps=settings.num_steps(schedule),
+    )  # fmt: skip
 
     def denoise(x: torch.Tensor, level: int, batch: Batch) -> torch.Tensor:
         return family.denoise(x, schedule.timestep(level), batch.embeds, dtype)
@@ -419,7 +420,7 @@ def _edit_task(
         settings=settings,
         control=control,
         confinements=[plan.confinement for plan in plans],
-        guidance=lambda: float(facts["guidance_scale"]),
+        guidance=lambda: float(state.guidance_scale or 0.0),
         on_step=on_step,
         combine=family.combine,
         form=family.guidance,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import PIL.Image
@@ -43,14 +43,15 @@ class ModelFamily(ABC):
     denoiser_classes: ClassVar[tuple[str, ...]]
     """Its classes, by name."""
 
-    default_steps: ClassVar[int] = 50
-    """``num_inference_steps`` where the caller says none."""
     edit_defaults: ClassVar[Mapping[str, Any]] = {}
     """What of ``EditSettings`` is another where the caller says nothing."""
     kept_attention: ClassVar[float] = 0.4
     """The share of an inversion's steps at which the source's attention is kept where the caller says nothing."""
+    drawn_branches: ClassVar[str] = "null first"
+    """How the stock pipeline asks the branches of a guided drawing: as rows of one batch, "null first" or "null last",
+    or "apart", the prompts' before."""
     renormalizes: ClassVar[bool] = False
-    """Whether spatial control is renormalised where the caller says nothing, see ``attention_controls``."""
+    """Whether spatial control is renormalised where the caller says nothing, see ``attention_spatial``."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -95,9 +96,9 @@ class ModelFamily(ABC):
         components = {self.denoiser_name: self.denoiser, **self.text_encoders}
         return {name: getattr(module, "_orig_mod", module) for name, module in components.items()}
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
-        """Where the work is done."""
+        """Where the work is done; diffusers walks through all modules to answer, so a call asks once."""
         device: torch.device = self.pipe._execution_device
         return device
 
@@ -106,6 +107,11 @@ class ModelFamily(ABC):
         """The denoiser's. diffusers walks through all modules to answer: ask once a call."""
         dtype: torch.dtype = self.denoiser.dtype
         return dtype
+
+    @property
+    def default_steps(self) -> int:
+        """``num_inference_steps`` where the caller says none."""
+        return 50
 
     @property
     def default_guidance_scale(self) -> float:
@@ -262,7 +268,7 @@ class ModelFamily(ABC):
 
     def guides(self, guidance_scale: float) -> bool:
         """Whether this scale asks for the unconditional branch, as diffusers' pipelines have it."""
-        return guidance_scale > 1
+        return self.guidance.has_null(guidance_scale)
 
     @abstractmethod
     def denoise(self, x: torch.Tensor, timestep: Any, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor:
@@ -315,6 +321,16 @@ class ModelFamily(ABC):
     def lora_components(self) -> tuple[str, ...]:
         """What diffusers' own pipeline loads LoRAs into, where this is another's than Stable Diffusion's; else ()."""
         return ()
+
+    def drawing_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """``given`` as the stock pipeline's call names it; what is this pipeline's own has the names that Stable
+        Diffusion's has."""
+        return dict(given)
+
+    def drawn_embeddings(self, embeds: PromptEmbeds, prefix: str = "") -> dict[str, Any]:
+        """``embeds`` as the stock pipeline's call names them; ``prefix`` is "negative_" of the unconditional ones."""
+        named = {f"{prefix}prompt_embeds": embeds.embeds, f"{prefix}pooled_prompt_embeds": embeds.pooled}
+        return {name: value for name, value in named.items() if value is not None}
 
     @property
     @abstractmethod
@@ -370,4 +386,7 @@ def family_of(pipe: Any) -> ModelFamily:
         raise ValueError(
             f"The pipeline has no unet; load it whole, or pass unet= to from_pretrained. Served are: {served}."
         )
-    raise ValueError(f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}.")
+    raise ValueError(
+        f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}. Load one of these: "
+        "S2EditPipeline.from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')."
+    )

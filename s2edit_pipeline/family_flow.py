@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from .attention_seam import AttentionSite
 from .family_base import DEFAULT_INVERSION, ModelFamily
@@ -28,7 +29,6 @@ class FlowFamily(ModelFamily):
     """A transformer that predicts a flow, on the levels of a ``FlowMatchEulerDiscreteScheduler``."""
 
     denoiser_name = "transformer"
-    default_steps = 28
     edit_defaults: ClassVar[Mapping[str, Any]] = {"self_replace_steps": 0.2}
     kept_attention = 0.0
     renormalizes = True
@@ -56,14 +56,24 @@ class FlowFamily(ModelFamily):
         """Raises:
         ValueError: the transformer takes other latents than the autoencoder gives.
         """
-        given = self.pipe.vae.config.latent_channels
+        given = self.autoencoder_channels
         if self.latent_channels != given:
             raise ValueError(
                 f"The transformer takes {self.latent_channels} channels and the autoencoder gives {given}: load both "
                 "from one model."
             )
 
+    @property
+    def autoencoder_channels(self) -> int:
+        """C of the latents that the autoencoder gives."""
+        channels: int = self.pipe.vae.config.latent_channels
+        return channels
+
     # -------------------------------------------------------------------- noise
+
+    @property
+    def default_steps(self) -> int:
+        return 28
 
     @abstractmethod
     def flow_time(self, size: tuple[int, int] | None, num_inference_steps: int | None) -> FlowTime:
@@ -129,3 +139,23 @@ def picture_then_text(
         name, "joint", *grid, tells_words=tells_words, holds_layout=holds_layout,
         text=slice(cells, cells + num_columns), picture=slice(0, cells),
     )  # fmt: skip
+
+
+def text_then_picture(
+    name: str, grid: tuple[int, int], num_columns: int, *, tells_words: bool, holds_layout: bool = True
+) -> AttentionSite:
+    """The site of joint attention in which the text's columns come first, and then the picture's cells."""
+    return AttentionSite(
+        name, "joint", *grid, tells_words=tells_words, holds_layout=holds_layout,
+        text=slice(0, num_columns), picture=slice(num_columns, num_columns + grid[0] * grid[1]),
+    )  # fmt: skip
+
+
+def cells_of(latents: torch.Tensor) -> torch.Tensor:
+    """(B, hw / 4, 4C): ``latents`` (B, C, h, w), the channels of 2 x 2 of them packed into a cell, row by row."""
+    return pixel_unshuffle(latents, 2).flatten(2).mT
+
+
+def latents_of(cells: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(B, C, height, width), the inverse of :func:`cells_of`."""
+    return pixel_shuffle(cells.mT.unflatten(2, (height // 2, width // 2)), 2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention_controls import SpatialControl
+from .attention_spatial import SpatialControl
 from .family_base import ModelFamily
 from .fit_losses import cosine, reconstruction_loss, response_loss, semantic_loss
 from .fit_settings import TIMESTEP_SAMPLING, FitSettings

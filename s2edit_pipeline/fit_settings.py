@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from .edit_settings import check_choice, check_share, is_number, with_preset
+from .argument_checks import check_choice, check_share, is_number, with_preset
+from .object_masks import MASK_THRESHOLD
 from .prompt_words import words_of
 
-MASK_THRESHOLD = 0.4
 MOST_RESPONSE_WORDS = 200
 """Characters that ``response_words`` may have, with ", " between them: what an identity's settings hold."""
 
@@ -121,7 +121,7 @@ class FitSettings:
         semantic_weight: lambda of the semantic loss; 0.1 is the paper's.
         spatial_control: mask ``[I]``'s cross-attention.
         detach_sentence: keep e_P out of the gradient (ours; off is the default reading).
-        renormalize, mask_after: see ``attention_controls.SpatialControl`` (ours); None renormalises in joint attention
+        renormalize, mask_after: see ``attention_spatial.SpatialControl`` (ours); None renormalises in joint attention
             alone.
         lora_rank: of every adapter.
         lora_layers: which layers of the U-Net have one, see ``ModelFamily.lora_targets``.

@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,7 @@ def _signs() -> torch.Tensor:
     return torch.from_numpy(1 - 2 * bits.astype(np.float32))
 
 
+@lru_cache(maxsize=4096)
 def _factors(name: str, count: int) -> torch.Tensor:
     """c of the tensor ``name``: (count,) float64, of either sign, from 0.5 to 1.5."""
     start = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], dtype="<u8")[0]
@@ -119,15 +120,14 @@ class _Bucket:
         """Take ``tensor`` in; ``made_in``: the type that the other fingerprint's weights were in, None where there is
         none and the squares are wanted instead."""
         flat = tensor.detach().reshape(-1)  # a view, but of channels-last convolutions
-        device = flat.device if flat.device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
+        device = _summing_device(flat)
         signs, factors = _signs().to(device), _factors(name, math.ceil(len(flat) / ROW_LENGTH)).to(device)
-        is_float = tensor.is_floating_point()
-        self.is_quantised |= not is_float
-        rounding = {tensor.dtype, made_in} if is_float and made_in not in (None, tensor.dtype) else set()
+        self.is_quantised |= not tensor.is_floating_point()
+        rounding = _roundings(tensor.dtype, made_in)
         step = ROWS_AT_A_TIME if device.type == "cpu" else 256 * ROWS_AT_A_TIME
         for first in range(0, len(factors), step):
             part = flat[first * ROW_LENGTH : (first + step) * ROW_LENGTH].to(device).float()
-            self.variances += [_rounding_variance(part, dtype) for dtype in rounding]
+            self.variances += [_rounding_variances(part, dtype).sum() for dtype in rounding]
             if made_in is None:
                 self.squares.append(torch.dot(part, part).double())
             whole = len(part) // ROW_LENGTH
@@ -149,12 +149,54 @@ def _total(parts: list[torch.Tensor]) -> float:
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 
-def _rounding_variance(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of c times the rounding error, added up: uniform within a step of ``dtype``'s numbers there, step^2 / 12."""
+def _summing_device(tensor: torch.Tensor) -> torch.device:
+    """Its own, where that has float64."""
+    return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def _roundings(dtype: torch.dtype, made_in: torch.dtype | None) -> set[torch.dtype]:
+    """The types whose rounding tells weights of ``dtype`` from those that the other fingerprint was made of."""
+    return {dtype, made_in} if dtype.is_floating_point and made_in is not None and made_in != dtype else set()
+
+
+def _rounding_variances(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of c times each rounding error: uniform within a step of ``dtype``'s numbers there, step^2 / 12."""
     info = torch.finfo(dtype)
     exponents = (values.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two at or below each
     steps = info.eps * exponents.double().clamp_min(info.smallest_normal)
-    return steps.square().sum() / 12 * (13 / 12)  # the latter is the mean of c^2
+    return steps.square() / 12 * (13 / 12)  # the latter is the mean of c^2
+
+
+_Member = tuple[int, str, torch.Tensor]
+"""A tensor's bucket, its name, and the tensor."""
+
+
+def _add_short(buckets: Sequence[_Bucket], members: Sequence[_Member], made_in: torch.dtype | None) -> None:
+    """``_Bucket.add`` of each of ``members``, tensors of one row, which are many: at once of those stored alike."""
+    alike: dict[tuple[torch.device, torch.dtype], list[_Member]] = {}
+    for member in members:
+        alike.setdefault((member[2].device, member[2].dtype), []).append(member)
+    for (_, dtype), group in alike.items():
+        places, names, tensors = zip(*group, strict=True)
+        device = _summing_device(tensors[0])
+        lengths = torch.tensor([tensor.numel() for tensor in tensors], device=device)
+        starts = lengths.cumsum(0) - lengths
+        columns = torch.arange(int(lengths.sum()), device=device) - starts.repeat_interleave(lengths)
+        factors = torch.cat([_factors(name, 1) for name in names]).to(device).repeat_interleave(lengths)
+        bucket_of = torch.tensor(places, device=device).repeat_interleave(lengths)
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(device).float()
+        sums = torch.zeros(len(buckets), dtype=torch.float64, device=device)
+
+        projections = sums.index_add(0, bucket_of, flat.double() * _signs().to(device)[columns] * factors).unbind()
+        squares = sums.index_add(0, bucket_of, flat.double().square()).unbind() if made_in is None else ()
+        variances = [
+            sums.index_add(0, bucket_of, _rounding_variances(flat, one)).unbind() for one in _roundings(dtype, made_in)
+        ]
+        for place in set(places):
+            buckets[place].is_quantised |= not dtype.is_floating_point
+            buckets[place].projections.append(projections[place])
+            buckets[place].squares += [squares[place]] if squares else []
+            buckets[place].variances += [one[place] for one in variances]
 
 
 @dataclass(frozen=True)
@@ -185,7 +227,7 @@ def _read(
     if any(parameter.is_meta for _, parameter in parameters):
         return None
     buckets, counts = [_Bucket() for _ in range(BUCKETS)], Counter[str]()
-    word_rows, words = 0, []
+    word_rows, words, short = 0, [], list[_Member]()
     for name, parameter in parameters:
         tensor = changed.get(name, parameter)
         if parameter is table:
@@ -196,16 +238,22 @@ def _read(
             continue
         # transformers 5 took a level out of CLIP's names
         published = pattern_name(name)
-        buckets[_place(published, tensor)].add(published, tensor, made_in)
         counts[_name_of(tensor.dtype)] += tensor.numel()
+        place = _place(published, tensor.ndim)
+        if 0 < tensor.numel() <= ROW_LENGTH:
+            short.append((place, published, tensor))
+        else:
+            buckets[place].add(published, tensor, made_in)
+    _add_short(buckets, short, made_in)
     dtype = max(counts, key=lambda kind: counts[kind], default="float32")
     return _Reading(dtype, sum(counts.values()), buckets, word_rows, words)
 
 
-def _place(name: str, tensor: torch.Tensor) -> int:
+@lru_cache(maxsize=4096)
+def _place(name: str, num_axes: int) -> int:
     """The bucket of the tensor ``name``."""
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[8:16], "little")
-    if tensor.ndim <= 1:
+    if num_axes <= 1:
         return number % VECTOR_BUCKETS
     return VECTOR_BUCKETS + number % (BUCKETS - VECTOR_BUCKETS)
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from .argument_checks import check_choice
 from .attention_source import SourceAttention
-from .edit_settings import check_choice
 from .inversion_files import read_inversion, write_inversion
 from .noise_guidance import Guidance, guided
 from .noise_schedule import NoiseSchedule

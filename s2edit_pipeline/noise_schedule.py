@@ -227,6 +227,11 @@ def flow_schedule(scheduler: Any, num_inference_steps: int, time: FlowTime) -> N
         asked.set_timesteps(num_inference_steps, **shifted)
     else:
         asked.set_timesteps(sigmas=time.sigmas, **shifted)
+    if not bool(torch.isfinite(asked.sigmas).all()):
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} is too few for this scheduler, which stretches its levels to "
+            "shift_terminal. Take 2 or more."
+        )
     return _straight(asked.sigmas.flip(0).cpu(), time)
 
 

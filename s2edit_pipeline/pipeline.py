@@ -21,10 +21,14 @@ from diffusers.loaders import (
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 
 # diffusers copies only the files that this one names, see publishing.unfollowed: so every module is named here
-from .attention_controls import Controllers  # noqa: F401
+from .argument_checks import with_preset
+from .attention_chain import Controllers  # noqa: F401
+from .attention_maps import MapRecorder  # noqa: F401
 from .attention_opaque import OpaqueLayer  # noqa: F401
+from .attention_prompt_to_prompt import PromptToPrompt  # noqa: F401
 from .attention_seam import attention_control  # noqa: F401
 from .attention_source import KeepAttention
+from .attention_spatial import SpatialControl  # noqa: F401
 from .describe_captioner import caption_of  # noqa: F401
 from .describe_completion import completed  # noqa: F401
 from .describe_judge import DenoisingJudge  # noqa: F401
@@ -34,12 +38,15 @@ from .edit_attention import EditControl  # noqa: F401
 from .edit_loop import EDITS  # noqa: F401
 from .edit_output import S2EditPipelineOutput
 from .edit_pictures import edited_pictures  # noqa: F401
-from .edit_settings import EDIT_PRESETS, EditRequest, EditSettings, with_preset
+from .edit_settings import EDIT_PRESETS, EditRequest, EditSettings
 from .edit_stage import edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
 from .family_flow import FlowFamily  # noqa: F401
+from .family_flux import FluxFamily  # noqa: F401
 from .family_ip_adapter import loaded_adapters  # noqa: F401
+from .family_language import LanguageModelFamily  # noqa: F401
+from .family_qwen import QwenImageFamily  # noqa: F401
 from .family_sd3 import StableDiffusion3Family  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
 from .fit_checkpoint import FitCheckpoint  # noqa: F401
@@ -236,6 +243,7 @@ class S2EditPipeline(
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         preset: str | None = None,
         edit: str = "auto",
+        edit_method: str = "prompt_to_prompt",
         blend_threshold: float = EditSettings.blend_threshold,
         change_threshold: float = EditSettings.change_threshold,
         guidance_rescale: float = 0.0,
@@ -286,6 +294,7 @@ class S2EditPipeline(
             preset: "paper" is the paper's reading in one word (null-text inversion, guided to the end, not confined),
                 see ``edit_settings.EDIT_PRESETS``; what is passed beside it wins, an inversion among it, and
                 ``blend_words=True`` for None's confinement.
+            edit_method: how the targets are made beside the source; ``edit_loop.register_edit`` makes others known.
             edit_mask: where the edit may change the picture, white inside; replaces the words' own region, so that
                 ``keep_words`` doesn't go with it.
             keep_pixels: outside the region the picture's own pixels, to the bit, and what the autoencoder lost given
@@ -331,7 +340,7 @@ class S2EditPipeline(
         steps = family.default_steps if num_inference_steps is None else num_inference_steps
         lora_scale, shown = check_adapters(given)
         if image is None and not hasattr(inversion, "trajectory"):
-            names = check_drawing(given)
+            names = check_drawing(given, stock_arguments)
             drawn = {
                 **stock_arguments, **given.only((*BOTH, *DRAWING)), "guidance_scale": settings.guidance_scale,
                 "num_inference_steps": steps, **stock_names(shown),
@@ -351,7 +360,7 @@ class S2EditPipeline(
                     keep_pixels=keep_pixels, size=(height, width), clip_skip=clip_skip, generator=generator,
                     keep_attention=keep_attention, output_type=output_type,
                     return_attention_maps=return_attention_maps, output_size=output_size, crop=crop, shown=shown,
-                    complete_prompt=complete_prompt,
+                    complete_prompt=complete_prompt, method=edit_method,
                 )  # fmt: skip
                 output = edit_picture(work, request)
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))

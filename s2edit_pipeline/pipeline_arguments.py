@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .edit_settings import check_choice, check_guidance
+from .argument_checks import check_choice, check_guidance
+from .edit_loop import edit_method
 from .family_base import ModelFamily
 from .fit_settings import ReferenceAttribute
 from .inversion_record import inversion_method
@@ -187,7 +188,7 @@ EDITING = (
     "source_prompt", "inversion", "preset", "reweight", "edit_mask", "keep_words", "keep_pixels", "blend_words",
     "blend_threshold", "change_threshold", "guidance_stop", "strength", "edit", "cross_replace_steps",
     "self_replace_steps", "return_attention_maps", "keep_attention", "residuals", "output_size", "crop",
-    "complete_prompt",
+    "complete_prompt", "edit_method",
 )  # fmt: skip
 """Arguments that only editing a picture can obey."""
 DRAWING = (
@@ -284,6 +285,26 @@ def _refuse_guidance(arguments: Arguments) -> None:
         raise ValueError(f"{name} has no effect on this model, which has no unconditional branch: {why}. Leave it out.")
 
 
+def _refuse_guidance_in_drawing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: an argument about guidance that the stock pipeline of this model would pass over without a word.
+    """
+    form = arguments["self"].family.guidance.form
+    is_guided = form == "branch" or (stock_arguments.get("true_cfg_scale") or 1) > 1
+    for name in () if is_guided else arguments.only(_NEGATIVE):
+        raise ValueError(
+            f"{name} has no effect on this model, which has no unconditional branch; where its stock pipeline can make "
+            "one, pass true_cfg_scale= above 1 with it. Leave it out."
+        )
+    if form == "branch" and "true_cfg_scale" in stock_arguments and arguments["guidance_scale"] is not None:
+        raise ValueError("guidance_scale and true_cfg_scale are one thing in this model; pass one of them.")
+    if form == "none" and arguments["guidance_scale"]:  # 0 is what such models' cards say
+        raise ValueError("guidance_scale has no effect on this model: it was distilled at one strength. Leave it out.")
+
+
+_NEGATIVE = ("negative_prompt", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
 def check_fit(pipe: Any, generator: Any, reference: Any) -> tuple[ReferenceAttribute, ...]:
     """The one reference attribute of a fit, or nothing.
 
@@ -321,7 +342,7 @@ def check_call(arguments: Arguments, what: str, method: Any = None) -> str:
     return str(method)
 
 
-def check_drawing(arguments: Arguments) -> tuple[str, ...]:
+def check_drawing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """The tensors that the callback is shown, which the stock pipeline checks.
 
     Raises:
@@ -329,6 +350,7 @@ def check_drawing(arguments: Arguments) -> tuple[str, ...]:
     """
     _check_output_type(arguments["output_type"])
     _refuse_for_drawing(arguments)
+    _refuse_guidance_in_drawing(arguments, stock_arguments)
     callback = arguments["callback_on_step_end"]
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         return tuple(callback.tensor_inputs)
@@ -344,6 +366,7 @@ def check_editing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> t
     """
     _check_output_type(arguments["output_type"])
     _refuse_for_editing(arguments, stock_arguments)
+    edit_method(arguments["edit_method"])
     check_choice("output_size", arguments["output_size"], ("picture", "model"))
     _refuse_guidance(arguments)
     return _checked_tensor_inputs(arguments["callback_on_step_end_tensor_inputs"])

@@ -7,7 +7,10 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -20,12 +23,14 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5EncoderModel,
     T5Tokenizer,
 )
 
+from .argument_checks import check_guidance
 from .describe_vocabulary import read_vocabulary
-from .edit_settings import check_guidance
 from .family_base import family_of
 from .identity_overlay import IdentityOverlay
 
@@ -59,17 +64,17 @@ class PipelineComponents:
 
     def __init__(
         self,
-        vae: AutoencoderKL = None,
-        text_encoder: CLIPTextModel | CLIPTextModelWithProjection = None,
-        tokenizer: CLIPTokenizer = None,
+        vae: AutoencoderKL | AutoencoderKLQwenImage = None,
+        text_encoder: CLIPTextModel | CLIPTextModelWithProjection | Qwen2_5_VLForConditionalGeneration = None,
+        tokenizer: CLIPTokenizer | Qwen2Tokenizer = None,
         unet: UNet2DConditionModel = None,
         scheduler: KarrasDiffusionSchedulers | FlowMatchEulerDiscreteScheduler = None,
         safety_checker: StableDiffusionSafetyChecker = None,
         feature_extractor: CLIPImageProcessor = None,
         image_encoder: PreTrainedModel = None,
-        text_encoder_2: CLIPTextModelWithProjection = None,
-        tokenizer_2: CLIPTokenizer = None,
-        transformer: SD3Transformer2DModel = None,
+        text_encoder_2: CLIPTextModelWithProjection | T5EncoderModel = None,
+        tokenizer_2: CLIPTokenizer | T5Tokenizer = None,
+        transformer: SD3Transformer2DModel | FluxTransformer2DModel | QwenImageTransformer2DModel = None,
         text_encoder_3: T5EncoderModel = None,
         tokenizer_3: T5Tokenizer = None,
         requires_safety_checker: bool = False,
@@ -78,8 +83,9 @@ class PipelineComponents:
         vocabulary: str | list[str] | None = None,
     ) -> None:
         super().__init__()
-        if getattr(tokenizer, "s2edit_tokens", ()):
-            tokens = ", ".join(tokenizer.s2edit_tokens)
+        held = [getattr(one, "s2edit_tokens", ()) for one in (tokenizer, tokenizer_2, tokenizer_3)]
+        if any(held):
+            tokens = ", ".join(dict.fromkeys(token for each in held for token in each))
             raise ValueError(
                 f"These components hold identities that another pipeline has loaded ({tokens}). "
                 "Call unload_identity() there first, and load them here again."

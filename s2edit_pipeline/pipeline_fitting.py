@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from .describe_stage import DescribeRequest, words_for_fit
-from .fit_settings import MASK_THRESHOLD, FitRequest, FitSettings, ReferenceAttribute
+from .fit_settings import FitRequest, FitSettings, ReferenceAttribute
 from .fit_stage import fit_picture
 from .identity_adapter import IdentityAdapter
+from .object_masks import MASK_THRESHOLD
 from .pipeline_arguments import check_fit
 
 

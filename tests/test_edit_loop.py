@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from s2edit_pipeline.attention_controls import PromptToPrompt, Reweighting, SpatialControl
+from s2edit_pipeline.attention_prompt_to_prompt import PromptToPrompt, Reweighting
+from s2edit_pipeline.attention_spatial import SpatialControl
 from s2edit_pipeline.edit_attention import EditControl
 from s2edit_pipeline.edit_loop import EDITS, EditedLatents, EditTask
 from s2edit_pipeline.edit_settings import EditSettings

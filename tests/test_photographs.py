@@ -16,7 +16,7 @@ from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, S2EditPipeline
 from s2edit_pipeline import object_search as search
-from s2edit_pipeline.attention_controls import mask_at
+from s2edit_pipeline.attention_spatial import mask_at
 from s2edit_pipeline.picture_files import read_picture
 from s2edit_pipeline.picture_placement import PlacedPicture, place_picture
 from s2edit_pipeline.prompt_parts import changes_only_the_subject, subject_noun

@@ -21,7 +21,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, KeepAttention, ReferenceAttribute, S2EditPipeline, describe_captioner
-from s2edit_pipeline.attention_controls import MapRecorder
+from s2edit_pipeline.attention_maps import MapRecorder
+from s2edit_pipeline.edit_loop import EDITS, EditedLatents, EditMethod, EditTask
 from s2edit_pipeline.inversion_record import INVERSIONS
 
 SOURCE, TARGET = "a photo of a sad lady with glasses", "a photo of a smiling lady with glasses"
@@ -129,6 +130,12 @@ def digest(value: Any) -> str:
     return hasher.hexdigest()
 
 
+def sources_latents(task: EditTask) -> EditedLatents:
+    """An edit method of one's own: it changes nothing."""
+    source = task.inversion.trajectory[:1]
+    return EditedLatents(source.repeat(len(task.targets), 1, 1, 1), source, (None,) * len(task.targets))
+
+
 @pytest.fixture(scope="module")
 def walk(
     request: pytest.FixtureRequest, small_families: dict[str, S2EditPipeline], wide_picture: Image.Image
@@ -146,6 +153,7 @@ def walk(
         pipe.set_progress_bar_config(disable=True)
     with pytest.MonkeyPatch.context() as patch:  # where a picture has to be described
         patch.setattr(describe_captioner, "load_captioner", lambda *_: lambda picture: "a photo of a cat with a hat")
+        patch.setitem(EDITS, "sources_latents", EditMethod(sources_latents))
         yield Walk(pipe, wide_picture)
 
 
@@ -196,6 +204,7 @@ def call_values(walk: Walk) -> dict[str, Any]:
         "width": 32, "clip_skip": 1, "return_attention_maps": True, "keep_attention": KeepAttention(share=1.0),
         "stop": stopped(), "stock_arguments": 0.5, "complete_prompt": True, "ip_adapter_image": walk.picture,
         "ip_adapter_image_embeds": [noise(2, 1, 16)], "cross_attention_kwargs": {"scale": 0.5},
+        "edit_method": "sources_latents",
     }  # fmt: skip
 
 
@@ -203,7 +212,7 @@ EDITING = {
     "source_prompt", "inversion", "preset", "reweight", "edit_mask", "keep_words", "keep_pixels", "blend_words",
     "blend_threshold", "change_threshold", "guidance_stop", "strength", "edit", "cross_replace_steps",
     "self_replace_steps", "return_attention_maps", "keep_attention", "residuals", "output_size", "crop",
-    "complete_prompt",
+    "complete_prompt", "edit_method",
 }  # fmt: skip
 DRAWING = {
     "num_images_per_prompt", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, Inversion, KeepAttention, ReferenceAttribute, S2EditPipeline
-from s2edit_pipeline.attention_controls import mask_at
+from s2edit_pipeline.attention_spatial import mask_at
 from s2edit_pipeline.edit_settings import EditSettings
 from s2edit_pipeline.fit_settings import FitSettings
 from s2edit_pipeline.inversion_record import INVERSIONS
@@ -455,6 +455,7 @@ ELSEWHERE = {
     "optimizer": "test_fit_cost.py::test_eight_bits_need_bitsandbytes",
     "gradient_checkpointing": "test_fit_cost.py::test_checkpointing_makes_the_same_gradients",
     "residuals": "test_inversions.py::test_in_a_flow_what_the_sources_steps_miss_is_found",
+    "edit_method": "test_own_family.py::test_an_edit_method_of_ones_own",
     "checkpoint_folder": "test_fit_checkpoint.py::fit",
     "complete_prompt": "test_describe.py::test_short_prompts_are_completed_alike",
     "cross_attention_kwargs": "families/test_diffusers_manner.py::test_loras_are_weighed_by_the_call",

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from s2edit_pipeline import IdentityAdapter, ReferenceAttribute, S2EditPipeline
-from s2edit_pipeline.attention_controls import SpatialControl
 from s2edit_pipeline.attention_seam import AttentionAccess, AttentionController, AttentionSite, attention_layers
+from s2edit_pipeline.attention_spatial import SpatialControl
+
+from ..test_custom_pipeline import PACKAGE, last_line
 
 SOURCE, TARGET = "a photo of a sad lady with glasses", "a photo of a smiling lady with glasses"
 WITH_TOKEN = "a photo of a smiling [I] lady with glasses"
@@ -88,6 +90,73 @@ def check_drawing_is_the_stock_pipelines(pipe: S2EditPipeline, **arguments: Any)
     with pipe.family.control_attention(Unchanged(), WIDE["height"] // scale, WIDE["width"] // scale):
         seen = stock(SOURCE, **{**given, "generator": seeded(1)}).images
     torch.testing.assert_close(seen, theirs, rtol=1e-5, atol=1e-5)
+
+
+def check_folders(pipe: S2EditPipeline, stock_class: Any, tmp_path: Path, **arguments: Any) -> None:
+    """Saved, and loaded here and by the stock pipeline; handed over to it and back: each draws the same."""
+    given = {"num_inference_steps": 2, "output_type": "latent", **WIDE, **arguments}
+    expected = pipe(SOURCE, generator=seeded(1), **given).images
+    pipe.save_pretrained(tmp_path)
+    stock = stock_class.from_pretrained(tmp_path)
+    for again in (
+        S2EditPipeline.from_pretrained(tmp_path), stock, S2EditPipeline.from_pipe(stock),
+        stock_class.from_pipe(pipe), stock_class(**pipe.components),
+    ):  # fmt: skip
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(again(SOURCE, generator=seeded(1), **given).images, expected, rtol=1e-4, atol=1e-4)
+
+
+def check_drawn_branches(pipe: S2EditPipeline, picture: Image.Image, combine: Callable[..., torch.Tensor]) -> None:
+    """A learned token is masked in the prompt's branch and not in the unconditional one: the first step of both
+    together is that of each alone, ``combine(unconditional, conditional, scale)`` of what they predict."""
+    noise, scale = torch.randn(1, 24, 16, generator=seeded(7)), 3.0
+
+    def first_step(prompt: str, **more: Any) -> torch.Tensor:
+        """Of the packed latents, over the step's length."""
+        steps: list[torch.Tensor] = []
+        pipe(
+            prompt, latents=noise, num_inference_steps=2, output_type="latent", **WIDE, **more,
+            callback_on_step_end=lambda pipe, step, timestep, tensors: steps.append(tensors["latents"]),
+        )  # fmt: skip
+        sigmas = pipe.family.schedule(2, (WIDE["height"], WIDE["width"])).noise
+        return (steps[0] - noise) / float(sigmas[1] - sigmas[2])
+
+    with left_as_found(pipe):
+        identity = fit(pipe, picture, "token", num_steps=1, mask=np.arange(24)[None].repeat(16, 0) < 12)
+        pipe.load_identity(identity)
+        alone, null = first_step("a [I] lady", true_cfg_scale=1.0), first_step("a hat", true_cfg_scale=1.0)
+        both = first_step("a [I] lady", negative_prompt="a hat", true_cfg_scale=scale)
+        pipe.unload_identity()
+        pipe.load_identity(replaced(identity, mask=None))
+        unmasked = first_step("a [I] lady", true_cfg_scale=1.0)
+        pipe.unload_identity()
+    torch.testing.assert_close(both, combine(null, alone, scale), rtol=1e-4, atol=1e-4)
+    assert float((alone - unmasked).abs().max()) > 1e-4
+
+
+FITS_AND_EDITS = """
+import sys
+from diffusers import DiffusionPipeline
+from PIL import Image
+model, folder, out, height, width, source, target = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=folder, trust_remote_code=True)
+assert type(pipe).__name__ == "S2EditPipeline" and type(pipe).__module__.startswith("diffusers_modules"), type(pipe)
+picture, size = Image.new("RGB", (24, 16), "teal"), {"height": int(height), "width": int(width)}
+mask = Image.new("L", (24, 16), 255)
+identity = pipe.fit_identity(picture, source, "lady", num_steps=1, mask=mask, crop=None, **size)
+identity.save_pretrained(out)
+token = pipe.load_identity(out)
+result = pipe(target, image=picture, source_prompt=source, num_inference_steps=2, crop=None, **size)
+print(token, result.images[0].size, *sorted(m for m in sys.modules if m.startswith("s2edit_pipeline")))
+"""
+
+
+def check_a_fresh_process_serves_it(pipe: S2EditPipeline, tmp_path: Path) -> None:
+    """Loaded as a custom pipeline, where the package isn't installed."""
+    pipe.save_pretrained(tmp_path / "model")
+    paths = [str(path) for path in (tmp_path / "model", PACKAGE, tmp_path / "ada")]
+    line = last_line(FITS_AND_EDITS, tmp_path, *paths, *map(str, WIDE.values()), SOURCE, WITH_TOKEN)
+    assert line == "[I] (24, 16)"  # and no module of the installed package
 
 
 # ------------------------------------------------------------------------------ the whole way
@@ -352,7 +421,11 @@ def check_identities(pipe: S2EditPipeline, picture: Image.Image) -> None:
 def fit_of(pipe: S2EditPipeline, identity: IdentityAdapter) -> IdentityAdapter:
     """``identity`` with other rows."""
     rows = {name: row + torch.randn(row.shape, generator=seeded(5)) for name, row in identity.rows.items()}
-    return IdentityAdapter(**{**{n: getattr(identity, n) for n in identity.__dataclass_fields__}, "rows": rows})
+    return replaced(identity, rows=rows)
+
+
+def replaced(identity: IdentityAdapter, **changes: Any) -> IdentityAdapter:
+    return IdentityAdapter(**{**{n: getattr(identity, n) for n in identity.__dataclass_fields__}, **changes})
 
 
 def check_errors_leave_all_as_found(pipe: S2EditPipeline, picture: Image.Image) -> None:
