@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .fit_weights import frozen
+from .fit_weights import frozen, lora_layers
 from .identity_compression import leading_triples
 
 ROW_LENGTH = 3**-0.5
@@ -32,7 +32,7 @@ def start_along_gradient(components: Mapping[str, nn.Module], backwards: Sequenc
     Returns:
         Whether every gradient was finite; where one wasn't, A is left as it was.
     """
-    layers = [m for module in components.values() for m in module.modules() if isinstance(m, LoraLayer)]
+    layers = lora_layers(components)
     weights = [layer.get_base_layer().weight for layer in layers]
     finite = []
 
