@@ -126,7 +126,15 @@ class PackedFlowFamily(FlowFamily):
         steps, scheduler = num_inference_steps, self.pipe.scheduler
         asks = isinstance(steps, int) and steps > 0 and not scheduler.config.get("use_flow_sigmas")
         sigmas = np.linspace(1, 1 / steps, steps) if asks and steps is not None else None
-        return FlowTime(*self.told_at, mu=dynamic_mu(scheduler, height * width), sigmas=sigmas)
+        return FlowTime(*self.told_at, mu=self.shift(height * width, steps), sigmas=sigmas)
+
+    def shift(self, num_cells: int, num_inference_steps: int | None) -> float | None:
+        """Of the noise levels, in a picture of ``num_cells`` cells; None where the scheduler's is fixed."""
+        return dynamic_mu(self.pipe.scheduler, num_cells)
+
+    def drawn_size(self, given: Mapping[str, Any]) -> tuple[int, int]:
+        """By the pictures': packed latents have none of their own."""
+        return given["height"] // self.pixels_per_latent, given["width"] // self.pixels_per_latent
 
     def attention_grids(self, height: int, width: int) -> dict[int, tuple[int, int]]:
         grid = height // 2, width // 2

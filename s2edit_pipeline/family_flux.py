@@ -174,3 +174,10 @@ class FluxFamily(PackedFlowFamily):
         diffusers' training script has it."""
         attention = [f"attn.{end}" for end in _ATTENTION]
         return attention if layers == "attention" else [*attention, *_FEED_FORWARD]
+
+    # -------------------------------------------------------------------- diffusers' own pipeline
+
+    def draws_null(self, given: Mapping[str, Any]) -> bool:
+        """By ``true_cfg_scale``."""
+        scale: float = given.get("true_cfg_scale") or 1.0
+        return scale > 1

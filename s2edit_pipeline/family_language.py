@@ -18,11 +18,14 @@ _ENCODER = "text_encoder"
 
 
 class LanguageModelFamily(PackedFlowFamily):
-    """Prompts have as many columns as they need. The model reads from left to right: all columns after ``[I]`` know of
-    it, and what follows the prompt has read all of it, which is what the semantic loss compares."""
+    """Prompts have as many columns as they need, or as many as there may be. The model reads from left to right: all
+    columns after ``[I]`` know of it, and what follows the prompt has read all of it, which is what the semantic loss
+    compares."""
 
     num_tokens: ClassVar[int]
     """The most that are read, the template's included."""
+    pads: ClassVar[bool] = False
+    """Whether prompts are filled up to as many, with columns that are looked at too."""
     empty_prompt: ClassVar[str] = ""
     """What is said where there is no negative prompt."""
 
@@ -44,6 +47,12 @@ class LanguageModelFamily(PackedFlowFamily):
     def template(self) -> PromptTemplate:
         """What a prompt is put into."""
 
+    def chat_template(self, **switches: Any) -> PromptTemplate:
+        """The tokenizer's own, of a chat in which the user says the prompt."""
+        said = [{"role": "user", "content": "{}"}]
+        text = self.pipe.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **switches)
+        return PromptTemplate(text)
+
     @abstractmethod
     def hidden_states(self, encoded: Any) -> torch.Tensor:
         """(B, L, D): what the denoiser is given of the text encoder's answer, at every token."""
@@ -56,7 +65,12 @@ class LanguageModelFamily(PackedFlowFamily):
 
     def _tokenized(self, prompt: str, tokenizers: Mapping[str, Any], *, truncate: bool) -> TokenizedPrompt:
         return tokenize(
-            tokenizers[_ENCODER], prompt, limit=self.num_tokens, truncate=truncate, pad=False, template=self.template
+            tokenizers[_ENCODER],
+            prompt,
+            limit=self.num_tokens,
+            truncate=truncate,
+            pad=self.pads,
+            template=self.template,
         )
 
     def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int | None = None) -> PromptEmbeds:

@@ -36,8 +36,7 @@ class ZImageFamily(LanguageModelFamily):
 
     @classmethod
     def encodes_for(cls, pipe: Any) -> bool:
-        kind = type(pipe.text_encoder).__name__
-        return pipe.transformer is None and kind.startswith("Qwen3") and not kind.startswith("Qwen3VL")
+        return pipe.transformer is None and type(pipe.text_encoder).__name__ == "Qwen3Model"
 
     def check(self) -> None:
         super().check()
@@ -52,11 +51,7 @@ class ZImageFamily(LanguageModelFamily):
     @property
     def template(self) -> PromptTemplate:
         """The tokenizer's own chat, which thinks."""
-        said = [{"role": "user", "content": "{}"}]
-        text = self.pipe.tokenizer.apply_chat_template(
-            said, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        return PromptTemplate(text)
+        return self.chat_template(enable_thinking=True)
 
     def hidden_states(self, encoded: Any) -> torch.Tensor:
         last_but_one: torch.Tensor = encoded.hidden_states[-2]

@@ -44,6 +44,7 @@ from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
 from .family_flow import FlowFamily  # noqa: F401
 from .family_flux import FluxFamily  # noqa: F401
+from .family_flux2 import Flux2KleinFamily  # noqa: F401
 from .family_ip_adapter import loaded_adapters  # noqa: F401
 from .family_language import LanguageModelFamily  # noqa: F401
 from .family_qwen import QwenImageFamily  # noqa: F401
@@ -154,6 +155,7 @@ class S2EditPipeline(
         requires_safety_checker: only kept, so that Stable Diffusion's folders load.
         force_zeros_for_empty_prompt: whether SDXL is told zeros where there is no negative prompt.
         default_guidance_scale: what a call without ``guidance_scale=`` takes; None is S2Edit's 4.5.
+        is_distilled: of FLUX.2 klein: whether it was distilled to few steps at one guidance; its folders say it.
         vocabulary: what :meth:`describe` puts descriptions together of, see ``describe_vocabulary``, or None.
 
     Raises:

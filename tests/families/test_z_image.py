@@ -16,7 +16,7 @@ from s2edit_pipeline.inversion_record import INVERSIONS
 
 from . import transformer_checks as checks
 from .tiny_transformers import pipeline, z_image_parts
-from .transformer_checks import SOURCE, WIDE
+from .transformer_checks import SOURCE
 
 pytestmark = pytest.mark.usefixtures("small_by_nature")
 
@@ -89,25 +89,9 @@ def test_errors_leave_all_as_found(pipe: S2EditPipeline, wide_picture: Image.Ima
     checks.check_errors_leave_all_as_found(pipe, wide_picture)
 
 
-def test_it_is_asked_as_the_stock_pipeline_asks_it(pipe: S2EditPipeline) -> None:
-    """Time counted from the noise, the flow turned round, guidance counted from 0: one step of the stock pipeline."""
-    family, seen = pipe.family, []
-    noise, scale = torch.randn(1, 4, 8, 12, generator=checks.seeded(3)), 2.0
-    pipe(
-        SOURCE, latents=noise, num_inference_steps=3, guidance_scale=scale, output_type="latent", **WIDE,
-        callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(tensors["latents"].clone()),
-    )  # fmt: skip
-    schedule = family.schedule(3, (WIDE["height"], WIDE["width"]))
-    with torch.no_grad():
-        words = family.encode([family.tokenize(SOURCE)])
-        null = family.encode_negative(None, words)
-        x = noise
-        for k, after in zip((3, 2, 1), seen, strict=True):
-            told = 1 - float(schedule.noise[k])
-            assert schedule.timestep(k) == pytest.approx(told, abs=1e-6)
-            outputs = [family.denoise(x, schedule.timestep(k), embeds, torch.float32) for embeds in (null, words)]
-            x = schedule.move(x, family.combine(*outputs, scale), k, k - 1)
-            torch.testing.assert_close(x, after, rtol=1e-4, atol=1e-4)
+def test_steps_are_the_stock_pipelines(pipe: S2EditPipeline) -> None:
+    """Time counted from the noise, the flow turned round, guidance counted from 0."""
+    checks.check_steps_are_the_stock_pipelines(pipe, 2.0)
 
 
 def test_it_has_no_processors_of_its_own_to_set(pipe: S2EditPipeline) -> None:
