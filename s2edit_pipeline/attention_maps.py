@@ -71,8 +71,16 @@ class MapRecorder(AttentionController):
         return {size: total / self._counts[size] for size, total in self._sums.items()}
 
     def word_map(self, row: int, tokens: Sequence[int], height: int, width: int) -> torch.Tensor:
-        """(height, width): the map of the word at positions ``tokens`` in the row at ``row``, averaged over sizes."""
-        assert self._sums, "nothing recorded: no layer was of the right size"
+        """(height, width): the map of the word at positions ``tokens`` in the row at ``row``, averaged over sizes.
+
+        Raises:
+            ValueError: no layer told where words look.
+        """
+        if not self._sums:
+            raise ValueError(
+                f"At {height} x {width} cells no layer of this model tells where words look. Work at a larger size, "
+                "height= and width=, or say where: mask= for a fit, edit_mask= for an edit."
+            )
         total = torch.zeros(height, width, device=next(iter(self._sums.values())).device)
         for (h, w), maps in self.maps.items():
             word = maps[row][:, list(tokens)].mean(-1).view(1, 1, h, w)

@@ -47,6 +47,7 @@ from .object_search import cells_of, check_crop, close_up, close_up_at, place
 from .picture_files import SourcePicture, read_picture
 from .picture_inputs import load_mask
 from .picture_placement import PlacedPicture
+from .pipeline_turns import CallState
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import Batch, Branch
@@ -398,11 +399,10 @@ def _edit_task(
 ) -> EditTask:
     family, schedule, settings, dtype = work.family, canvas.schedule, request.settings, work.family.dtype
     source, null, targets = rows
-    facts = work.call.facts
-    facts |= {
-        "guidance_scale": settings.guidance_scale, "guidance_rescale": settings.guidance_rescale,
-        "clip_skip": request.clip_skip, "num_timesteps": settings.num_steps(schedule),
-    }  # fmt: skip
+    state = work.call.state = CallState(
+        guidance_scale=settings.guidance_scale, guidance_rescale=settings.guidance_rescale,
+        clip_skip=request.clip_skip, num_timesteps=settings.num_steps(schedule),
+    )  # fmt: skip
 
     def denoise(x: torch.Tensor, level: int, batch: Batch) -> torch.Tensor:
         return family.denoise(x, schedule.timestep(level), batch.embeds, dtype)
@@ -420,7 +420,7 @@ def _edit_task(
         settings=settings,
         control=control,
         confinements=[plan.confinement for plan in plans],
-        guidance=lambda: float(facts["guidance_scale"]),
+        guidance=lambda: float(state.guidance_scale or 0.0),
         on_step=on_step,
         combine=family.combine,
         form=family.guidance,

@@ -331,6 +331,17 @@ class ModelFamily(ABC):
         Diffusion's has."""
         return dict(given)
 
+    def drawn_size(self, given: Mapping[str, Any]) -> tuple[int, int]:
+        """(h, w) of the latents that the stock pipeline draws, called with ``given``."""
+        latents = given.get("latents")
+        if latents is not None:
+            return tuple(latents.shape[-2:])
+        return given["height"] // self.pixels_per_latent, given["width"] // self.pixels_per_latent
+
+    def draws_null(self, given: Mapping[str, Any]) -> bool:
+        """Whether the stock pipeline, called with ``given``, asks an unconditional branch."""
+        return self.guidance.has_null(given.get("guidance_scale", 0.0))
+
     def drawn_embeddings(self, embeds: PromptEmbeds, prefix: str = "") -> dict[str, Any]:
         """``embeds`` as the stock pipeline's call names them; ``prefix`` is "negative_" of the unconditional ones."""
         named = {f"{prefix}prompt_embeds": embeds.embeds, f"{prefix}pooled_prompt_embeds": embeds.pooled}
@@ -360,6 +371,11 @@ def unregister_family(family: type[ModelFamily]) -> None:
     _FAMILIES.remove(family)
 
 
+def registered_families() -> tuple[type[ModelFamily], ...]:
+    """In the order in which they were registered."""
+    return tuple(reversed(_FAMILIES))
+
+
 def known_family(pipe: Any) -> ModelFamily | None:
     """The family that serves ``pipe``, or None."""
     return next((family(pipe) for family in _FAMILIES if family.serves(pipe)), None)
@@ -385,9 +401,12 @@ def family_of(pipe: Any) -> ModelFamily:
     if family is not None:
         return family
     denoiser = next((part for name in ("unet", "transformer") if (part := getattr(pipe, name, None)) is not None), None)
-    served = "; ".join(f"{one.name} ({', '.join(one.denoiser_classes)})" for one in reversed(_FAMILIES))
+    served = "; ".join(f"{one.name} ({', '.join(one.denoiser_classes)})" for one in registered_families())
     if denoiser is None:
         raise ValueError(
             f"The pipeline has no unet; load it whole, or pass unet= to from_pretrained. Served are: {served}."
         )
-    raise ValueError(f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}.")
+    raise ValueError(
+        f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}. Load one of these: "
+        "S2EditPipeline.from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')."
+    )

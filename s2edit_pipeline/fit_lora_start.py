@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .fit_weights import frozen
+from .fit_weights import frozen, lora_layers
 from .identity_compression import leading_triples
 from .packed_weights import is_packed
 
@@ -35,8 +35,7 @@ def start_along_gradient(components: Mapping[str, nn.Module], backwards: Sequenc
     Returns:
         Whether every gradient was finite; where one wasn't, A is left as it was.
     """
-    layers = [m for module in components.values() for m in module.modules() if isinstance(m, LoraLayer)]
-    layers = [layer for layer in layers if not is_packed(layer.get_base_layer().weight)]
+    layers = [one for one in lora_layers(components) if not is_packed(one.get_base_layer().weight)]
     weights = [layer.get_base_layer().weight for layer in layers]
     finite = []
 

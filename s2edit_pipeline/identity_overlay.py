@@ -97,6 +97,16 @@ class IdentityOverlay:
                 return name
         raise KeyError(token)
 
+    def check_loaded(self, token: str) -> None:
+        """Raises:
+        ValueError: no identity of that token is loaded.
+        """
+        if token not in self._identities:
+            raise ValueError(
+                f"No identity {token!r} is loaded; loaded are: {', '.join(self._identities) or 'none'}. Load it, "
+                "pipe.load_identity(folder or Hub name), or pass identity=."
+            )
+
     def state(self, token: str | None = None) -> str:
         """What tells which fits, scales and masks are laid on: of the identity ``token``, or of all.
 
@@ -174,10 +184,7 @@ class IdentityOverlay:
         """
         leaving = list(self._identities) if token is None else [token]
         for name in leaving:
-            if name not in self._identities:
-                raise ValueError(
-                    f"No identity {name!r} is loaded; loaded are: {', '.join(self._identities) or 'none'}."
-                )
+            self.check_loaded(name)
         if not leaving:
             return {}
         self._check_components(components)

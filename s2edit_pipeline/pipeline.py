@@ -44,18 +44,22 @@ from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
 from .family_flow import FlowFamily  # noqa: F401
 from .family_flux import FluxFamily  # noqa: F401
+from .family_flux2 import Flux2KleinFamily  # noqa: F401
 from .family_ip_adapter import loaded_adapters  # noqa: F401
 from .family_language import LanguageModelFamily  # noqa: F401
 from .family_qwen import QwenImageFamily  # noqa: F401
 from .family_sd3 import StableDiffusion3Family  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
+from .family_z_image import ZImageFamily  # noqa: F401
 from .fit_checkpoint import FitCheckpoint  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401
 from .fit_lora_start import start_along_gradient  # noqa: F401
 from .fit_losses import cosine  # noqa: F401
+from .fit_objective import Objective  # noqa: F401
 from .fit_settings import FitSettings  # noqa: F401
 from .fit_stage import fit_picture  # noqa: F401
 from .fit_weights import lora_weights  # noqa: F401
+from .fit_words import sayings_of  # noqa: F401
 from .identity_adapter import IdentityAdapter  # noqa: F401
 from .identity_card import identity_card  # noqa: F401
 from .identity_compression import compress  # noqa: F401
@@ -152,6 +156,7 @@ class S2EditPipeline(
         requires_safety_checker: only kept, so that Stable Diffusion's folders load.
         force_zeros_for_empty_prompt: whether SDXL is told zeros where there is no negative prompt.
         default_guidance_scale: what a call without ``guidance_scale=`` takes; None is S2Edit's 4.5.
+        is_distilled: of FLUX.2 klein: whether it was distilled to few steps at one guidance; its folders say it.
         vocabulary: what :meth:`describe` puts descriptions together of, see ``describe_vocabulary``, or None.
 
     Raises:

@@ -287,7 +287,8 @@ def _refuse_guidance_in_drawing(arguments: Arguments, stock_arguments: Mapping[s
     """Raises:
     ValueError: an argument about guidance that the stock pipeline of this model would pass over without a word.
     """
-    form = arguments["self"].family.guidance.form
+    guidance = arguments["self"].family.guidance
+    form = guidance.form
     is_guided = form == "branch" or (stock_arguments.get("true_cfg_scale") or 1) > 1
     for name in () if is_guided else arguments.only(_NEGATIVE):
         raise ValueError(
@@ -296,7 +297,7 @@ def _refuse_guidance_in_drawing(arguments: Arguments, stock_arguments: Mapping[s
         )
     if form == "branch" and "true_cfg_scale" in stock_arguments and arguments["guidance_scale"] is not None:
         raise ValueError("guidance_scale and true_cfg_scale are one thing in this model; pass one of them.")
-    if form == "none" and arguments["guidance_scale"]:  # 0 is what such models' cards say
+    if form == "none" and (arguments["guidance_scale"] or 0) > guidance.neutral:  # their cards say 0 or 1
         raise ValueError("guidance_scale has no effect on this model: it was distilled at one strength. Leave it out.")
 
 

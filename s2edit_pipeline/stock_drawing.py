@@ -80,29 +80,20 @@ def draw(
     seam: AbstractContextManager[None] = nullcontext()
     if names_token:
         given, prompts = _with_own_embeddings(work, given)
-        scale, latents = work.family.pixels_per_latent, given.get("latents")
-        size = (given["height"] // scale, given["width"] // scale)
-        if latents is not None and latents.ndim == 4:  # packed ones have no size of their own
-            size = latents.shape[-2:]
         rows = [prompt for prompt in prompts for _ in range(given.get("num_images_per_prompt", 1))]
-        seam = work.family.control_attention(
-            _DrawnRows(work, rows, apart=work.family.drawn_branches == "apart" and given.get("true_cfg_scale", 1) > 1),
-            *size,
-        )
+        apart = work.family.drawn_branches == "apart" and work.family.draws_null(given)
+        seam = work.family.control_attention(_DrawnRows(work, rows, apart=apart), *work.family.drawn_size(given))
 
-    work.call.facts |= {
-        "guidance_rescale": arguments.get("guidance_rescale", 0.0),
-        "clip_skip": arguments.get("clip_skip"),
-    }
+    state = work.call.state
+    state.guidance_rescale, state.clip_skip = arguments.get("guidance_rescale", 0.0), arguments.get("clip_skip")
 
     def on_step(stock: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        facts = work.call.facts
         now = given.get("true_cfg_scale") if stock._guidance_scale is None else stock._guidance_scale
-        facts |= {"guidance_scale": now, "num_timesteps": stock.num_timesteps}
+        state.guidance_scale, state.num_timesteps = now, stock.num_timesteps
         check_finite(tensors["latents"], "the drawing", step)
         named = {name: tensors[name] for name in callback_tensors}
         changed = (callback(work.family.pipe, step, timestep, named) if callback is not None else None) or {}
-        stock._guidance_scale = facts["guidance_scale"]
+        stock._guidance_scale = state.guidance_scale
         stock._interrupt = work.call.should_stop
         if step + 1 == stock.num_timesteps and given.get("output_type") != "latent":
             decoding.enter_context(work.family.autoencoder_in_range())
@@ -180,7 +171,7 @@ def _with_own_embeddings(work: Work, given: dict[str, Any]) -> tuple[dict[str, A
     if len(negatives) != len(texts):
         raise ValueError(f"negative_prompt lists {len(negatives)} for {len(texts)} prompts; give one for all, or each.")
     named = {**given, **family.drawn_embeddings(encoded)}
-    if family.guidance.form == "branch" or given.get("true_cfg_scale", 1) > 1:
+    if family.guidance.form == "branch" or family.draws_null(given):
         with torch.no_grad():
             nulls = join([family.encode_negative(text, encoded, clip_skip) for text in negatives])
         named |= family.drawn_embeddings(nulls, "negative_")

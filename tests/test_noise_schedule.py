@@ -14,8 +14,18 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from s2edit_pipeline.noise_schedule import PREDICTIONS, NoiseSchedule, diffusion_schedule, diffusion_training_schedule
+from s2edit_pipeline.family_flow import dynamic_mu, word_mean
+from s2edit_pipeline.noise_schedule import (
+    PREDICTIONS,
+    FlowTime,
+    NoiseSchedule,
+    diffusion_schedule,
+    diffusion_training_schedule,
+    flow_training_schedule,
+)
+from s2edit_pipeline.prompt_columns import Segment
 
 KINDS = ("epsilon", "v_prediction")
 
@@ -284,3 +294,39 @@ def test_pure_noise_tells_nothing_from_epsilon_and_everything_from_v() -> None:
     assert torch.equal(picture, -output) and torch.equal(noise, x)
     a, s = float(schedule.signal[9]), float(schedule.noise[9])
     torch.testing.assert_close(schedule.move(x, output, 10, 9), -a * output + s * x)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flows_training_levels_are_its_schedulers_own(shift: float) -> None:
+    """Before ``set_timesteps`` diffusers' scheduler holds the levels of training, and what the model is told there."""
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50, shift=shift)
+    levels = flow_training_schedule(scheduler, FlowTime(at_one=50.0))
+    torch.testing.assert_close(levels.noise[1:].float(), scheduler.sigmas.flip(0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(levels.timesteps, scheduler.timesteps.flip(0), rtol=1e-6, atol=1e-5)
+    assert levels.noise[0] == 0 and levels.num_steps == 50
+    torch.testing.assert_close(levels.signal + levels.noise, torch.ones(51, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cells", [256, 1024, 4096])
+def test_a_flows_training_levels_are_shifted_by_the_pictures_size(cells: int) -> None:
+    """``s -> e^mu / (e^mu + 1 / s - 1)`` (Esser et al. 2024, section 5.3.2), mu as FLUX's own pipeline has it."""
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=20, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+    )
+    mu = dynamic_mu(scheduler, cells)
+    assert mu is not None
+    assert mu == pytest.approx(calculate_shift(cells, 256, 4096, 0.5, 1.15), abs=1e-12)
+    levels = flow_training_schedule(scheduler, FlowTime(mu=mu))
+    for k in range(1, 21):
+        wanted = math.exp(mu) / (math.exp(mu) + 20 / k - 1)
+        assert float(levels.noise[k]) == pytest.approx(wanted, abs=1e-6)
+    assert dynamic_mu(FlowMatchEulerDiscreteScheduler(shift=3.0), cells) is None
+
+
+def test_a_prompts_mean_is_over_its_words_alone() -> None:
+    output = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    words = Segment("t5", {}, {}, spans=(None,) * 6, start=1, eos=4, kept=tuple(range(6)))
+    wanted = [sum(float(output[row, column]) for row in (1, 2, 3)) / 3 for column in range(5)]
+    torch.testing.assert_close(word_mean(output, words), torch.tensor(wanted, dtype=torch.float64))
+    empty = Segment("t5", {}, {}, spans=(None,) * 6, start=0, eos=0, kept=tuple(range(6)))
+    assert torch.equal(word_mean(output, empty), output[0])  # of an empty prompt: what follows it
