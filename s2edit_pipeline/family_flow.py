@@ -20,6 +20,7 @@ from .noise_schedule import (
     flow_schedule,
     flow_training_schedule,
 )
+from .offloaded_weights import computing_type
 from .prompt_columns import Segment
 
 FEW_STEPS = 10
@@ -47,7 +48,7 @@ class FlowFamily(ModelFamily):
         check_flow_scheduler(pipe.scheduler)
         self.check_channels()
         for name, encoder in self._numbered("text_encoder").items():
-            if encoder.dtype != pipe.transformer.dtype:
+            if computing_type(encoder) != pipe.transformer.dtype:
                 raise ValueError(
                     f"The transformer is {pipe.transformer.dtype} and the {name} {encoder.dtype}. Load with one type, "
                     "from_pretrained(..., dtype=torch.bfloat16), or call pipe.to(torch.float32)."

@@ -27,6 +27,7 @@ from torch import nn
 
 from .identity_lora_names import pattern_name
 from .offloaded_weights import stored, unreadable
+from .packed_weights import is_packed, kind_of, stored_parts
 from .prompt_tokens import embedding_modules
 
 BUCKETS = 64
@@ -122,7 +123,6 @@ class _Bucket:
         self.projections: list[torch.Tensor] = []
         self.squares: list[torch.Tensor] = []
         self.variances: list[torch.Tensor] = []
-        self.is_quantised = False
 
     def add(self, name: str, tensor: torch.Tensor, made_in: torch.dtype | None) -> None:
         """Take ``tensor`` in; ``made_in``: the type that the other fingerprint's weights were in, None where there is
@@ -130,7 +130,6 @@ class _Bucket:
         flat = tensor.detach().reshape(-1)  # a view, but of channels-last convolutions
         device = _summing_device(flat)
         signs, factors = _signs().to(device), _factors(name, math.ceil(len(flat) / ROW_LENGTH)).to(device)
-        self.is_quantised |= not tensor.is_floating_point()
         rounding = _roundings(tensor.dtype, made_in)
         step = ROWS_AT_A_TIME if device.type == "cpu" else 256 * ROWS_AT_A_TIME
         for first in range(0, len(factors), step):
@@ -201,7 +200,6 @@ def _add_short(buckets: Sequence[_Bucket], members: Sequence[_Member], made_in: 
             sums.index_add(0, bucket_of, _rounding_variances(flat, one)).unbind() for one in _roundings(dtype, made_in)
         ]
         for place in set(places):
-            buckets[place].is_quantised |= not dtype.is_floating_point
             buckets[place].projections.append(projections[place])
             buckets[place].squares += [squares[place]] if squares else []
             buckets[place].variances += [one[place] for one in variances]
@@ -212,11 +210,12 @@ class _Reading:
     """What one pass over a module's weights gives.
 
     Attributes:
-        dtype: the type that most of the weights are in.
+        dtype: the type that most of the weights are in, or where some are packed, what most of those are called.
         count: of the weights.
         buckets: BUCKETS of them; biases and norms, which no quantisation touches, fall into the first VECTOR_BUCKETS.
         word_rows: rows of the token embedding, which isn't in the buckets.
         words: a bucket for each WORDS_OF_A_BLOCK rows of it.
+        is_packed: whether some are, see ``packed_weights``.
     """
 
     dtype: str
@@ -224,6 +223,7 @@ class _Reading:
     buckets: list[_Bucket]
     word_rows: int
     words: list[_Bucket]
+    is_packed: bool
 
 
 def _read(
@@ -234,7 +234,7 @@ def _read(
         return None
     table, changed = _word_table(module), originals or {}
     parameters = list(base_parameters(module))
-    buckets, counts = [_Bucket() for _ in range(BUCKETS)], Counter[str]()
+    buckets, counts, packed = [_Bucket() for _ in range(BUCKETS)], Counter[str](), Counter[str]()
     word_rows, words, short = 0, [], list[_Member]()
     for name, parameter in parameters:
         tensor = changed.get(name, parameter)
@@ -246,15 +246,17 @@ def _read(
             continue
         # transformers 5 took a level out of CLIP's names
         published = pattern_name(name)
-        counts[_name_of(tensor.dtype)] += tensor.numel()
-        place = _place(published, tensor.ndim)
-        if 0 < tensor.numel() <= ROW_LENGTH:
-            short.append((place, published, tensor))
-        else:
-            buckets[place].add(published, tensor, made_in)
+        place, packs = _place(published, tensor.ndim), is_packed(tensor)
+        (packed if packs else counts)[kind_of(tensor)] += tensor.numel()
+        for part_name, part in stored_parts(tensor).items() if packs else [("", tensor)]:
+            if 0 < part.numel() <= ROW_LENGTH:
+                short.append((place, published + part_name, part))
+            else:
+                buckets[place].add(published + part_name, part, made_in)
     _add_short(buckets, short, made_in)
-    dtype = max(counts, key=lambda kind: counts[kind], default="float32")
-    return _Reading(dtype, sum(counts.values()), buckets, word_rows, words)
+    named = packed or counts
+    dtype = max(named, key=lambda kind: named[kind], default="float32")
+    return _Reading(dtype, sum(counts.values()) + sum(packed.values()), buckets, word_rows, words, bool(packed))
 
 
 @lru_cache(maxsize=4096)
@@ -264,10 +266,6 @@ def _place(name: str, num_axes: int) -> int:
     if num_axes <= 1:
         return number % VECTOR_BUCKETS
     return VECTOR_BUCKETS + number % (BUCKETS - VECTOR_BUCKETS)
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @torch.no_grad()
@@ -325,8 +323,7 @@ def is_same_base(
     reading = _read(module, originals, made_in if is_float else torch.float32)
     if reading is None:
         raise ValueError("The weights are offloaded where they can't be read. Call pipe.remove_all_hooks() first.")
-    is_quantised = any(bucket.is_quantised for bucket in reading.buckets) or not is_float
-    stored_alike = not is_quantised or reading.dtype == wanted["dtype"]
+    stored_alike = reading.dtype == wanted["dtype"] or not (reading.is_packed or not is_float)
     if stored_alike and wanted["count"] != reading.count:
         return False
     given = zip(reading.buckets, wanted["sums"], wanted["squares"], strict=True)

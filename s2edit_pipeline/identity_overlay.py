@@ -29,6 +29,7 @@ from .identity_fingerprint import check_base, is_same_base
 from .identity_lora_layers import AdaptedLayer, LayerPlace, lora_layers
 from .identity_lora_names import name_within
 from .offloaded_weights import gathered
+from .packed_weights import is_too_coarse, kind_of
 from .prompt_tokens import lay_rows, with_tokens
 
 Components = Mapping[str, nn.Module]
@@ -436,8 +437,8 @@ def _check_shape(component: str, module: nn.Module, name: str, shape: tuple[int,
     present = (owner.out_features, owner.in_features) if packed else tuple(parameter.shape)
     if present != shape:
         raise ValueError(f"The identity's {component}.{name} is {shape}; the model's is {present}.")
-    if not is_lora and not parameter.is_floating_point():
+    if not is_lora and is_too_coarse(parameter):
         raise ValueError(
-            f"The identity changes {component}.{name} as a whole, and it is quantised here. Load the model without "
-            "quantisation, or fit the identity with method='lora'."
+            f"The identity changes {component}.{name} as a whole, and it is quantised here ({kind_of(parameter)}). "
+            "Load the model without quantisation and layerwise casting, or fit the identity with method='lora'."
         )

@@ -2,6 +2,7 @@
 
 diffusers knows three ways to offload: whole models (accelerate's ``CpuOffload``), single layers (its
 ``AlignDevicesHook``: between calls the parameters are on the meta device), and groups of layers (hooks of its own).
+Its layerwise casting keeps weights in a smaller type between calls, such as float8.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from accelerate.hooks import (
     add_hook_to_module,
     remove_hook_from_module,
 )
-from diffusers.hooks import apply_group_offloading
+from diffusers.hooks import apply_group_offloading, layerwise_casting
 from diffusers.hooks import group_offloading as groups
 from torch import nn
 
@@ -45,6 +46,12 @@ def is_offloaded(module: nn.Module) -> bool:
     """Whether ``module`` as a whole is moved about by accelerate or diffusers."""
     registry = getattr(module, "_diffusers_hook", None)
     return bool(_hooks(module)) or (registry is not None and registry.get_hook(groups._GROUP_OFFLOADING) is not None)
+
+
+def computing_type(module: Any) -> torch.dtype:
+    """The type that ``module`` works in: layerwise casting's own, else its weights'."""
+    casts = (hook.compute_dtype for layer in module.modules() if (hook := _casting_hook(layer)) is not None)
+    return next(casts, module.dtype)
 
 
 def unreadable(module: nn.Module) -> bool:
@@ -75,8 +82,8 @@ def gathered(
     offloaded as before, what was attached meanwhile too.
 
     Args:
-        to_train: they are also where the work is done, and stay there: a backward pass needs the weights that the
-            forward pass used.
+        to_train: they are also where the work is done, in the type that it is done in, and stay so: a backward pass
+            needs the weights that the forward pass used.
         neighbours: the other modules that are offloaded with them, which would send them away.
 
     Raises:
@@ -88,6 +95,8 @@ def gathered(
             back.enter_context(_not_sent_away(components.values(), neighbours))
         for way in ways:
             back.enter_context(way)
+        for module in components.values() if to_train else ():
+            back.enter_context(_in_computing_type(module))
         yield
 
 
@@ -192,6 +201,30 @@ def _without_layers(module: nn.Module, hooks: list[AlignDevicesHook], to_train: 
         if to_train:
             module.to("cpu")
         cpu_offload(module, device, offload_buffers=offload_buffers)
+
+
+@contextmanager
+def _in_computing_type(module: nn.Module) -> Iterator[None]:
+    """Layerwise casting casts nothing within the context; what is cast back afterwards are the same numbers."""
+    casts = [
+        (layer, hook, hook.storage_dtype)
+        for layer in module.modules()
+        if (hook := _casting_hook(layer)) is not None and hook.storage_dtype != hook.compute_dtype
+    ]
+    try:
+        for layer, hook, _ in casts:
+            hook.storage_dtype = hook.compute_dtype
+            layer.to(hook.compute_dtype)
+        yield
+    finally:
+        for layer, hook, storage_dtype in casts:
+            hook.storage_dtype = storage_dtype
+            layer.to(storage_dtype)
+
+
+def _casting_hook(layer: nn.Module) -> Any:
+    registry: Any = getattr(layer, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(layerwise_casting._LAYERWISE_CASTING_HOOK)
 
 
 @contextmanager

@@ -55,9 +55,11 @@ from .fit_checkpoint import FitCheckpoint  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401
 from .fit_lora_start import start_along_gradient  # noqa: F401
 from .fit_losses import cosine  # noqa: F401
+from .fit_objective import Objective  # noqa: F401
 from .fit_settings import FitSettings  # noqa: F401
 from .fit_stage import fit_picture  # noqa: F401
 from .fit_weights import lora_weights  # noqa: F401
+from .fit_words import sayings_of  # noqa: F401
 from .identity_adapter import IdentityAdapter  # noqa: F401
 from .identity_card import identity_card  # noqa: F401
 from .identity_compression import compress  # noqa: F401
@@ -81,6 +83,7 @@ from .noise_schedule import NoiseSchedule  # noqa: F401
 from .object_masks import mask_to_picture  # noqa: F401
 from .object_search import object_mask  # noqa: F401
 from .offloaded_weights import gathered  # noqa: F401
+from .packed_weights import is_packed  # noqa: F401
 from .picture_arrays import pixel_array  # noqa: F401
 from .picture_compose import compose  # noqa: F401
 from .picture_files import read_picture  # noqa: F401

@@ -17,6 +17,7 @@ from .family_base import ModelFamily
 from .fit_settings import ReferenceAttribute
 from .inversion_record import inversion_method
 from .offloaded_weights import check_gathering
+from .packed_weights import check_fine
 from .pipeline_turns import Call
 from .pipeline_work import Report
 from .prompt_embeds import ShownPicture
@@ -303,7 +304,7 @@ def _refuse_guidance_in_drawing(arguments: Arguments, stock_arguments: Mapping[s
 _NEGATIVE = ("negative_prompt", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
-def check_fit(pipe: Any, generator: Any, reference: Any) -> tuple[ReferenceAttribute, ...]:
+def check_fit(pipe: Any, method: str, generator: Any, reference: Any) -> tuple[ReferenceAttribute, ...]:
     """The one reference attribute of a fit, or nothing.
 
     Raises:
@@ -312,6 +313,8 @@ def check_fit(pipe: Any, generator: Any, reference: Any) -> tuple[ReferenceAttri
     pipe.family.check()
     _check_generator(generator, "a fit")
     _check_can_train(pipe.family)
+    if method == "full":
+        check_fine(pipe.family.tuned_components)
     return _checked_reference(reference)
 
 

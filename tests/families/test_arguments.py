@@ -349,20 +349,26 @@ def test_no_argument_of_an_inversion_is_ignored(walk: Walk, method: str) -> None
 
 
 LORA = {"lora_rank", "lora_layers", "lora_init"}
+OF_THE_WORDS = {"response_words", "response_batch_size"}
 OF_THE_MASK = {"mask", "renormalize", "mask_after", "mask_threshold"}
 FITS: dict[str, tuple[dict[str, Any], set[str], dict[str, str]]] = {  # arguments, refused, idle
-    "lora": ({"method": "lora"}, set(), {"preset": OTHER_METHOD}),
-    "full": ({"method": "full", "num_steps": None}, LORA, {}),
-    "token": ({"method": "token"}, LORA | {"detach_sentence"}, {"preset": OTHER_METHOD}),
+    "lora": ({"method": "lora"}, OF_THE_WORDS, {"preset": OTHER_METHOD}),
+    "full": ({"method": "full", "num_steps": None}, LORA | OF_THE_WORDS, {}),
+    "token": ({"method": "token"}, LORA | OF_THE_WORDS | {"detach_sentence"}, {"preset": OTHER_METHOD}),
+    "words kept": (
+        {"method": "token", "response_loss_weight": 1.0, "batch_size": 2}, LORA | {"detach_sentence"},
+        {"preset": OTHER_METHOD, "batch_size": SITUATION},
+    ),
     "a mask": (
-        {"method": "token", "mask": LEFT}, LORA | {"detach_sentence", "mask_threshold"}, {"preset": OTHER_METHOD}
+        {"method": "token", "mask": LEFT}, LORA | OF_THE_WORDS | {"detach_sentence", "mask_threshold"},
+        {"preset": OTHER_METHOD},
     ),
     "no spatial control": (
-        {"method": "token", "spatial_control": False}, LORA | OF_THE_MASK | {"detach_sentence"},
+        {"method": "token", "spatial_control": False}, LORA | OF_THE_MASK | OF_THE_WORDS | {"detach_sentence"},
         {"preset": OTHER_METHOD, "spatial_control": SITUATION},
     ),
     "no semantic loss": (
-        {"method": "lora", "semantic_weight": 0.0}, {"detach_sentence"},
+        {"method": "lora", "semantic_weight": 0.0}, OF_THE_WORDS | {"detach_sentence"},
         {"preset": OTHER_METHOD, "semantic_weight": SITUATION},
     ),
 }  # fmt: skip
@@ -393,6 +399,7 @@ def test_no_argument_of_a_fit_is_ignored(
         "detach_sentence": True, "renormalize": True, "mask_after": True, "mask_threshold": 0.1,
         "height": 24, "width": 32, "token_learning_rate": 1e-4, "stop": stopped(), "crop": PART,
         "complete_prompt": True, "checkpoint_folder": tmp_path / "fit",
+        "response_loss_weight": 2.0, "response_words": ["smiling"], "response_batch_size": 2,
     }  # fmt: skip
 
     def fit() -> dict[str, Any]:

@@ -17,7 +17,8 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from s2edit_pipeline import IdentityAdapter, S2EditPipeline, inversion_null_text
-from s2edit_pipeline.fit_loop import FitExample, fit_weights
+from s2edit_pipeline.fit_loop import fit_weights
+from s2edit_pipeline.fit_objective import FitExample
 from s2edit_pipeline.fit_settings import FitSettings
 from s2edit_pipeline.inversion_record import INVERSIONS, InversionTask
 from s2edit_pipeline.noise_schedule import NoiseSchedule, gradient_scaler
