@@ -126,10 +126,10 @@ class AdapterLoaders:
         """As Stable Diffusion's; when no call is at work. Drawings and edits are then shown ``ip_adapter_image=``.
 
         Raises:
-            ValueError: the model has no U-Net.
+            ValueError: there are none for this kind of model.
         """
-        if self.family.denoiser_name != "unet":
-            raise ValueError(f"{self.family.name} takes no IP-Adapter here; those of Stable Diffusion 1, 2 and XL do.")
+        if not self.family.takes_picture_adapters:
+            raise ValueError(f"{self.family.name} takes no IP-Adapter here.")
         with self._turns.exclusive("load_ip_adapter"):
             super().load_ip_adapter(*args, **kwargs)  # type: ignore[misc]
 
