@@ -19,6 +19,7 @@ from torch import nn
 from .attention_seam import AttentionController, AttentionSite, attention_control
 from .noise_guidance import PLAIN_GUIDANCE, Guidance, guided
 from .noise_schedule import NoiseSchedule
+from .offloaded_weights import is_offloaded
 from .picture_files import SourcePicture
 from .picture_inputs import picture_to_tensor
 from .picture_modes import Box
@@ -98,7 +99,10 @@ class ModelFamily(ABC):
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the work is done; diffusers walks through all modules to answer, so a call asks once."""
+        """Where the work is done: where the denoiser is, or is brought to. diffusers walks through all modules to
+        answer, so a call asks once."""
+        if not is_offloaded(self.denoiser):  # of a pipeline that is offloaded in part diffusers names another place
+            return next(self.denoiser.parameters()).device
         device: torch.device = self.pipe._execution_device
         return device
 
@@ -327,6 +331,17 @@ class ModelFamily(ABC):
         Diffusion's has."""
         return dict(given)
 
+    def drawn_size(self, given: Mapping[str, Any]) -> tuple[int, int]:
+        """(h, w) of the latents that the stock pipeline draws, called with ``given``."""
+        latents = given.get("latents")
+        if latents is not None:
+            return tuple(latents.shape[-2:])
+        return given["height"] // self.pixels_per_latent, given["width"] // self.pixels_per_latent
+
+    def draws_null(self, given: Mapping[str, Any]) -> bool:
+        """Whether the stock pipeline, called with ``given``, asks an unconditional branch."""
+        return self.guidance.has_null(given.get("guidance_scale", 0.0))
+
     def drawn_embeddings(self, embeds: PromptEmbeds, prefix: str = "") -> dict[str, Any]:
         """``embeds`` as the stock pipeline's call names them; ``prefix`` is "negative_" of the unconditional ones."""
         named = {f"{prefix}prompt_embeds": embeds.embeds, f"{prefix}pooled_prompt_embeds": embeds.pooled}
@@ -356,6 +371,11 @@ def unregister_family(family: type[ModelFamily]) -> None:
     _FAMILIES.remove(family)
 
 
+def registered_families() -> tuple[type[ModelFamily], ...]:
+    """In the order in which they were registered."""
+    return tuple(reversed(_FAMILIES))
+
+
 def known_family(pipe: Any) -> ModelFamily | None:
     """The family that serves ``pipe``, or None."""
     return next((family(pipe) for family in _FAMILIES if family.serves(pipe)), None)
@@ -381,7 +401,7 @@ def family_of(pipe: Any) -> ModelFamily:
     if family is not None:
         return family
     denoiser = next((part for name in ("unet", "transformer") if (part := getattr(pipe, name, None)) is not None), None)
-    served = "; ".join(f"{one.name} ({', '.join(one.denoiser_classes)})" for one in reversed(_FAMILIES))
+    served = "; ".join(f"{one.name} ({', '.join(one.denoiser_classes)})" for one in registered_families())
     if denoiser is None:
         raise ValueError(
             f"The pipeline has no unet; load it whole, or pass unet= to from_pretrained. Served are: {served}."

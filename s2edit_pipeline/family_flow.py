@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -19,6 +20,7 @@ from .noise_schedule import (
     flow_schedule,
     flow_training_schedule,
 )
+from .offloaded_weights import computing_type
 from .prompt_columns import Segment
 
 FEW_STEPS = 10
@@ -46,7 +48,7 @@ class FlowFamily(ModelFamily):
         check_flow_scheduler(pipe.scheduler)
         self.check_channels()
         for name, encoder in self._numbered("text_encoder").items():
-            if encoder.dtype != pipe.transformer.dtype:
+            if computing_type(encoder) != pipe.transformer.dtype:
                 raise ValueError(
                     f"The transformer is {pipe.transformer.dtype} and the {name} {encoder.dtype}. Load with one type, "
                     "from_pretrained(..., dtype=torch.bfloat16), or call pipe.to(torch.float32)."
@@ -101,6 +103,43 @@ class FlowFamily(ModelFamily):
     def stock(self) -> Any:
         components = {name: getattr(self.pipe, name, None) for name in self.stock_components - {"scheduler"}}
         return self.stock_class(**components, scheduler=copy.deepcopy(self.pipe.scheduler))
+
+
+class PackedFlowFamily(FlowFamily):
+    """One whose picture cells are 2 x 2 latents each, and whose stock pipeline names its native size itself."""
+
+    native_side: ClassVar[int] = 128
+    """Of the square pictures that it was made for, in latents: 1,024 pixels with the published autoencoders."""
+    told_at: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    """What the denoiser is told of a picture, and of noise."""
+
+    @property
+    def native_size(self) -> int:
+        return self.native_side * self.pixels_per_latent
+
+    @property
+    def size_multiple(self) -> int:
+        return 2 * self.pixels_per_latent
+
+    def flow_time(self, size: tuple[int, int] | None, num_inference_steps: int | None) -> FlowTime:
+        """From noise 1 down to 1/N, as the stock pipelines ask the scheduler."""
+        height, width = (side // self.size_multiple for side in size or (self.native_size, self.native_size))
+        steps, scheduler = num_inference_steps, self.pipe.scheduler
+        asks = isinstance(steps, int) and steps > 0 and not scheduler.config.get("use_flow_sigmas")
+        sigmas = np.linspace(1, 1 / steps, steps) if asks and steps is not None else None
+        return FlowTime(*self.told_at, mu=self.shift(height * width, steps), sigmas=sigmas)
+
+    def shift(self, num_cells: int, num_inference_steps: int | None) -> float | None:
+        """Of the noise levels, in a picture of ``num_cells`` cells; None where the scheduler's is fixed."""
+        return dynamic_mu(self.pipe.scheduler, num_cells)
+
+    def drawn_size(self, given: Mapping[str, Any]) -> tuple[int, int]:
+        """By the pictures': packed latents have none of their own."""
+        return given["height"] // self.pixels_per_latent, given["width"] // self.pixels_per_latent
+
+    def attention_grids(self, height: int, width: int) -> dict[int, tuple[int, int]]:
+        grid = height // 2, width // 2
+        return {grid[0] * grid[1]: grid}
 
 
 def word_mean(output: torch.Tensor, segment: Segment) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import FluxPipeline
 from torch import nn
@@ -13,17 +12,15 @@ from torch import nn
 from .attention_seam import AttentionSite
 from .family_base import register_family
 from .family_flow import (
-    FlowFamily,
+    PackedFlowFamily,
     block_number,
     cells_of,
-    dynamic_mu,
     latents_of,
     middle_half,
     text_then_picture,
     word_mean,
 )
 from .noise_guidance import Guidance
-from .noise_schedule import FlowTime
 from .prompt_columns import Segment, TokenizedPrompt, with_summary
 from .prompt_embeds import PromptEmbeds
 from .prompt_tokenizing import tokenize
@@ -38,7 +35,7 @@ _TELLING = {19: (11, 12, 14, 17, 18)}
 
 
 @register_family
-class FluxFamily(FlowFamily):
+class FluxFamily(PackedFlowFamily):
     """A ``FluxTransformer2DModel``. Text comes first, also where blocks of a single stream read it and the picture as
     one; no column is padding to it, and words have no positions."""
 
@@ -132,33 +129,11 @@ class FluxFamily(FlowFamily):
     def sentence(self, output: torch.Tensor, segment: Segment) -> torch.Tensor:
         return word_mean(output, segment)
 
-    # -------------------------------------------------------------------- pictures and latents
-
-    @property
-    def native_size(self) -> int:
-        """As the stock pipeline's ``default_sample_size``."""
-        return 128 * self.pixels_per_latent
-
-    @property
-    def size_multiple(self) -> int:
-        return 2 * self.pixels_per_latent
-
     # -------------------------------------------------------------------- noise
 
     @property
     def default_steps(self) -> int:
         return super().default_steps if self._is_told else 4
-
-    def flow_time(self, size: tuple[int, int] | None, num_inference_steps: int | None) -> FlowTime:
-        height, width = (side // self.size_multiple for side in size or (self.native_size, self.native_size))
-        return FlowTime(
-            mu=dynamic_mu(self.pipe.scheduler, height * width),
-            sigmas=self._sigmas(num_inference_steps) if num_inference_steps else None,
-        )
-
-    def _sigmas(self, num_steps: int) -> Any:
-        """From 1 down to 1/N, as the stock pipeline asks the scheduler."""
-        return None if self.pipe.scheduler.config.get("use_flow_sigmas") else np.linspace(1, 1 / num_steps, num_steps)
 
     def denoise(self, x: torch.Tensor, timestep: Any, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor:
         assert embeds.pooled is not None
@@ -180,10 +155,6 @@ class FluxFamily(FlowFamily):
 
     # -------------------------------------------------------------------- attention and adapters
 
-    def attention_grids(self, height: int, width: int) -> dict[int, tuple[int, int]]:
-        grid = height // 2, width // 2
-        return {grid[0] * grid[1]: grid}
-
     def attention_site(
         self, grids: Mapping[int, tuple[int, int]], name: str, layer: nn.Module, hidden_states: torch.Tensor, text: Any
     ) -> AttentionSite | None:
@@ -203,3 +174,10 @@ class FluxFamily(FlowFamily):
         diffusers' training script has it."""
         attention = [f"attn.{end}" for end in _ATTENTION]
         return attention if layers == "attention" else [*attention, *_FEED_FORWARD]
+
+    # -------------------------------------------------------------------- diffusers' own pipeline
+
+    def draws_null(self, given: Mapping[str, Any]) -> bool:
+        """By ``true_cfg_scale``."""
+        scale: float = given.get("true_cfg_scale") or 1.0
+        return scale > 1

@@ -6,12 +6,10 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .family_flow import FlowFamily, dynamic_mu
-from .noise_schedule import FlowTime
+from .family_flow import PackedFlowFamily
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import PromptEmbeds
 from .prompt_tokenizing import PromptTemplate, tokenize
@@ -19,16 +17,17 @@ from .prompt_tokenizing import PromptTemplate, tokenize
 _ENCODER = "text_encoder"
 
 
-class LanguageModelFamily(FlowFamily):
-    """Prompts have as many columns as they need. The model reads from left to right: all columns after ``[I]`` know of
-    it, and what follows the prompt has read all of it, which is what the semantic loss compares."""
+class LanguageModelFamily(PackedFlowFamily):
+    """Prompts have as many columns as they need, or as many as there may be. The model reads from left to right: all
+    columns after ``[I]`` know of it, and what follows the prompt has read all of it, which is what the semantic loss
+    compares."""
 
     num_tokens: ClassVar[int]
     """The most that are read, the template's included."""
+    pads: ClassVar[bool] = False
+    """Whether prompts are filled up to as many, with columns that are looked at too."""
     empty_prompt: ClassVar[str] = ""
     """What is said where there is no negative prompt."""
-    told_at: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    """What the denoiser is told of a picture, and of noise."""
 
     # -------------------------------------------------------------------- components
 
@@ -48,6 +47,12 @@ class LanguageModelFamily(FlowFamily):
     def template(self) -> PromptTemplate:
         """What a prompt is put into."""
 
+    def chat_template(self, **switches: Any) -> PromptTemplate:
+        """The tokenizer's own, of a chat in which the user says the prompt."""
+        said = [{"role": "user", "content": "{}"}]
+        text = self.pipe.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, **switches)
+        return PromptTemplate(text)
+
     @abstractmethod
     def hidden_states(self, encoded: Any) -> torch.Tensor:
         """(B, L, D): what the denoiser is given of the text encoder's answer, at every token."""
@@ -60,7 +65,12 @@ class LanguageModelFamily(FlowFamily):
 
     def _tokenized(self, prompt: str, tokenizers: Mapping[str, Any], *, truncate: bool) -> TokenizedPrompt:
         return tokenize(
-            tokenizers[_ENCODER], prompt, limit=self.num_tokens, truncate=truncate, pad=False, template=self.template
+            tokenizers[_ENCODER],
+            prompt,
+            limit=self.num_tokens,
+            truncate=truncate,
+            pad=self.pads,
+            template=self.template,
         )
 
     def encode(self, prompts: Sequence[TokenizedPrompt], clip_skip: int | None = None) -> PromptEmbeds:
@@ -91,28 +101,3 @@ class LanguageModelFamily(FlowFamily):
     def encode_negative(self, prompt: str | None, like: PromptEmbeds, clip_skip: int | None = None) -> PromptEmbeds:
         """One row, what is too long cut off."""
         return self.encode([self.tokenize_cut(prompt or self.empty_prompt)])
-
-    # -------------------------------------------------------------------- pictures, noise, attention
-
-    @property
-    def native_size(self) -> int:
-        """As the stock pipelines': 1,024 pixels with the published autoencoders."""
-        return 128 * self.pixels_per_latent
-
-    @property
-    def size_multiple(self) -> int:
-        return 2 * self.pixels_per_latent
-
-    def flow_time(self, size: tuple[int, int] | None, num_inference_steps: int | None) -> FlowTime:
-        """From noise 1 down to 1/N, as the stock pipelines ask the scheduler."""
-        height, width = (side // self.size_multiple for side in size or (self.native_size, self.native_size))
-        steps = num_inference_steps
-        return FlowTime(
-            *self.told_at,
-            mu=dynamic_mu(self.pipe.scheduler, height * width),
-            sigmas=np.linspace(1, 1 / steps, steps) if isinstance(steps, int) and steps > 0 else None,
-        )
-
-    def attention_grids(self, height: int, width: int) -> dict[int, tuple[int, int]]:
-        grid = height // 2, width // 2
-        return {grid[0] * grid[1]: grid}

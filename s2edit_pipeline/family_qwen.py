@@ -159,6 +159,11 @@ class QwenImageFamily(LanguageModelFamily):
             named["negative_prompt"] = [self.empty_prompt] * (len(prompt) if isinstance(prompt, list) else 1)
         return named
 
+    def draws_null(self, given: Mapping[str, Any]) -> bool:
+        """By ``true_cfg_scale``."""
+        scale: float = given.get("true_cfg_scale") or 1.0
+        return scale > 1
+
     def drawn_embeddings(self, embeds: PromptEmbeds, prefix: str = "") -> dict[str, Any]:
         there = torch.ones_like(embeds.embeds[..., 0], dtype=torch.bool) if embeds.mask is None else embeds.mask
         return {f"{prefix}prompt_embeds": embeds.embeds, f"{prefix}prompt_embeds_mask": there}

@@ -25,6 +25,7 @@ from .noise_schedule import (
     diffusion_schedule,
     diffusion_training_schedule,
 )
+from .offloaded_weights import computing_type
 from .prompt_columns import TokenizedPrompt, side_by_side
 from .prompt_embeds import PicturePrompt, PromptEmbeds, ShownPicture
 from .prompt_tokenizing import tokenize
@@ -98,7 +99,7 @@ class UNetFamily(ModelFamily):
             self._check_there("text_encoder_2", "tokenizer_2")
         self._check_conditions()
         for encoder in self.text_encoders.values():
-            if pipe.unet.dtype != encoder.dtype:
+            if pipe.unet.dtype != computing_type(encoder):
                 raise ValueError(
                     f"The U-Net is {pipe.unet.dtype} and the text encoder {encoder.dtype}. "
                     "Load with one type, from_pretrained(..., dtype=torch.float32), or call pipe.to(torch.float32)."

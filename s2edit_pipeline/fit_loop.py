@@ -110,14 +110,48 @@ class Training:
     """What a fit changes from step to step, and all that decides the steps to come."""
 
     seed: int
+    num_steps: int
     parameters: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     falling: torch.optim.lr_scheduler.LRScheduler
     plateau: Plateau | None
     generator: torch.Generator | None
+    draw_on: torch.device
     progress: list[FitProgress] = field(default_factory=list)
     finished: bool = False
+
+    def one_step(self, objectives: Sequence[Objective]) -> None:
+        """One step down ``L = L_recons + lambda L_semantic`` (S2Edit, method section), added up over the examples.
+
+        Raises:
+            FloatingPointError: the loss is no number any more.
+        """
+        step, measured = len(self.progress), []
+        self.optimizer.zero_grad(set_to_none=True)
+        for objective in objectives:
+            draw = objective.draw(self.generator, self.draw_on)  # t and epsilon
+            base = objective.base_response(draw) if draw.told else None
+            with objective.controlled(draw):  # A*_[I] = A_[I] * M_obj
+                losses = objective.losses(draw, base)
+                loss = objective.total(losses)
+                if not bool(torch.isfinite(loss)):
+                    raise FloatingPointError(
+                        f"The loss is {loss.item()} at step {step}; lower learning_rate (it is "
+                        f"{self.optimizer.param_groups[-1]['initial_lr']:g}) or load the model in float32 (or "
+                        "bfloat16): from_pretrained(..., dtype=torch.float32)."
+                    )
+                self.scaler.scale(loss).backward()
+            parts = (losses.reconstruction, losses.semantic, losses.response, losses.cosine)
+            measured.append([part.item() for part in parts])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.falling.step()
+        *terms, angles = zip(*measured, strict=True)
+        reconstruction, semantic, response = (sum(term) / len(objectives) for term in terms)
+        self.progress.append(FitProgress(step, reconstruction, semantic, tuple(angles), response))
+        gains_nothing = self.plateau is not None and self.plateau.reached(step)
+        self.finished = gains_nothing or step + 1 == self.num_steps
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: tensors and plain values."""
@@ -183,8 +217,8 @@ def fit_weights(
     seed = kept["seed"] if kept else int(torch.randint(2**31, (1,), generator=generator, device=draw_on))
     if checkpoint is not None and generator is None:  # the process's own can't be put back to where it was
         generator = torch.Generator().manual_seed(seed)
-    num_steps, rate = settings.num_steps, settings.learning_rate
-    assert num_steps is not None and rate is not None and settings.token_learning_rate is not None
+    num_steps = settings.num_steps
+    assert num_steps is not None and settings.token_learning_rate is not None
     saving = checkpointed(family.denoiser) if settings.gradient_checkpointing else nullcontext()
 
     learned = [
@@ -200,44 +234,23 @@ def fit_weights(
         trained_rows = [row for each in learned for row in each.values()]
         groups = [{"params": trained_rows, "lr": settings.token_learning_rate}]
         if weights:
-            groups.append({"params": weights, "lr": rate})
+            groups.append({"params": weights, "lr": settings.learning_rate})
         optimizer = make_optimizer(settings.optimizer, groups, device)
         scaler = gradient_scaler(device, family.dtype)
         falling = get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=num_steps)
         plateau = Plateau(objectives, seed) if settings.early_stop else None
-        training = Training(seed, [*trained_rows, *weights], optimizer, scaler, falling, plateau, generator)
+        parameters = [*trained_rows, *weights]
+        training = Training(seed, num_steps, parameters, optimizer, scaler, falling, plateau, generator, draw_on)
         if kept:
             training.restore(kept)
         elif settings.method == "lora" and settings.lora_init == "gradient":
             _turn_along_gradient(components, objectives, scaler.get_scale(), generator, draw_on)
 
-        for step in range(num_steps if training.finished else len(training.progress), num_steps):
-            optimizer.zero_grad(set_to_none=True)
-            measured = []
-            for objective in objectives:
-                draw = objective.draw(generator, draw_on)
-                base = objective.base_response(draw) if draw.told else None
-                with objective.controlled(draw):
-                    losses = objective.losses(draw, base)
-                    loss = objective.total(losses)
-                    if not bool(torch.isfinite(loss)):
-                        raise FloatingPointError(
-                            f"The loss is {loss.item()} at step {step}; lower learning_rate (it is {rate:g}) or load "
-                            "the model in float32 (or bfloat16): from_pretrained(..., dtype=torch.float32)."
-                        )
-                    scaler.scale(loss).backward()
-                parts = (losses.reconstruction, losses.semantic, losses.response, losses.cosine)
-                measured.append([part.item() for part in parts])
-            scaler.step(optimizer)
-            scaler.update()
-            falling.step()
-            *terms, angles = zip(*measured, strict=True)
-            reconstruction, semantic, response = (sum(term) / len(examples) for term in terms)
-            training.progress.append(FitProgress(step, reconstruction, semantic, tuple(angles), response))
-            training.finished = (plateau is not None and plateau.reached(step)) or step + 1 == num_steps
+        while not training.finished:
+            training.one_step(objectives)
             if checkpoint is not None:
                 checkpoint.save_if_due(training.state)
-            if on_step(training.progress[-1]) is False or training.finished:
+            if on_step(training.progress[-1]) is False:
                 break
         if checkpoint is not None:
             checkpoint.save(training.state())

@@ -25,9 +25,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .identity_fingerprint import check_base, check_present, is_same_base
+from .identity_fingerprint import check_base, is_same_base
 from .identity_lora_layers import AdaptedLayer, LayerPlace, lora_layers
 from .identity_lora_names import name_within
+from .offloaded_weights import gathered
+from .packed_weights import is_too_coarse, kind_of
 from .prompt_tokens import lay_rows, with_tokens
 
 Components = Mapping[str, nn.Module]
@@ -143,6 +145,10 @@ class IdentityOverlay:
         self.check_alone(components)
         if self._identities:
             self._check_components(components)
+        with gathered(components):
+            return self._lay(adapter, float(scale), components, tokenizers)
+
+    def _lay(self, adapter: Any, scale: float, components: Components, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
         check_base(adapter, components, {name: self.originals(name) for name in components})
         plain = self._plain_tokenizers if self._identities else dict(tokenizers)
         extended = {name: with_tokens(t, [*self.tokens, *adapter.learned]) for name, t in plain.items()}
@@ -150,7 +156,7 @@ class IdentityOverlay:
         _check_fit(adapter, components)
 
         self._modules = dict(components)
-        loaded, peft_name = LoadedIdentity(adapter, float(scale)), self._free_name()
+        loaded, peft_name = LoadedIdentity(adapter, scale), self._free_name()
         self._identities[adapter.token], self._adapter_names[adapter.token] = loaded, peft_name
         try:
             for component in components:
@@ -173,7 +179,8 @@ class IdentityOverlay:
             when none is left. Nothing where nothing was loaded.
 
         Raises:
-            ValueError: no identity of that token is loaded, the weights are offloaded, or a LoRA is fused into them.
+            ValueError: no identity of that token is loaded, the weights are offloaded in a way that isn't served, or a
+                LoRA is fused into them.
         """
         leaving = list(self._identities) if token is None else [token]
         for name in leaving:
@@ -181,12 +188,12 @@ class IdentityOverlay:
         if not leaving:
             return {}
         self._check_components(components)
-        check_present(components)
         self._check_unfused()
         *others, last = leaving
-        for name in others:
-            self._remove(name)
-        return self._remove(last)
+        with gathered(components):
+            for name in others:
+                self._remove(name)
+            return self._remove(last)
 
     def ensure(self, components: Components) -> None:
         """Put the identities back where the user's doings with LoRAs have taken or switched them off; cheap where
@@ -200,8 +207,10 @@ class IdentityOverlay:
             return
         self._check_components(components)
         if not all(map(AdaptedLayer.is_settled, self._layers.values())):
-            for component in {layer.component for layer in self._layers.values() if not layer.is_in_place()}:
-                self._attach_again(component)
+            missing = {layer.component for layer in self._layers.values() if not layer.is_in_place()}
+            with gathered({component: components[component] for component in missing}):
+                for component in missing:
+                    self._attach_again(component)
             self._settle()
         for name, (table, rows) in self._tables.items():
             if self._modules[name].get_input_embeddings() is not table:  # type: ignore[operator]
@@ -428,8 +437,8 @@ def _check_shape(component: str, module: nn.Module, name: str, shape: tuple[int,
     present = (owner.out_features, owner.in_features) if packed else tuple(parameter.shape)
     if present != shape:
         raise ValueError(f"The identity's {component}.{name} is {shape}; the model's is {present}.")
-    if not is_lora and not parameter.is_floating_point():
+    if not is_lora and is_too_coarse(parameter):
         raise ValueError(
-            f"The identity changes {component}.{name} as a whole, and it is quantised here. Load the model without "
-            "quantisation, or fit the identity with method='lora'."
+            f"The identity changes {component}.{name} as a whole, and it is quantised here ({kind_of(parameter)}). "
+            "Load the model without quantisation and layerwise casting, or fit the identity with method='lora'."
         )

@@ -44,11 +44,13 @@ from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
 from .family_flow import FlowFamily  # noqa: F401
 from .family_flux import FluxFamily  # noqa: F401
+from .family_flux2 import Flux2KleinFamily  # noqa: F401
 from .family_ip_adapter import loaded_adapters  # noqa: F401
 from .family_language import LanguageModelFamily  # noqa: F401
 from .family_qwen import QwenImageFamily  # noqa: F401
 from .family_sd3 import StableDiffusion3Family  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
+from .family_z_image import ZImageFamily  # noqa: F401
 from .fit_checkpoint import FitCheckpoint  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401
 from .fit_lora_start import start_along_gradient  # noqa: F401
@@ -80,6 +82,8 @@ from .noise_guidance import guided  # noqa: F401
 from .noise_schedule import NoiseSchedule  # noqa: F401
 from .object_masks import mask_to_picture  # noqa: F401
 from .object_search import object_mask  # noqa: F401
+from .offloaded_weights import gathered  # noqa: F401
+from .packed_weights import is_packed  # noqa: F401
 from .picture_arrays import pixel_array  # noqa: F401
 from .picture_compose import compose  # noqa: F401
 from .picture_files import read_picture  # noqa: F401
@@ -152,6 +156,7 @@ class S2EditPipeline(
         requires_safety_checker: only kept, so that Stable Diffusion's folders load.
         force_zeros_for_empty_prompt: whether SDXL is told zeros where there is no negative prompt.
         default_guidance_scale: what a call without ``guidance_scale=`` takes; None is S2Edit's 4.5.
+        is_distilled: of FLUX.2 klein: whether it was distilled to few steps at one guidance; its folders say it.
         vocabulary: what :meth:`describe` puts descriptions together of, see ``describe_vocabulary``, or None.
 
     Raises:

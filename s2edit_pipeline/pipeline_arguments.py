@@ -16,6 +16,8 @@ from .edit_loop import edit_method
 from .family_base import ModelFamily
 from .fit_settings import ReferenceAttribute
 from .inversion_record import inversion_method
+from .offloaded_weights import check_gathering
+from .packed_weights import check_fine
 from .pipeline_turns import Call
 from .pipeline_work import Report
 from .prompt_embeds import ShownPicture
@@ -66,15 +68,11 @@ def _check_autograd() -> None:
 
 def _check_can_train(family: ModelFamily) -> None:
     """Raises:
-    ValueError: gradients can't be made here, or a component that a fit changes is offloaded.
+    ValueError: gradients can't be made here, or a component that a fit changes is offloaded in a way that isn't
+        served.
     """
     _check_autograd()
-    for name, module in family.tuned_components.items():
-        if getattr(module, "_hf_hook", None) is not None:
-            raise ValueError(
-                f"The {name} is offloaded, and a fit needs it where the work is done. Call "
-                "pipe.remove_all_hooks() and pipe.to('cuda') first, and enable offloading again afterwards."
-            )
+    check_gathering(family.tuned_components, to_train=True)
 
 
 def _checked_reference(reference: Any) -> tuple[ReferenceAttribute, ...]:
@@ -289,7 +287,8 @@ def _refuse_guidance_in_drawing(arguments: Arguments, stock_arguments: Mapping[s
     """Raises:
     ValueError: an argument about guidance that the stock pipeline of this model would pass over without a word.
     """
-    form = arguments["self"].family.guidance.form
+    guidance = arguments["self"].family.guidance
+    form = guidance.form
     is_guided = form == "branch" or (stock_arguments.get("true_cfg_scale") or 1) > 1
     for name in () if is_guided else arguments.only(_NEGATIVE):
         raise ValueError(
@@ -298,14 +297,14 @@ def _refuse_guidance_in_drawing(arguments: Arguments, stock_arguments: Mapping[s
         )
     if form == "branch" and "true_cfg_scale" in stock_arguments and arguments["guidance_scale"] is not None:
         raise ValueError("guidance_scale and true_cfg_scale are one thing in this model; pass one of them.")
-    if form == "none" and arguments["guidance_scale"]:  # 0 is what such models' cards say
+    if form == "none" and (arguments["guidance_scale"] or 0) > guidance.neutral:  # their cards say 0 or 1
         raise ValueError("guidance_scale has no effect on this model: it was distilled at one strength. Leave it out.")
 
 
 _NEGATIVE = ("negative_prompt", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
-def check_fit(pipe: Any, generator: Any, reference: Any) -> tuple[ReferenceAttribute, ...]:
+def check_fit(pipe: Any, method: str, generator: Any, reference: Any) -> tuple[ReferenceAttribute, ...]:
     """The one reference attribute of a fit, or nothing.
 
     Raises:
@@ -314,6 +313,8 @@ def check_fit(pipe: Any, generator: Any, reference: Any) -> tuple[ReferenceAttri
     pipe.family.check()
     _check_generator(generator, "a fit")
     _check_can_train(pipe.family)
+    if method == "full":
+        check_fine(pipe.family.tuned_components)
     return _checked_reference(reference)
 
 

@@ -7,12 +7,15 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -25,6 +28,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5EncoderModel,
     T5Tokenizer,
 )
@@ -34,7 +39,9 @@ from .describe_vocabulary import read_vocabulary
 from .family_base import family_of
 from .identity_overlay import IdentityOverlay
 
-OPTIONS = ("requires_safety_checker", "force_zeros_for_empty_prompt", "default_guidance_scale", "vocabulary")
+OPTIONS = (
+    "requires_safety_checker", "force_zeros_for_empty_prompt", "default_guidance_scale", "vocabulary", "is_distilled",
+)  # fmt: skip
 """What ``__init__`` takes beside the components, and a folder's ``model_index.json`` keeps."""
 
 
@@ -64,8 +71,12 @@ class PipelineComponents:
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderKLQwenImage = None,
-        text_encoder: CLIPTextModel | CLIPTextModelWithProjection | Qwen2_5_VLForConditionalGeneration = None,
+        vae: AutoencoderKL | AutoencoderKLQwenImage | AutoencoderKLFlux2 = None,
+        text_encoder: CLIPTextModel
+        | CLIPTextModelWithProjection
+        | Qwen2_5_VLForConditionalGeneration
+        | Qwen3Model
+        | Qwen3ForCausalLM = None,
         tokenizer: CLIPTokenizer | Qwen2Tokenizer = None,
         unet: UNet2DConditionModel = None,
         scheduler: KarrasDiffusionSchedulers | FlowMatchEulerDiscreteScheduler = None,
@@ -74,13 +85,18 @@ class PipelineComponents:
         image_encoder: PreTrainedModel = None,
         text_encoder_2: CLIPTextModelWithProjection | T5EncoderModel = None,
         tokenizer_2: CLIPTokenizer | T5Tokenizer = None,
-        transformer: SD3Transformer2DModel | FluxTransformer2DModel | QwenImageTransformer2DModel = None,
+        transformer: SD3Transformer2DModel
+        | FluxTransformer2DModel
+        | QwenImageTransformer2DModel
+        | ZImageTransformer2DModel
+        | Flux2Transformer2DModel = None,
         text_encoder_3: T5EncoderModel = None,
         tokenizer_3: T5Tokenizer = None,
         requires_safety_checker: bool = False,
         force_zeros_for_empty_prompt: bool = True,
         default_guidance_scale: float | None = None,
         vocabulary: str | list[str] | None = None,
+        is_distilled: bool | None = None,
     ) -> None:
         super().__init__()
         held = [getattr(one, "s2edit_tokens", ()) for one in (tokenizer, tokenizer_2, tokenizer_3)]
@@ -104,6 +120,8 @@ class PipelineComponents:
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         if text_encoder_2 is not None:
             self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        if is_distilled is not None:
+            self.register_to_config(is_distilled=bool(is_distilled))
         if default_guidance_scale is not None:
             check_guidance(default_guidance_scale, "default_guidance_scale")
             self.register_to_config(_default_guidance_scale=float(default_guidance_scale))

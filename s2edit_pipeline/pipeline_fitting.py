@@ -105,7 +105,7 @@ class IdentityFitting:
         """
         settings = FitSettings.of(locals())
         known = DescribeRequest(image, prompt, size=(height, width), crop=crop)
-        references = check_fit(self, generator, reference)
+        references = check_fit(self, settings.method, generator, reference)
 
         def on_step(step: int, total: int, measures: Mapping[str, float]) -> None:
             if callback_on_step_end is not None:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusers.utils import logging
+from torch import nn
 
 from .argument_checks import is_number
 from .family_base import ModelFamily, family_of, known_family
 from .identity_adapter import IdentityAdapter
 from .identity_overlay import IdentityOverlay
 from .object_search import PLACED_MASK
+from .offloaded_weights import gathered
 from .picture_inputs import load_mask
 from .pipeline_adapters import weighed_loras
 from .pipeline_arguments import base_name
@@ -203,6 +205,9 @@ class IdentityLoaders:
             if alone or lora_scale != 1:
                 turn.enter_context(turns.exclusive(alone or "cross_attention_kwargs"))
             token = turn.enter_context(self._with_identity(identity))
+            if alone:
+                modules = [one for one in self.components.values() if isinstance(one, nn.Module)]
+                turn.enter_context(gathered(family.tuned_components, to_train=True, neighbours=modules))
             if lora_scale != 1:
                 turn.enter_context(weighed_loras(family.tuned_components.values(), self._overlay, lora_scale))
             work = Work(

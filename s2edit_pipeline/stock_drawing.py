@@ -80,15 +80,9 @@ def draw(
     seam: AbstractContextManager[None] = nullcontext()
     if names_token:
         given, prompts = _with_own_embeddings(work, given)
-        scale, latents = work.family.pixels_per_latent, given.get("latents")
-        size = (given["height"] // scale, given["width"] // scale)
-        if latents is not None and latents.ndim == 4:  # packed ones have no size of their own
-            size = latents.shape[-2:]
         rows = [prompt for prompt in prompts for _ in range(given.get("num_images_per_prompt", 1))]
-        seam = work.family.control_attention(
-            _DrawnRows(work, rows, apart=work.family.drawn_branches == "apart" and given.get("true_cfg_scale", 1) > 1),
-            *size,
-        )
+        apart = work.family.drawn_branches == "apart" and work.family.draws_null(given)
+        seam = work.family.control_attention(_DrawnRows(work, rows, apart=apart), *work.family.drawn_size(given))
 
     state = work.call.state
     state.guidance_rescale, state.clip_skip = arguments.get("guidance_rescale", 0.0), arguments.get("clip_skip")
@@ -177,7 +171,7 @@ def _with_own_embeddings(work: Work, given: dict[str, Any]) -> tuple[dict[str, A
     if len(negatives) != len(texts):
         raise ValueError(f"negative_prompt lists {len(negatives)} for {len(texts)} prompts; give one for all, or each.")
     named = {**given, **family.drawn_embeddings(encoded)}
-    if family.guidance.form == "branch" or given.get("true_cfg_scale", 1) > 1:
+    if family.guidance.form == "branch" or family.draws_null(given):
         with torch.no_grad():
             nulls = join([family.encode_negative(text, encoded, clip_skip) for text in negatives])
         named |= family.drawn_embeddings(nulls, "negative_")

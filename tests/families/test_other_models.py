@@ -4,7 +4,9 @@ that are; a U-Net that is told its guidance is told it."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from diffusers import (
 from PIL import Image
 
 from s2edit_pipeline import S2EditPipeline
+from s2edit_pipeline.family_base import family_of, registered_families
 
 REFUSAL = (
     r"DiTTransformer2DModel is a model that isn't served yet\. "
@@ -44,6 +47,19 @@ def test_a_transformers_folder_is_refused_as_it_is_loaded(told_a_class: DiTPipel
         S2EditPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=REFUSAL):
         S2EditPipeline.from_pipe(told_a_class)
+
+
+def test_every_transformer_is_served_or_refused_by_its_class() -> None:
+    served = {name for family in registered_families() for name in family.denoiser_classes}
+    for name in [name for name in dir(diffusers) if name.endswith(("Transformer2DModel", "Transformer3DModel"))]:
+        pipe = SimpleNamespace(transformer=type(name, (), {})(), unet=None)
+        if name in served:
+            assert name in family_of(pipe).denoiser_classes
+        else:
+            with pytest.raises(ValueError, match=f"{name} is a model that isn't served yet") as refusal:
+                family_of(pipe)
+            assert all(f"({one}" in str(refusal.value) for one in served)
+    assert len(served) >= 6
 
 
 SOURCE, TARGET = "a photo of a sad lady", "a photo of a smiling lady"

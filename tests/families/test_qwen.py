@@ -17,6 +17,8 @@ from . import transformer_checks as checks
 from .tiny_transformers import pipeline, qwen_parts
 from .transformer_checks import SOURCE, WIDE
 
+pytestmark = pytest.mark.usefixtures("small_by_nature")
+
 
 @pytest.fixture(scope="module")
 def parts(small_tokenizers: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +103,8 @@ def test_nobody_but_the_object_looks_at_the_token(pipe: S2EditPipeline) -> None:
 def test_words_and_identities(pipe: S2EditPipeline, wide_picture: Image.Image) -> None:
     checks.check_words(pipe, wide_picture)
     checks.check_identities(pipe, wide_picture)
-    checks.check_drawn_branches(pipe, wide_picture, rescaled_to_the_conditionals)
+    noise = torch.randn(1, 24, 16, generator=checks.seeded(7))
+    checks.check_drawn_branches(pipe, wide_picture, rescaled_to_the_conditionals, noise)
 
 
 def test_errors_leave_all_as_found(pipe: S2EditPipeline, wide_picture: Image.Image) -> None:
@@ -137,6 +140,10 @@ def test_the_levels_are_the_stock_pipelines(pipe: S2EditPipeline) -> None:
         torch.testing.assert_close(schedule.timesteps.flip(0) * 1000, stock.scheduler.timesteps)
     with pytest.raises(ValueError, match="num_inference_steps=1 is too few for this scheduler"):
         pipe.family.schedule(1)
+
+
+def test_steps_are_the_stock_pipelines(pipe: S2EditPipeline) -> None:
+    checks.check_steps_are_the_stock_pipelines(pipe, 3.0, lambda x: QwenImagePipeline._pack_latents(x, *x.shape))
 
 
 def test_columns_behind_the_token_know_of_it_and_those_before_do_not(

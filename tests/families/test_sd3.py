@@ -133,6 +133,10 @@ def test_evaluations_a_step(pipe: S2EditPipeline, wide_picture: Image.Image) -> 
     assert checks.count_rows(pipe, lambda: stock(SOURCE, **given)) == 2 * n
 
 
+def test_steps_are_the_stock_pipelines(pipe: S2EditPipeline) -> None:
+    checks.check_steps_are_the_stock_pipelines(pipe, 3.0)
+
+
 # ------------------------------------------------------------------------------ what is its own
 
 

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 from transformers import (
@@ -21,6 +24,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -147,6 +153,67 @@ def qwen_parts(tokenizers: dict[str, Any]) -> dict[str, Any]:
             shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,
             shift_terminal=0.02, time_shift_type="exponential",
         ),
+    }  # fmt: skip
+
+
+def chatting(tokenizer: Any) -> Any:
+    """``tokenizer`` with Qwen3's way to chat, which shuts its thoughts where it isn't to think."""
+    copied = copy.deepcopy(tokenizer)
+    copied.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    return copied
+
+
+def flux2_parts(tokenizers: dict[str, Any], *, is_distilled: bool = False) -> dict[str, Any]:
+    """FLUX.2 klein's: the language model is deep enough for the three layers that are read."""
+    torch.manual_seed(0)
+    tokenizer = chatting(tokenizers["qwen"])
+    config = Qwen3Config(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, vocab_size=len(tokenizer) + 20,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2)
+    return {
+        "transformer": randomized(
+            Flux2Transformer2DModel(
+                in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+                joint_attention_dim=48, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+                guidance_embeds=False,
+            )
+        ),
+        "vae": vae, "text_encoder": telling(Qwen3ForCausalLM(config)), "tokenizer": tokenizer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "is_distilled": is_distilled,
+    }  # fmt: skip
+
+
+def z_image_parts(tokenizers: dict[str, Any]) -> dict[str, Any]:
+    """Z-Image's."""
+    torch.manual_seed(0)
+    tokenizer = chatting(tokenizers["qwen"])
+    config = Qwen3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=len(tokenizer) + 20,
+    )  # fmt: skip
+    return {
+        "transformer": randomized(
+            ZImageTransformer2DModel(
+                in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+                axes_dims=[4, 4, 4], axes_lens=[1024, 64, 64],
+            )
+        ),
+        "vae": autoencoder(shift_factor=0.1159, scaling_factor=0.3611),
+        "text_encoder": telling(Qwen3Model(config)), "tokenizer": tokenizer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
     }  # fmt: skip
 
 

@@ -83,12 +83,12 @@ def check_drawing_is_the_stock_pipelines(pipe: S2EditPipeline, **arguments: Any)
     given = {"num_inference_steps": 2, "output_type": "latent", "generator": None, **WIDE, **arguments}
     stock = pipe.family.stock()
     stock.set_progress_bar_config(disable=True)
-    theirs = stock(SOURCE, **{**given, "generator": seeded(1)}).images
+    theirs = stock(prompt=SOURCE, **{**given, "generator": seeded(1)}).images
     ours = pipe(SOURCE, **{**given, "generator": seeded(1)}).images
     assert torch.equal(ours, theirs)
     scale = pipe.family.pixels_per_latent
     with pipe.family.control_attention(Unchanged(), WIDE["height"] // scale, WIDE["width"] // scale):
-        seen = stock(SOURCE, **{**given, "generator": seeded(1)}).images
+        seen = stock(prompt=SOURCE, **{**given, "generator": seeded(1)}).images
     torch.testing.assert_close(seen, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -103,34 +103,95 @@ def check_folders(pipe: S2EditPipeline, stock_class: Any, tmp_path: Path, **argu
         stock_class.from_pipe(pipe), stock_class(**pipe.components),
     ):  # fmt: skip
         again.set_progress_bar_config(disable=True)
-        torch.testing.assert_close(again(SOURCE, generator=seeded(1), **given).images, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            again(prompt=SOURCE, generator=seeded(1), **given).images, expected, rtol=1e-4, atol=1e-4
+        )
 
 
-def check_drawn_branches(pipe: S2EditPipeline, picture: Image.Image, combine: Callable[..., torch.Tensor]) -> None:
+def same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def check_steps_are_the_stock_pipelines(
+    pipe: S2EditPipeline,
+    guidance_scale: float | None,
+    pack: Callable[[torch.Tensor], torch.Tensor] = same,
+    given: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **arguments: Any,
+) -> None:
+    """What our own loops ask of the model, and do with its answer, is what the stock pipeline does at each step.
+
+    Args:
+        pack: latents as its loop has them.
+        given: latents as it takes them; None: as its loop has them.
+    """
+    family, seen = pipe.family, []
+    size = [side // family.pixels_per_latent for side in WIDE.values()]
+    x = torch.randn(1, family.latent_channels, *size, generator=seeded(3))
+    pipe(
+        SOURCE, latents=(given or pack)(x), num_inference_steps=3, guidance_scale=guidance_scale, output_type="latent",
+        callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(tensors["latents"].clone()),
+        **WIDE, **arguments,
+    )  # fmt: skip
+    schedule, form = family.schedule(3, (WIDE["height"], WIDE["width"])), family.guidance.form
+    with torch.no_grad():
+        words = family.encode([family.tokenize(SOURCE)])
+        null = family.encode_negative(None, words)
+        if form == "told":
+            words = words.told(guidance_scale)
+        for k, after in zip((3, 2, 1), seen, strict=True):
+            output = family.denoise(x, schedule.timestep(k), words, torch.float32)
+            if form == "branch":
+                nulls = family.denoise(x, schedule.timestep(k), null, torch.float32)
+                output = family.combine(nulls, output, guidance_scale)
+            x = schedule.move(x, output, k, k - 1)
+            torch.testing.assert_close(pack(x), after, rtol=1e-4, atol=1e-4)
+
+
+BY_TRUE_CFG: tuple[dict[str, Any], dict[str, Any]] = (
+    {"true_cfg_scale": 1.0}, {"true_cfg_scale": 3.0, "negative_prompt": "a hat"},
+)  # fmt: skip
+
+
+def check_drawn_branches(
+    pipe: S2EditPipeline,
+    picture: Image.Image,
+    combine: Callable[..., torch.Tensor],
+    noise: torch.Tensor,
+    pack: Callable[[torch.Tensor], torch.Tensor] = same,
+    null: str = "a hat",
+    said: tuple[dict[str, Any], dict[str, Any]] = BY_TRUE_CFG,
+) -> None:
     """A learned token is masked in the prompt's branch and not in the unconditional one: the first step of both
-    together is that of each alone, ``combine(unconditional, conditional, scale)`` of what they predict."""
-    noise, scale = torch.randn(1, 24, 16, generator=seeded(7)), 3.0
+    together is that of each alone, ``combine(unconditional, conditional, 3.0)`` of what they predict.
 
-    def first_step(prompt: str, **more: Any) -> torch.Tensor:
+    Args:
+        noise: latents as the stock pipeline takes them, ``pack`` makes them those of its loop.
+        null: the unconditional branch's words.
+        said: how it is told to draw unguided, and guided by 3 away from ``null``.
+    """
+
+    def first_step(prompt: str, arguments: dict[str, Any]) -> torch.Tensor:
         """Of the packed latents, over the step's length."""
         steps: list[torch.Tensor] = []
         pipe(
-            prompt, latents=noise, num_inference_steps=2, output_type="latent", **WIDE, **more,
+            prompt, latents=noise, num_inference_steps=2, output_type="latent", **WIDE, **arguments,
             callback_on_step_end=lambda pipe, step, timestep, tensors: steps.append(tensors["latents"]),
         )  # fmt: skip
         sigmas = pipe.family.schedule(2, (WIDE["height"], WIDE["width"])).noise
-        return (steps[0] - noise) / float(sigmas[1] - sigmas[2])
+        return (steps[0] - pack(noise)) / float(sigmas[1] - sigmas[2])
 
+    unguided, guided = said
     with left_as_found(pipe):
         identity = fit(pipe, picture, "token", num_steps=1, mask=np.arange(24)[None].repeat(16, 0) < 12)
         pipe.load_identity(identity)
-        alone, null = first_step("a [I] lady", true_cfg_scale=1.0), first_step("a hat", true_cfg_scale=1.0)
-        both = first_step("a [I] lady", negative_prompt="a hat", true_cfg_scale=scale)
+        alone, nulls = first_step("a [I] lady", unguided), first_step(null, unguided)
+        both = first_step("a [I] lady", guided)
         pipe.unload_identity()
         pipe.load_identity(replaced(identity, mask=None))
-        unmasked = first_step("a [I] lady", true_cfg_scale=1.0)
+        unmasked = first_step("a [I] lady", unguided)
         pipe.unload_identity()
-    torch.testing.assert_close(both, combine(null, alone, scale), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both, combine(nulls, alone, 3.0), rtol=1e-4, atol=1e-4)
     assert float((alone - unmasked).abs().max()) > 1e-4
 
 
@@ -215,7 +276,7 @@ def check_a_lora_in_the_stock_pipeline(
     given = {"num_inference_steps": 2, "output_type": "latent", **WIDE, **arguments}
     plain = pipe(SOURCE, generator=seeded(1), **given).images
     stock.load_lora_weights(str(tmp_path / "ada"), weight_name="pytorch_lora_weights.safetensors")
-    theirs = stock(SOURCE, generator=seeded(1), **given).images
+    theirs = stock(prompt=SOURCE, generator=seeded(1), **given).images
     with left_as_found(pipe):
         pipe.load_identity(identity)
         torch.testing.assert_close(pipe(SOURCE, generator=seeded(1), **given).images, theirs, rtol=1e-4, atol=1e-4)
@@ -251,9 +312,11 @@ def check_inversions(pipe: S2EditPipeline, picture: Image.Image, methods: tuple[
             assert float((lost.images - inversion.trajectory[:1]).abs().max()) > 1e-3
 
 
-def check_flowedit_is_the_published_update(pipe: S2EditPipeline, picture: Image.Image, n: int = 4) -> None:
+def check_flowedit_is_the_published_update(
+    pipe: S2EditPipeline, picture: Image.Image, n: int = 4, scale: float = 5.0
+) -> None:
     """z <- z + ds (v_target(z + x_k - x_0) - v_source(x_k)) (Kulikov et al. 2024), written out over the model."""
-    family, scale = pipe.family, 5.0
+    family = pipe.family
     inversion = pipe.invert(picture, SOURCE, "flowedit", n, crop=None, generator=seeded(3), **WIDE)
     free = {"cross_replace_steps": 0.0, "self_replace_steps": 0.0, "blend_words": False}
     if family.guidance.form != "none":
@@ -332,11 +395,11 @@ class Naively(TorchFunctionMode):
         return scores.softmax(-1) @ value
 
 
-def check_spatial_control(pipe: S2EditPipeline, layout: Callable[[int], Any]) -> None:
+def check_spatial_control(pipe: S2EditPipeline, layout: Callable[[int], Any], text: str = SOURCE) -> None:
     """The whole model under our control against the naive one, in float64; and with a mask that is empty, nothing of
     the token reaches the picture, not even through other words or layers of the text alone."""
     family = pipe.family
-    prompt = family.tokenize(SOURCE)
+    prompt = family.tokenize(text)
     columns = prompt.columns("sad")
     scale = family.pixels_per_latent
     height, width = WIDE["height"] // scale, WIDE["width"] // scale
@@ -441,9 +504,9 @@ def check_errors_leave_all_as_found(pipe: S2EditPipeline, picture: Image.Image) 
     calls: list[Callable[[], Any]] = [
         lambda: fit(pipe, picture, callback_on_step_end=stop),
         lambda: fit(pipe, picture, "full", callback_on_step_end=stop),
-        lambda: pipe.invert(picture, SOURCE, "direct", 2, identity=identity, callback_on_step_end=stop),
+        lambda: pipe.invert(picture, SOURCE, "direct", 2, identity=identity, callback_on_step_end=stop, **WIDE),
         lambda: edited(pipe, picture, WITH_TOKEN, identity=identity, callback_on_step_end=stop),
-        lambda: pipe("a [I] lady", identity=identity, num_inference_steps=2, callback_on_step_end=stop),
+        lambda: pipe("a [I] lady", identity=identity, num_inference_steps=2, callback_on_step_end=stop, **WIDE),
     ]
     for call in calls:
         with left_as_found(pipe), pytest.raises(Stop):
