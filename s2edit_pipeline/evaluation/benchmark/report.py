@@ -251,7 +251,8 @@ def _plot_trade_off(report: Mapping[str, Any], path: Path) -> None:
             bars = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (x, y)]
             marker = "os^D"[index // 10 % 4]  # there are ten colours
             axis.errorbar(x["mean"], y["mean"], bars[1], bars[0], marker, markersize=4, linewidth=0.7, label=name)
-        figure.legend(loc="outside right upper", fontsize=7)
+        if shown:
+            figure.legend(loc="outside right upper", fontsize=7)
         axis.set(xlabel="preservation: PSNR outside the edit, dB", ylabel="alignment: attributes read as asked for")
 
 
