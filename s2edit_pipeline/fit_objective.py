@@ -129,7 +129,7 @@ class Objective:
         epsilon = torch.randn(self.latents.shape, generator=generator, device=device).to(self.latents)
         if self.example.words is None or not words:
             return Draw(levels, epsilon)
-        count = self.settings.response_batch_size
+        count = self.settings.response_batch_size or self.batch
         rows = torch.randperm(self.batch, generator=generator, device=device)[:count].tolist()
         return Draw(levels, epsilon, tuple(rows), tuple(self.example.words.drawn(count, generator, device)))
 

@@ -59,7 +59,7 @@ class IdentityFitting:
         token_learning_rate: float | None = None,
         response_loss_weight: float = FitSettings.response_loss_weight,
         response_words: Sequence[str] | None = None,
-        response_batch_size: int = FitSettings.response_batch_size,
+        response_batch_size: int | None = None,
         complete_prompt: bool = False,
         stop: Any = None,
     ) -> IdentityAdapter:

@@ -278,7 +278,7 @@ def test_a_pinned_source_that_is_looked_at_is_one_row_more() -> None:
 
     inversion = inverted("direct")
     confined = Confinement(((1,),), (), None, 0.4, start=1.0)
-    with pytest.raises(AssertionError, match="no layer was of the right size"):  # this denoiser has no attention
+    with pytest.raises(ValueError, match=r"At 4 x 4 cells no layer .*edit_mask="):  # this denoiser has no attention
         edit(inversion, [confined, None], denoise=denoise)
     assert batches == [["source", "unconditional", "unconditional", "target", "target"]] * N
 
