@@ -17,7 +17,7 @@ def edit_friendly(task: InversionTask) -> InversionPath:
     Every level is noised from the picture itself, independently of the others (equation 5); what the random step
     from each then misses of the next, ``sigma_t z_t`` (equation 6), is the picture's noise space.
     """
-    return _noise_space(task, lambda x, output, k: task.schedule.posterior(x, output, k, k - 1)[0])
+    return _noise_space(task, lambda x, output, k: task.schedule.posterior_mean(x, output, k, k - 1))
 
 
 def flowedit(task: InversionTask) -> InversionPath:

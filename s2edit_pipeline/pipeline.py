@@ -38,7 +38,7 @@ from .edit_attention import EditControl  # noqa: F401
 from .edit_loop import EDITS  # noqa: F401
 from .edit_output import S2EditPipelineOutput
 from .edit_pictures import edited_pictures  # noqa: F401
-from .edit_settings import EDIT_PRESETS, EditRequest, EditSettings
+from .edit_settings import CROSS_REPLACE_STEPS, EDIT_PRESETS, EditRequest, EditSettings
 from .edit_stage import edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
@@ -235,7 +235,7 @@ class S2EditPipeline(
         inversion: Inversion | str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        cross_replace_steps: float | Mapping[str, float] = 0.4,
+        cross_replace_steps: float | Mapping[str, float] = CROSS_REPLACE_STEPS,
         self_replace_steps: float | None = None,
         reweight: Mapping[str, float] | None = None,
         blend_words: Sequence[str] | bool | None = None,

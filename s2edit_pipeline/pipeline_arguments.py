@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .argument_checks import check_choice, check_guidance
+from .argument_checks import check_choice, check_guidance, is_number
 from .edit_loop import edit_method
 from .family_base import ModelFamily
 from .fit_settings import ReferenceAttribute
@@ -31,8 +30,7 @@ def _check_output_type(output_type: Any) -> None:
     """Raises:
     ValueError: no such form of pictures.
     """
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'.")
+    check_choice("output_type", output_type, OUTPUT_TYPES)
 
 
 def _check_keep(keep_attention: Any) -> None:
@@ -234,7 +232,7 @@ def check_adapters(arguments: Arguments) -> tuple[float, ShownPicture | None]:
     scale, masks = attention.pop("scale", 1.0), attention.pop("ip_adapter_masks", None)
     for name in attention:
         raise ValueError(f"cross_attention_kwargs holds {name!r}; known are 'scale' and 'ip_adapter_masks'.")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not is_number(scale):
         raise ValueError(f"cross_attention_kwargs['scale'] must be a number, not {scale!r}.")
     family = arguments["self"].family
     if scale != 1 and not any(getattr(one, "peft_config", None) for one in family.tuned_components.values()):
