@@ -37,12 +37,12 @@ def _noise_space(task: InversionTask, mean: Callable[[torch.Tensor, torch.Tensor
     latents, schedule, path = task.latents, task.schedule, [task.latents]
     for k in range(1, schedule.num_steps + 1):
         noise = randn_tensor(latents.shape, generator=task.generator, device=latents.device, dtype=torch.float32)
-        path.append(schedule.noised(latents, noise.to(latents), k))
+        path.append(schedule.noised(latents, noise.to(latents), k))  # equation 5
     residuals = []
     for k in range(1, schedule.num_steps + 1):
         step = mean(path[k], task.denoise(path[k], k), k)
         check_finite(step, "the inversion", k - 1)
-        residuals.append(path[k - 1] - step)
+        residuals.append(path[k - 1] - step)  # equation 6
         task.on_step(k - 1, path[k])
     return InversionPath(torch.cat(path), residuals=torch.cat(residuals))
 

@@ -76,7 +76,7 @@ from .inversion_edit_friendly import edit_friendly  # noqa: F401
 from .inversion_files import read_inversion  # noqa: F401
 from .inversion_null_text import null_text  # noqa: F401
 from .inversion_origin import check_inversion  # noqa: F401
-from .inversion_record import Inversion
+from .inversion_record import Inversion, is_finished
 from .inversion_stage import InversionCall, invert_words
 from .noise_guidance import guided  # noqa: F401
 from .noise_schedule import NoiseSchedule  # noqa: F401
@@ -344,7 +344,7 @@ class S2EditPipeline(
         settings = EditSettings.of(given.values, chosen, defaults)
         steps = family.default_steps if num_inference_steps is None else num_inference_steps
         lora_scale, shown = check_adapters(given)
-        if image is None and not hasattr(inversion, "trajectory"):
+        if image is None and not is_finished(inversion):
             names = check_drawing(given, stock_arguments)
             drawn = {
                 **stock_arguments, **given.only((*BOTH, *DRAWING)), "guidance_scale": settings.guidance_scale,

@@ -14,7 +14,7 @@ from .argument_checks import check_choice, check_guidance, is_number
 from .edit_loop import edit_method
 from .family_base import ModelFamily
 from .fit_settings import ReferenceAttribute
-from .inversion_record import inversion_method
+from .inversion_record import inversion_method, is_finished
 from .offloaded_weights import check_gathering
 from .packed_weights import check_fine
 from .pipeline_turns import Call
@@ -331,11 +331,11 @@ def check_call(arguments: Arguments, what: str, method: Any = None) -> str:
     if arguments["guidance_scale"] is not None:
         check_guidance(arguments["guidance_scale"])
     method = arguments["method"] if method is None else method
-    if not isinstance(method, str) and not hasattr(method, "trajectory"):
+    if not isinstance(method, str) and not is_finished(method):
         raise TypeError(
             f"An inversion is a method's name, such as 'direct', or what pipe.invert returned, not {method!r}."
         )
-    if hasattr(method, "trajectory") or not inversion_method(method).needs_gradients:
+    if is_finished(method) or not inversion_method(method).needs_gradients:
         return ""
     _check_autograd()
     return str(method)
