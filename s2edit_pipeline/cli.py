@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from . import __version__
+from .commands.shared import check_folder_place, told
 
 
 def _of(module: str) -> Callable[[argparse.ArgumentParser], None]:
@@ -49,6 +50,7 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
 
             plot_training(args.out, args.curves)
             return 0
+        check_folder_place("--out", args.out)
         if args.family == "flow":
             return _train_flow(args)
         from .avatars.recipe import AUTOENCODER, DENOISER, train_avatars
@@ -103,6 +105,7 @@ def _train_instruct(parser: argparse.ArgumentParser) -> None:
         from .avatars import MODEL_FOLDER
         from .avatars.instruct_training import InstructSettings, train_instruct
 
+        check_folder_place("--out", args.out)
         model = train_instruct(
             args.out,
             model=args.model or MODEL_FOLDER,
@@ -211,8 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print_completion(args.print_completion)
     if args.command is None:
         parser.error("say a command; see s2edit --help")
-    status: int = args.run(args)
-    return status
+    return told(args.run, " ".join(filter(None, (args.command, getattr(args, "what", None)))))(args)
 
 
 def _print_completion(shell: str) -> int:
