@@ -32,6 +32,7 @@ PART = (0, 0, 12, 8)
 REPEATABLE = "a call that draws no noise is repeatable with any generator"
 MEMORY = "it is about memory alone"
 OWN_SIZE = {"output_size": "the picture is as large as what is worked at"}
+NOTHING_TO_KEEP = "a random model may change every pixel: test_pipeline.py::test_kept_pixels_are_the_pictures_own"
 OTHER_METHOD = "another method than the preset's is fitted as that method is"
 LONG_FITS = "it ends fits that gain nothing any more: test_fit_cost.py::test_a_fit_that_gains_nothing_ends"
 SITUATION = "it makes the situation"
@@ -295,7 +296,7 @@ CALLS: dict[str, Callable[[Walk], Situation]] = {
     "editing, anywhere": lambda walk: Situation(
         "__call__", editing(walk, blend_words=False),
         NOT_OF_AN_EDIT | {"blend_threshold", "change_threshold", "keep_words"},
-        {**OWN_SIZE, "generator": REPEATABLE, "keep_attention": MEMORY},
+        {**OWN_SIZE, "generator": REPEATABLE, "keep_attention": MEMORY, "keep_pixels": NOTHING_TO_KEEP},
         {**ETA, "blend_words": {"blend_words": None}},
     ),
     "editing, with a finished inversion": lambda walk: Situation(
