@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -206,7 +207,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; None takes them from ``sys.argv``.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it says as it is imported is not for users
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser(argv[:1])
     args = parser.parse_args(argv)
@@ -214,7 +214,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print_completion(args.print_completion)
     if args.command is None:
         parser.error("say a command; see s2edit --help")
-    return told(args.run, " ".join(filter(None, (args.command, getattr(args, "what", None)))))(args)
+    name = " ".join(filter(None, (args.command, getattr(args, "what", None))))
+    with _logging_put_back():
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it says as it is imported is not for users
+        return told(args.run, name)(args)
+
+
+@contextmanager
+def _logging_put_back() -> Iterator[None]:
+    """Leave the libraries' logging as found: a command silences it, and its caller may be a program."""
+    variable = os.environ.get("TRANSFORMERS_VERBOSITY")
+    loaded = (sys.modules.get(f"{library}.utils.logging") for library in ("diffusers", "transformers"))
+    found = [(module, module.get_verbosity(), module.is_progress_bar_enabled()) for module in loaded if module]
+    try:
+        yield
+    finally:
+        if variable is None:
+            os.environ.pop("TRANSFORMERS_VERBOSITY", None)
+        for module, verbosity, has_bars in found:
+            module.set_verbosity(verbosity)
+            (module.enable_progress_bar if has_bars else module.disable_progress_bar)()
 
 
 def _print_completion(shell: str) -> int:

@@ -134,7 +134,6 @@ def _run(args: argparse.Namespace, started: float) -> None:
             source_prompt=prompt,
             inversion=inversion,
             guidance_scale=args.guidance,
-            keep_pixels=edit is None,  # what is graded shows the model's work
         )
         took = time.perf_counter() - before
         reconstruction, edited = result.source, result.images[0]

@@ -49,7 +49,7 @@ def heard_in(prompt: str, template: Template) -> dict[int, Heard]:
         for part in parts:
             spoken = _spoken_of(group, part, part is about)
             if spoken:
-                heard[g] = Heard(_as_written(spoken), _that_say(group, [piece.text for piece in spoken]))
+                heard[g] = Heard(as_written(spoken), _that_say(group, [piece.text for piece in spoken]))
                 break
     return heard
 
@@ -69,21 +69,23 @@ def _spoken_of(group: Group, part: Part, is_about: bool) -> list[Piece]:
 def _every_saying(group: Group, before_noun: bool) -> list[list[str]]:
     """The telling words of all that ``group`` can say before its subject's noun, or after it."""
     phrases = [(phrase, phrase.said(tuple(slot[0] for slot in phrase.slots))) for phrase in group.phrases]
-    return [_telling(text) for _, text in phrases if text and follows_noun(text) is not before_noun]
+    return [telling_words(text) for _, text in phrases if text and follows_noun(text) is not before_noun]
 
 
-def _telling(text: str) -> list[str]:
+def telling_words(text: str) -> list[str]:
     skipped = DETERMINERS | PREPOSITIONS | CARRYING
     return [piece.text for piece in pieces_of(text) if piece.text not in skipped]
 
 
-def _as_written(pieces: Sequence[Piece]) -> str:
+def as_written(pieces: Sequence[Piece]) -> str:
     return "".join((piece.gap if i else "") + piece.written for i, piece in enumerate(pieces))
 
 
 def _that_say(group: Group, words: Sequence[str]) -> tuple[Wording, ...]:
     """The wordings of ``group`` that say all of ``words`` that it knows."""
-    each = {wording: set(_telling(group.phrases[wording.phrase].said(wording.words))) for wording in group.wordings()}
+    each = {
+        wording: set(telling_words(group.phrases[wording.phrase].said(wording.words))) for wording in group.wordings()
+    }
     known = set().union(*each.values()) & set(words)
     return tuple(wording for wording, said in each.items() if known <= said)
 
@@ -109,8 +111,13 @@ def completed(
             prompt = _filled_in(prompt, template.groups[g], own[g], text)
         elif source is None or g not in source:
             added.append(text)
-    adjectives = [text for text in added if not follows_noun(text)]
-    things = [text for text in added if follows_noun(text)]
+    return with_sayings(prompt, added)
+
+
+def with_sayings(prompt: str, sayings: Sequence[str]) -> str:
+    """``prompt`` with what it is silent about: "sad", "with a red hat", "on a blue background"."""
+    adjectives = [text for text in sayings if not follows_noun(text)]
+    things = [text for text in sayings if follows_noun(text)]
     for text in reversed(adjectives):
         prompt = _with_adjective(prompt, text)
     for text in sorted(things, key=lambda text: not text.startswith("with ")):
@@ -123,15 +130,15 @@ def completed(
 
 def _filled_in(prompt: str, group: Group, own: Heard, text: str) -> str:
     """``prompt``, its own words of ``group`` in the wording that has most in common with ``text``."""
-    wanted = _telling(text)
+    wanted = telling_words(text)
     sayings = [group.phrases[wording.phrase].said(wording.words) for wording in own.wordings]
-    best = max(sayings, key=lambda one: (len({*_telling(one)} & {*wanted}), -len(_telling(one))), default="")
-    fuller = [piece for piece in pieces_of(best) if piece.text in _telling(best)]
-    known = {word for saying in sayings for word in _telling(saying)}
+    best = max(sayings, key=lambda one: (len({*telling_words(one)} & {*wanted}), -len(telling_words(one))), default="")
+    fuller = [piece for piece in pieces_of(best) if piece.text in telling_words(best)]
+    known = {word for saying in sayings for word in telling_words(saying)}
     strange = [piece for piece in pieces_of(own.words) if piece.text not in known]
     if strange or len(fuller) <= len(pieces_of(own.words)):
         return prompt
-    return change_words(prompt, replace={own.words: _as_written(fuller)})
+    return change_words(prompt, replace={own.words: as_written(fuller)})
 
 
 def _with_adjective(prompt: str, word: str) -> str:
@@ -152,8 +159,8 @@ def template_of(caption: str) -> tuple[Template, list[Wording | None]]:
     subject = Group((Phrase((noun.written if noun is not None else "",)),), is_subject=True)
     groups, lead = [subject], ""
     for part in parts[place + 1 :]:
-        lead = lead if part.goes_on else _as_written(part.lead)
+        lead = lead if part.goes_on else as_written(part.lead)
         if part.body and follows_noun(lead or "-"):
-            groups.append(Group((Phrase((f"{lead} {_as_written(part.body)}",)),)))
-    opening = _as_written([piece for part in parts[:place] for piece in (*part.lead, *part.body)])
+            groups.append(Group((Phrase((f"{lead} {as_written(part.body)}",)),)))
+    opening = as_written([piece for part in parts[:place] for piece in (*part.lead, *part.body)])
     return Template(opening, tuple(groups)), [Wording(0)] * len(groups)

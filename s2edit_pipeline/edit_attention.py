@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .attention_controls import Controllers, MapRecorder, PromptToPrompt, Reweighting, SpatialControl
+from .attention_chain import Controllers
+from .attention_maps import MapRecorder
+from .attention_prompt_to_prompt import PromptToPrompt, Reweighting
 from .attention_source import AttentionKeeper, KeepAttention, SourceAttention
+from .attention_spatial import SpatialControl
 from .prompt_embeds import Batch
 
 

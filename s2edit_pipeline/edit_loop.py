@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers.utils import logging
 
+from .argument_checks import check_choice
 from .edit_attention import EditControl
 from .edit_settings import EditSettings
 from .edit_words import Confinement
@@ -91,6 +93,14 @@ def register_edit(name: str, method: EditMethod) -> None:
     EDITS[name] = method
 
 
+def edit_method(name: Any) -> EditMethod:
+    """Raises:
+    ValueError: there is no such edit method.
+    """
+    check_choice("edit_method", name, tuple(EDITS))
+    return EDITS[name]
+
+
 @torch.no_grad()
 def prompt_to_prompt(task: EditTask) -> EditedLatents:
     """Prompt-to-prompt (Hertz et al. 2022, algorithm 1) from an inverted picture, all targets in one batch.
@@ -160,7 +170,7 @@ def _stepped(task: EditTask, x: torch.Tensor, output: torch.Tensor, k: int) -> t
     (of a random step Huberman-Spiegelglas et al. 2024)."""
     schedule, inversion = task.schedule, task.inversion
     is_random = INVERSIONS[inversion.method].random_steps
-    mean = schedule.posterior(x, output, k, k - 1)[0] if is_random else schedule.move(x, output, k, k - 1)
+    mean = schedule.posterior_mean(x, output, k, k - 1) if is_random else schedule.move(x, output, k, k - 1)
     if inversion.residuals is None or not task.settings.residuals:
         return mean
     return mean + inversion.residuals[k - 1 : k].to(mean)

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeGuard
+from typing import Any
 
+from .argument_checks import check_choice, check_guidance, check_share, check_words, is_number
+from .noise_guidance import DEFAULT_GUIDANCE
 from .noise_schedule import NoiseSchedule
 from .prompt_embeds import ShownPicture
 
-DEFAULT_GUIDANCE = 4.5
-"""Where neither the caller nor the model says otherwise; S2Edit recommends 3.5 to 5.5."""
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a finite number; numpy's are, and True isn't."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_share(name: str, value: object, *, open_ended: bool = False) -> None:
-    """Raises:
-    ValueError: ``value`` isn't a number in [0, 1], or with ``open_ended`` in (0, 1).
-    """
-    if not is_number(value) or not (0 < value < 1 if open_ended else 0 <= value <= 1):
-        wanted = "above 0 and below 1" if open_ended else "from 0 to 1"
-        raise ValueError(f"{name} must be {wanted}, not {value!r}.")
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises:
-    ValueError: ``value`` is none of ``choices``.
-    """
-    if value not in choices:
-        *others, last = map(repr, choices)
-        raise ValueError(f"{name}={value!r} is unknown; choose {', '.join(others)} or {last}.")
+CROSS_REPLACE_STEPS = 0.4
+"""The share of the steps in which words keep the source's maps, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +55,7 @@ class EditSettings:
     guidance_stop: float = 0.5
     strength: float = 1.0
     edit: str = "auto"
-    cross_replace_steps: float | Mapping[str, float] = 0.4
+    cross_replace_steps: float | Mapping[str, float] = CROSS_REPLACE_STEPS
     self_replace_steps: float = 0.4
     reweight: Mapping[str, float] | None = None
     blend_words: Sequence[str] | str | bool | None = None
@@ -97,7 +74,7 @@ class EditSettings:
         check_share("blend_threshold", self.blend_threshold, open_ended=True)
         check_choice("edit", self.edit, ("auto", "replace", "refine"))
         for name in ("blend_words", "keep_words"):
-            _check_words(name, getattr(self, name))
+            check_words(name, getattr(self, name))
         if not is_number(self.strength) or not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1, not {self.strength!r}.")
         if self.blend_words is False:
@@ -130,23 +107,6 @@ class EditSettings:
         return max(1, round(self.strength * schedule.num_steps))
 
 
-def _check_words(name: str, words: Any) -> None:
-    """Raises:
-    TypeError: ``words`` are no words.
-    """
-    several = isinstance(words, (list, tuple)) and all(isinstance(word, str) for word in words)
-    if not (words is None or isinstance(words, (bool, str)) or several):
-        raise TypeError(f"{name} must be a word, a list of words, False or None, not {words!r}.")
-
-
-def check_guidance(scale: Any, name: str = "guidance_scale") -> None:
-    """Raises:
-    ValueError: ``scale`` is no guidance scale.
-    """
-    if not is_number(scale) or scale < 0:
-        raise ValueError(f"{name} must be a number of at least 0, not {scale!r}.")
-
-
 EDIT_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {
         "inversion": "null_text",
@@ -156,20 +116,6 @@ EDIT_PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """What ``preset=`` stands for in a call: "paper" is S2Edit's own reading of the edit."""
-
-
-def with_preset(
-    preset: str | None, presets: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """``given`` without its Nones, and in place of these what ``preset`` says.
-
-    Raises:
-        ValueError: there is no such preset.
-    """
-    if preset is not None and preset not in presets:
-        raise ValueError(f"preset={preset!r} is unknown; choose {' or '.join(map(repr, presets))}, or None for ours.")
-    chosen = {} if preset is None else dict(presets[preset])
-    return {**chosen, **{name: value for name, value in given.items() if value is not None}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +142,7 @@ class EditRequest:
         output_size: "picture" or "model".
         crop: "auto", None or (left, top, right, bottom).
         shown: what IP-Adapters are shown, or None.
-        method: of the edit, see ``edit_loop.EDITS``.
+        method: of the edit, a name in ``edit_loop.EDITS``.
         complete_prompt: whether the picture's description completes the prompts; None: where there is no source prompt.
     """
 

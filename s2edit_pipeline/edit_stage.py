@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from .attention_controls import PromptToPrompt, Reweighting, mask_at
+from .attention_prompt_to_prompt import PromptToPrompt, Reweighting
 from .attention_source import KeepAttention
+from .attention_spatial import mask_at
 from .describe_stage import words_for_edit
 from .edit_attention import EditControl
-from .edit_loop import EDITS, EditTask, warn_of_outcome
+from .edit_loop import EditTask, edit_method, warn_of_outcome
 from .edit_output import S2EditPipelineOutput
 from .edit_pictures import edited_pictures, unedited_pictures
 from .edit_settings import EditRequest
@@ -39,6 +40,7 @@ from .inversion_record import (
     check_residuals,
     check_served,
     inversion_method,
+    is_finished,
 )
 from .inversion_stage import InversionRequest, invert_picture
 from .noise_schedule import NoiseSchedule
@@ -46,6 +48,7 @@ from .object_search import cells_of, check_crop, close_up, close_up_at, place
 from .picture_files import SourcePicture, read_picture
 from .picture_inputs import load_mask
 from .picture_placement import PlacedPicture
+from .pipeline_turns import CallState
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_embeds import Batch, Branch
@@ -88,7 +91,7 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
     """
     family, settings = work.family, request.settings
     family.check()
-    words = edit_words(work, request)
+    words = edit_words(work, request)  # P~ and P*~: [I] before the noun
     canvas = edit_canvas(work, request, words)
     mask = _given_mask(work, request, canvas)
     plans = plan_edits(
@@ -115,10 +118,12 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
         self_until=round(settings.self_replace_steps * canvas.schedule.num_steps),
     )
     inversion = request.inversion
-    if not hasattr(inversion, "trajectory"):
+    if not is_finished(inversion):
+        # S2Edit, stage two: the picture inverted under P~, with the mask at [I]'s attention
         inversion = _invert_first(work, request, canvas, source, null, prompt_to_prompt)
         if inversion.interrupted:
             return unedited_pictures(work, request, canvas.placed, inversion.trajectory[:1], len(targets))
+    # prompt-to-prompt from its noise, A*_[I] = A_[I] * M_obj at every step of source and target
     control = EditControl(
         lambda batch: spatial_control([branch.prompt for branch in batch.branches], work.overlay, canvas.placed),
         prompt_to_prompt,
@@ -137,7 +142,7 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
         work.progress_bar(total=settings.num_steps(canvas.schedule)) as bar,
         family.control_attention(control, canvas.height, canvas.width),
     ):
-        edited = EDITS[request.method].run(replace(task, on_step=_counted(task.on_step, bar)))
+        edited = edit_method(request.method).run(replace(task, on_step=_counted(task.on_step, bar)))
     control.forget_source()  # before the autoencoder needs the room
     warn_of_outcome(edited)
     maps = None
@@ -194,7 +199,7 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
     family, inversion = work.family, request.inversion
     check_crop(request.crop)
     source = None if request.image is None else read_picture(request.image)
-    if hasattr(inversion, "trajectory"):
+    if is_finished(inversion):
         height, width = inversion.trajectory.shape[-2:]
         size = family.pixel_size(inversion.trajectory)
         _check_request_against(inversion, words.source.text, request, size)
@@ -273,7 +278,7 @@ def _check_request_against(inversion: Any, source_prompt: str, request: EditRequ
     scale = request.settings.guidance_scale
     if inversion.guidance_scale is not None and inversion.guidance_scale != scale:
         raise ValueError(
-            f"The null-text inversion was optimised for guidance_scale={inversion.guidance_scale:g}, not "
+            f"The inversion {inversion.method!r} was made for guidance_scale={inversion.guidance_scale:g}, not "
             f"{scale:g}; use that, or call pipe.invert(..., guidance_scale={scale:g})."
         )
     if inversion.clip_skip != request.clip_skip:
@@ -325,7 +330,7 @@ def _closer(work: Work, request: EditRequest, words: EditWords, canvas: Canvas, 
     placed = canvas.placed
     source, targets = words.source.text, [target.text for target in words.targets]
     only_the_subject = all(changes_only_the_subject(source, target) for target in targets)
-    if hasattr(request.inversion, "trajectory"):
+    if is_finished(request.inversion):
         if placed is not None and not placed.is_whole and mask is None and not only_the_subject:
             logger.warning(
                 f"The inversion is a close-up of {placed.placement.box}, and the words change more than its subject; "
@@ -397,11 +402,10 @@ def _edit_task(
 ) -> EditTask:
     family, schedule, settings, dtype = work.family, canvas.schedule, request.settings, work.family.dtype
     source, null, targets = rows
-    facts = work.call.facts
-    facts |= {
-        "guidance_scale": settings.guidance_scale, "guidance_rescale": settings.guidance_rescale,
-        "clip_skip": request.clip_skip, "num_timesteps": settings.num_steps(schedule),
-    }  # fmt: skip
+    state = work.call.state = CallState(
+        guidance_scale=settings.guidance_scale, guidance_rescale=settings.guidance_rescale,
+        clip_skip=request.clip_skip, num_timesteps=settings.num_steps(schedule),
+    )  # fmt: skip
 
     def denoise(x: torch.Tensor, level: int, batch: Batch) -> torch.Tensor:
         return family.denoise(x, schedule.timestep(level), batch.embeds, dtype)
@@ -419,7 +423,7 @@ def _edit_task(
         settings=settings,
         control=control,
         confinements=[plan.confinement for plan in plans],
-        guidance=lambda: float(facts["guidance_scale"]),
+        guidance=lambda: float(state.guidance_scale or 0.0),
         on_step=on_step,
         combine=family.combine,
         form=family.guidance,

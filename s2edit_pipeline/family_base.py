@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import PIL.Image
@@ -19,6 +19,7 @@ from torch import nn
 from .attention_seam import AttentionController, AttentionSite, attention_control
 from .noise_guidance import PLAIN_GUIDANCE, Guidance, guided
 from .noise_schedule import NoiseSchedule
+from .offloaded_weights import is_offloaded
 from .picture_files import SourcePicture
 from .picture_inputs import picture_to_tensor
 from .picture_modes import Box
@@ -43,14 +44,17 @@ class ModelFamily(ABC):
     denoiser_classes: ClassVar[tuple[str, ...]]
     """Its classes, by name."""
 
-    default_steps: ClassVar[int] = 50
-    """``num_inference_steps`` where the caller says none."""
     edit_defaults: ClassVar[Mapping[str, Any]] = {}
     """What of ``EditSettings`` is another where the caller says nothing."""
+    takes_picture_adapters: ClassVar[bool] = False
+    """Whether IP-Adapters can be loaded."""
     kept_attention: ClassVar[float] = 0.4
     """The share of an inversion's steps at which the source's attention is kept where the caller says nothing."""
+    drawn_branches: ClassVar[str] = "null first"
+    """How the stock pipeline asks the branches of a guided drawing: as rows of one batch, "null first" or "null last",
+    or "apart", the prompts' before."""
     renormalizes: ClassVar[bool] = False
-    """Whether spatial control is renormalised where the caller says nothing, see ``attention_controls``."""
+    """Whether spatial control is renormalised where the caller says nothing, see ``attention_spatial``."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -95,9 +99,15 @@ class ModelFamily(ABC):
         components = {self.denoiser_name: self.denoiser, **self.text_encoders}
         return {name: getattr(module, "_orig_mod", module) for name, module in components.items()}
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
-        """Where the work is done."""
+        """Where the work is done: where the denoiser is, or is brought to. diffusers walks through all modules to
+        answer, so a call asks once."""
+        denoiser = self.denoiser  # None where there are text encoders alone
+        if denoiser is not None and not is_offloaded(
+            denoiser
+        ):  # of a pipeline that is offloaded in part diffusers names another place
+            return next(denoiser.parameters()).device
         device: torch.device = self.pipe._execution_device
         return device
 
@@ -106,6 +116,11 @@ class ModelFamily(ABC):
         """The denoiser's. diffusers walks through all modules to answer: ask once a call."""
         dtype: torch.dtype = self.denoiser.dtype
         return dtype
+
+    @property
+    def default_steps(self) -> int:
+        """``num_inference_steps`` where the caller says none."""
+        return 50
 
     @property
     def default_guidance_scale(self) -> float:
@@ -262,7 +277,7 @@ class ModelFamily(ABC):
 
     def guides(self, guidance_scale: float) -> bool:
         """Whether this scale asks for the unconditional branch, as diffusers' pipelines have it."""
-        return guidance_scale > 1
+        return self.guidance.has_null(guidance_scale)
 
     @abstractmethod
     def denoise(self, x: torch.Tensor, timestep: Any, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor:
@@ -316,6 +331,27 @@ class ModelFamily(ABC):
         """What diffusers' own pipeline loads LoRAs into, where this is another's than Stable Diffusion's; else ()."""
         return ()
 
+    def drawing_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """``given`` as the stock pipeline's call names it; what is this pipeline's own has the names that Stable
+        Diffusion's has."""
+        return dict(given)
+
+    def drawn_size(self, given: Mapping[str, Any]) -> tuple[int, int]:
+        """(h, w) of the latents that the stock pipeline draws, called with ``given``."""
+        latents = given.get("latents")
+        if latents is not None:
+            return tuple(latents.shape[-2:])
+        return given["height"] // self.pixels_per_latent, given["width"] // self.pixels_per_latent
+
+    def draws_null(self, given: Mapping[str, Any]) -> bool:
+        """Whether the stock pipeline, called with ``given``, asks an unconditional branch."""
+        return self.guidance.has_null(given.get("guidance_scale", 0.0))
+
+    def drawn_embeddings(self, embeds: PromptEmbeds, prefix: str = "") -> dict[str, Any]:
+        """``embeds`` as the stock pipeline's call names them; ``prefix`` is "negative_" of the unconditional ones."""
+        named = {f"{prefix}prompt_embeds": embeds.embeds, f"{prefix}pooled_prompt_embeds": embeds.pooled}
+        return {name: value for name, value in named.items() if value is not None}
+
     @property
     @abstractmethod
     def stock_components(self) -> frozenset[str]:
@@ -338,6 +374,11 @@ def register_family(family: type[ModelFamily]) -> type[ModelFamily]:
 def unregister_family(family: type[ModelFamily]) -> None:
     """Forget ``family``."""
     _FAMILIES.remove(family)
+
+
+def registered_families() -> tuple[type[ModelFamily], ...]:
+    """In the order in which they were registered."""
+    return tuple(reversed(_FAMILIES))
 
 
 def known_family(pipe: Any) -> ModelFamily | None:
@@ -365,9 +406,13 @@ def family_of(pipe: Any) -> ModelFamily:
     if family is not None:
         return family
     denoiser = next((part for name in ("unet", "transformer") if (part := getattr(pipe, name, None)) is not None), None)
-    served = "; ".join(f"{one.name} ({', '.join(one.denoiser_classes)})" for one in reversed(_FAMILIES))
+    served = "; ".join(f"{one.name} ({', '.join(one.denoiser_classes)})" for one in registered_families())
     if denoiser is None:
         raise ValueError(
-            f"The pipeline has no unet; load it whole, or pass unet= to from_pretrained. Served are: {served}."
+            "The pipeline has neither a unet nor a transformer; load it whole, or pass one of them to from_pretrained. "
+            f"Served are: {served}."
         )
-    raise ValueError(f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}.")
+    raise ValueError(
+        f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}. Load one of these: "
+        "S2EditPipeline.from_pretrained('stable-diffusion-v1-5/stable-diffusion-v1-5')."
+    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from torch import nn
@@ -17,12 +18,14 @@ from torch import nn
 from .attention_seam import AttentionSite
 from .family_base import ModelFamily, register_family
 from .family_ip_adapter import denoiser_arguments, encode_pictures, loaded_adapters
+from .noise_guidance import PLAIN_GUIDANCE, Guidance
 from .noise_schedule import (
     NoiseSchedule,
     check_diffusion_scheduler,
     diffusion_schedule,
     diffusion_training_schedule,
 )
+from .offloaded_weights import computing_type
 from .prompt_columns import TokenizedPrompt, side_by_side
 from .prompt_embeds import PicturePrompt, PromptEmbeds, ShownPicture
 from .prompt_tokenizing import tokenize
@@ -31,6 +34,7 @@ logger = logging.get_logger(__name__)
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+_TOLD_GUIDANCE = Guidance(form="told")
 _SHALLOWEST_MAP = 16
 """Latents with no side longer than this are themselves small enough for their maps to tell where words look."""
 
@@ -42,6 +46,7 @@ class UNetFamily(ModelFamily):
     name = "Stable Diffusion 1, 2 and XL"
     denoiser_name = "unet"
     denoiser_classes = ("UNet2DConditionModel",)
+    takes_picture_adapters = True
 
     @property
     def is_xl(self) -> bool:
@@ -95,7 +100,7 @@ class UNetFamily(ModelFamily):
             self._check_there("text_encoder_2", "tokenizer_2")
         self._check_conditions()
         for encoder in self.text_encoders.values():
-            if pipe.unet.dtype != encoder.dtype:
+            if pipe.unet.dtype != computing_type(encoder):
                 raise ValueError(
                     f"The U-Net is {pipe.unet.dtype} and the text encoder {encoder.dtype}. "
                     "Load with one type, from_pretrained(..., dtype=torch.float32), or call pipe.to(torch.float32)."
@@ -231,8 +236,10 @@ class UNetFamily(ModelFamily):
     def training_schedule(self, size: tuple[int, int] | None = None) -> NoiseSchedule:
         return diffusion_training_schedule(self.pipe.scheduler)
 
-    def guides(self, guidance_scale: float) -> bool:
-        return guidance_scale > 1 and self.pipe.unet.config.time_cond_proj_dim is None
+    @property
+    def guidance(self) -> Guidance:
+        """Latent consistency models' U-Nets (Luo et al. 2023) are told the scale."""
+        return PLAIN_GUIDANCE if self.pipe.unet.config.time_cond_proj_dim is None else _TOLD_GUIDANCE
 
     def denoise(self, x: torch.Tensor, timestep: Any, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor:
         added: dict[str, Any] = {}
@@ -249,11 +256,22 @@ class UNetFamily(ModelFamily):
             x.to(dtype),
             timestep.to(x.device) if isinstance(timestep, torch.Tensor) else timestep,
             encoder_hidden_states=embeds.embeds.to(dtype),
+            timestep_cond=self._told_guidance(embeds, dtype),
             added_cond_kwargs=added or None,
             cross_attention_kwargs=None if masks is None else {"ip_adapter_masks": masks},
             return_dict=False,
         )[0]
         return output.to(x)
+
+    def _told_guidance(self, embeds: PromptEmbeds, dtype: torch.dtype) -> torch.Tensor | None:
+        """(B, time_cond_proj_dim): the scale as a U-Net is told it (Luo et al. 2023), which counts it from 0."""
+        width = self.pipe.unet.config.time_cond_proj_dim
+        if width is None:
+            return None
+        told = embeds if embeds.guidance is not None else embeds.told(self.guidance.neutral)
+        assert told.guidance is not None
+        counted = 1000 * (told.guidance.float() - 1)
+        return get_timestep_embedding(counted, width, downscale_freq_shift=1).to(dtype)
 
     # -------------------------------------------------------------------- attention and adapters
 

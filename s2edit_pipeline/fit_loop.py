@@ -12,16 +12,13 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from .attention_controls import SpatialControl
 from .family_base import ModelFamily
 from .fit_checkpoint import FitCheckpoint
 from .fit_lora_start import start_along_gradient
-from .fit_losses import cosine, reconstruction_loss, semantic_loss
-from .fit_settings import TIMESTEP_SAMPLING, FitSettings, bitsandbytes
+from .fit_objective import Draw, FitExample, Objective
+from .fit_settings import FitSettings, bitsandbytes
 from .fit_weights import TunedWeights, checkpointed, frozen, full_weights, lora_weights, no_weights
 from .noise_schedule import gradient_scaler
-from .prompt_columns import TokenizedPrompt
-from .prompt_embeds import PromptEmbeds
 from .prompt_tokens import token_rows
 
 FUSED_ON = ("cpu", "cuda")
@@ -45,48 +42,15 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], device: torch.device
 
 
 @dataclass(frozen=True)
-class FitExample:
-    """One picture and the token to fit to it.
-
-    Attributes:
-        latents: (1, C, h, w).
-        prompt: P, without the token.
-        prompt_with_token: P~, with it.
-        token: the token, as it is spelled.
-        mask: (h, w) ``M_obj``, or None without spatial control.
-    """
-
-    latents: torch.Tensor
-    prompt: TokenizedPrompt
-    prompt_with_token: TokenizedPrompt
-    token: str
-    mask: torch.Tensor | None
-
-    @property
-    def token_columns(self) -> tuple[int, ...]:
-        """The denoiser's, in all segments."""
-        return self.prompt_with_token.columns(self.token)
-
-    def token_positions(self, encoder: str) -> list[int]:
-        """Among the columns of the segment that the text encoder ``encoder`` reads."""
-        segment = self.prompt_with_token.read_by(encoder)
-        return [column - segment.offset for column in self.prompt_with_token.columns(self.token, segment.name)]
-
-    def token_id(self, encoder: str) -> int:
-        """The token's, in the text encoder ``encoder``."""
-        segment = self.prompt_with_token.read_by(encoder)
-        return int(segment.ids[encoder][0, segment.kept[self.token_positions(encoder)[0]]])
-
-
-@dataclass(frozen=True)
 class FitProgress:
-    """What a step measured: the loss's two terms, means over the examples, and for each example the cosine
+    """What a step measured: the loss's terms, means over the examples, and for each example the cosine
     of its sentence and its token, with its sign (the mean over text encoders)."""
 
     step: int
     reconstruction_loss: float
     semantic_loss: float
     cosines: tuple[float, ...]
+    response_loss: float = 0.0
 
     @property
     def cosine(self) -> float:
@@ -105,74 +69,6 @@ class FitResult:
     progress: tuple[FitProgress, ...]
 
 
-def draw_levels(
-    count: int, sampling: str, num_train: int, generator: torch.Generator | None, device: torch.device
-) -> torch.Tensor:
-    """(count,) of the noise levels 1 to ``num_train``, one in each of ``count`` equally likely stretches of them."""
-    u = (torch.arange(count) + torch.rand(count, generator=generator, device=device).cpu()) / count
-    return (TIMESTEP_SAMPLING[sampling](u) * num_train).long().clamp(0, num_train - 1) + 1
-
-
-class Objective:
-    """The loss of one example with the model as it is when asked; what no step changes is made once."""
-
-    def __init__(self, family: ModelFamily, example: FitExample, settings: FitSettings) -> None:
-        assert settings.batch_size is not None and settings.timestep_sampling is not None
-        self.family, self.example, self.settings = family, example, settings
-        self.schedule = family.training_schedule(family.pixel_size(example.latents))
-        self.batch, self.sampling = settings.batch_size, settings.timestep_sampling
-        self.dtype = family.dtype
-        self.latents = example.latents.float().expand(self.batch, -1, -1, -1)
-        tokens = {} if example.mask is None else {"token": example.token_columns}
-        self.control = SpatialControl(
-            {} if example.mask is None else {"token": example.mask},
-            [tokens] * self.batch,
-            renormalize=bool(settings.renormalize),
-            mask_after=settings.mask_after,
-        )
-        self.sentence: PromptEmbeds | None = None
-        if settings.method == "token":  # P doesn't hold the token: nothing that is trained reaches its encoding
-            with torch.no_grad():
-                self.sentence = family.encode([example.prompt])
-
-    def controlled(self) -> AbstractContextManager[None]:
-        """The token's mask at the denoiser's attention."""
-        return self.family.control_attention(self.control, *self.latents.shape[-2:])
-
-    def draw(self, generator: torch.Generator | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise levels (B,) on the CPU and noise (B, C, h, w), made by ``generator`` on its ``device``."""
-        levels = draw_levels(self.batch, self.sampling, self.schedule.num_steps, generator, device)
-        return levels, torch.randn(self.latents.shape, generator=generator, device=device).to(self.latents)
-
-    def losses(self, levels: torch.Tensor, epsilon: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(L_recons, L_semantic, cosine) at these noise levels, with this noise."""
-        example = self.example
-        sentence_prompts = [example.prompt] if self.sentence is None else []
-        encoded = self.family.encode([*sentence_prompts, example.prompt_with_token])
-        semantics, angles = [], []
-        for name, output in encoded.outputs.items():
-            of_sentence = output if self.sentence is None else self.sentence.outputs[name]
-            sentence = self.family.sentence(of_sentence[0], example.prompt.read_by(name))  # e_P
-            if self.settings.detach_sentence:
-                sentence = sentence.detach()
-            token = output[-1, example.token_positions(name)]  # e_[I]
-            semantics.append(semantic_loss(sentence, token))
-            angles.append(cosine(sentence, token).mean())
-        reconstruction = self.reconstruction(encoded.rows(slice(-1, None)), levels, epsilon)
-        return reconstruction, torch.stack(semantics).sum(), torch.stack(angles).mean()
-
-    def total(self, reconstruction: torch.Tensor, semantic: torch.Tensor) -> torch.Tensor:
-        """L = L_recons + lambda L_semantic."""
-        return reconstruction + self.settings.semantic_weight * semantic
-
-    def reconstruction(self, encoded: PromptEmbeds, levels: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
-        """L_recons under the one encoded prompt, P~."""
-        noised = self.schedule.noised(self.latents, epsilon, levels).to(self.dtype)
-        timesteps = self.schedule.timesteps[levels - 1]
-        output = self.family.denoise(noised, timesteps, encoded.expand(self.batch), self.dtype)
-        return reconstruction_loss(output, self.schedule.target(self.latents, epsilon, levels))
-
-
 class Plateau:
     """When a fit has stopped gaining: its reconstruction loss at the same noise and levels, looked at every
     ``CHECK_EVERY`` steps, has not come ``CHECK_GAIN`` below its best for ``CHECK_PATIENCE`` looks.
@@ -184,7 +80,7 @@ class Plateau:
     def __init__(self, objectives: Sequence[Objective], seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.draws = [
-            (objective, objective.draw(generator, torch.device("cpu")))
+            (objective, objective.draw(generator, torch.device("cpu"), words=False))
             for objective in objectives
             for _ in range(-(-CHECK_LEVELS // objective.batch))
         ]
@@ -195,9 +91,8 @@ class Plateau:
         """Mean over the fixed draws."""
         losses = []
         for objective, draw in self.draws:
-            encoded = objective.family.encode([objective.example.prompt_with_token])
             with objective.controlled():
-                losses.append(objective.reconstruction(encoded, *draw).item())
+                losses.append(objective.reconstruction(draw).item())
         return sum(losses) / len(losses)
 
     def reached(self, step: int) -> bool:
@@ -215,14 +110,48 @@ class Training:
     """What a fit changes from step to step, and all that decides the steps to come."""
 
     seed: int
+    num_steps: int
     parameters: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     falling: torch.optim.lr_scheduler.LRScheduler
     plateau: Plateau | None
     generator: torch.Generator | None
+    draw_on: torch.device
     progress: list[FitProgress] = field(default_factory=list)
     finished: bool = False
+
+    def one_step(self, objectives: Sequence[Objective]) -> None:
+        """One step down ``L = L_recons + lambda L_semantic`` (S2Edit, method section), added up over the examples.
+
+        Raises:
+            FloatingPointError: the loss is no number any more.
+        """
+        step, measured = len(self.progress), []
+        self.optimizer.zero_grad(set_to_none=True)
+        for objective in objectives:
+            draw = objective.draw(self.generator, self.draw_on)  # t and epsilon
+            base = objective.base_response(draw) if draw.told else None
+            with objective.controlled(draw):  # A*_[I] = A_[I] * M_obj
+                losses = objective.losses(draw, base)
+                loss = objective.total(losses)
+                if not bool(torch.isfinite(loss)):
+                    raise FloatingPointError(
+                        f"The loss is {loss.item()} at step {step}; lower learning_rate (it is "
+                        f"{self.optimizer.param_groups[-1]['initial_lr']:g}) or load the model in float32 (or "
+                        "bfloat16): from_pretrained(..., dtype=torch.float32)."
+                    )
+                self.scaler.scale(loss).backward()
+            parts = (losses.reconstruction, losses.semantic, losses.response, losses.cosine)
+            measured.append([part.item() for part in parts])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.falling.step()
+        *terms, angles = zip(*measured, strict=True)
+        reconstruction, semantic, response = (sum(term) / len(objectives) for term in terms)
+        self.progress.append(FitProgress(step, reconstruction, semantic, tuple(angles), response))
+        gains_nothing = self.plateau is not None and self.plateau.reached(step)
+        self.finished = gains_nothing or step + 1 == self.num_steps
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: tensors and plain values."""
@@ -234,7 +163,7 @@ class Training:
             "falling": self.falling.state_dict(),
             "plateau": None if self.plateau is None else (self.plateau.best, self.plateau.failed),
             "generator": None if self.generator is None else self.generator.get_state(),
-            "progress": [(p.step, p.reconstruction_loss, p.semantic_loss, p.cosines) for p in self.progress],
+            "progress": [tuple(vars(one).values()) for one in self.progress],
             "finished": self.finished,
         }
 
@@ -263,7 +192,8 @@ def fit_weights(
     on_step: Callable[[FitProgress], bool],
     checkpoint: FitCheckpoint | None = None,
 ) -> FitResult:
-    """Minimise ``L = L_recons + lambda L_semantic`` over the tokens' rows and what ``settings.method`` tunes.
+    """Minimise ``L = L_recons + lambda L_semantic`` over the tokens' rows and what ``settings.method`` tunes; where an
+    example has words whose effect is to be kept, with ``L_keep`` beside them.
 
     Several examples, each with a token and a mask of its own, are tuned jointly: their losses are added
     (S2Edit, composition). Whatever happens, the model's components are afterwards as they were, to the bit.
@@ -287,61 +217,44 @@ def fit_weights(
     seed = kept["seed"] if kept else int(torch.randint(2**31, (1,), generator=generator, device=draw_on))
     if checkpoint is not None and generator is None:  # the process's own can't be put back to where it was
         generator = torch.Generator().manual_seed(seed)
-    num_steps, rate = settings.num_steps, settings.learning_rate
-    assert num_steps is not None and rate is not None and settings.token_learning_rate is not None
+    num_steps = settings.num_steps
+    assert num_steps is not None and settings.token_learning_rate is not None
     saving = checkpointed(family.denoiser) if settings.gradient_checkpointing else nullcontext()
 
     learned = [
         {name: nn.Parameter(row.detach().clone().float().to(device)) for name, row in each.items()} for each in rows
     ]
     tuned = _tuned(family, settings, seed)
-    with torch.enable_grad(), frozen(components), tuned as (weights, harvest), saving, ExitStack() as rows_in_place:
+    with torch.enable_grad(), frozen(components), tuned as tuning, saving, ExitStack() as rows_in_place:
         for name, encoder in family.text_encoders.items():
             laid = {e.token_id(name): each[name] for e, each in zip(examples, learned, strict=True)}
             rows_in_place.enter_context(token_rows(encoder, laid))
-        objectives = [Objective(family, example, settings) for example in examples]
+        weights = tuning.parameters
+        objectives = [Objective(family, example, settings, tuning.untuned) for example in examples]
         trained_rows = [row for each in learned for row in each.values()]
         groups = [{"params": trained_rows, "lr": settings.token_learning_rate}]
         if weights:
-            groups.append({"params": weights, "lr": rate})
+            groups.append({"params": weights, "lr": settings.learning_rate})
         optimizer = make_optimizer(settings.optimizer, groups, device)
         scaler = gradient_scaler(device, family.dtype)
         falling = get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=num_steps)
         plateau = Plateau(objectives, seed) if settings.early_stop else None
-        training = Training(seed, [*trained_rows, *weights], optimizer, scaler, falling, plateau, generator)
+        parameters = [*trained_rows, *weights]
+        training = Training(seed, num_steps, parameters, optimizer, scaler, falling, plateau, generator, draw_on)
         if kept:
             training.restore(kept)
         elif settings.method == "lora" and settings.lora_init == "gradient":
             _turn_along_gradient(components, objectives, scaler.get_scale(), generator, draw_on)
 
-        for step in range(num_steps if training.finished else len(training.progress), num_steps):
-            optimizer.zero_grad(set_to_none=True)
-            measured = []
-            for objective in objectives:
-                with objective.controlled():
-                    reconstruction, semantic, angle = objective.losses(*objective.draw(generator, draw_on))
-                    loss = objective.total(reconstruction, semantic)
-                    if not bool(torch.isfinite(loss)):
-                        raise FloatingPointError(
-                            f"The loss is {loss.item()} at step {step}; lower learning_rate (it is {rate:g}) or load "
-                            "the model in float32 (or bfloat16): from_pretrained(..., dtype=torch.float32)."
-                        )
-                    scaler.scale(loss).backward()
-                measured.append((reconstruction.item(), semantic.item(), angle.item()))
-            scaler.step(optimizer)
-            scaler.update()
-            falling.step()
-            reconstructions, semantics, angles = zip(*measured, strict=True)
-            n = len(examples)
-            training.progress.append(FitProgress(step, sum(reconstructions) / n, sum(semantics) / n, angles))
-            training.finished = (plateau is not None and plateau.reached(step)) or step + 1 == num_steps
+        while not training.finished:
+            training.one_step(objectives)
             if checkpoint is not None:
                 checkpoint.save_if_due(training.state)
-            if on_step(training.progress[-1]) is False or training.finished:
+            if on_step(training.progress[-1]) is False:
                 break
         if checkpoint is not None:
             checkpoint.save(training.state())
-        fitted_weights, metadata = harvest()
+        fitted_weights, metadata = tuning.harvest()
     fitted = tuple({name: row.detach().cpu() for name, row in each.items()} for each in learned)
     return FitResult(fitted, fitted_weights, metadata, tuple(training.progress))
 
@@ -368,11 +281,10 @@ def _turn_along_gradient(
     """The adapters' first matrices along the gradient of a batch of its own; ``scale``, of the loss, comes down until
     float16 holds it."""
 
-    def backward(objective: Objective, drawn: tuple[torch.Tensor, torch.Tensor]) -> None:
-        with objective.controlled():
-            reconstruction, semantic, _ = objective.losses(*drawn)
-            (scale * objective.total(reconstruction, semantic)).backward()
+    def backward(objective: Objective, draw: Draw) -> None:
+        with objective.controlled(draw):
+            (scale * objective.total(objective.losses(draw))).backward()
 
-    parts = [partial(backward, objective, objective.draw(generator, draw_on)) for objective in objectives]
+    parts = [partial(backward, objective, objective.draw(generator, draw_on, words=False)) for objective in objectives]
     while not start_along_gradient(components, parts) and scale > 1:
         scale /= 16

@@ -8,8 +8,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .fit_weights import frozen
+from .fit_weights import frozen, lora_layers
 from .identity_compression import leading_triples
+from .packed_weights import is_packed
 
 ROW_LENGTH = 3**-0.5
 """What PEFT's own rows have in the mean: entries uniform within 1 / sqrt(in)."""
@@ -23,6 +24,8 @@ def start_along_gradient(components: Mapping[str, nn.Module], backwards: Sequenc
     singular vectors of G's r largest singular values have most of G within reach (section 3.2 there; B = 0, with which
     the weight needs no offset, is ours). PEFT's random rows have r / in of it in the mean.
 
+    Layers whose weights quantisation has packed, which no gradient reaches, keep PEFT's rows.
+
     A layer's gradient is looked at, and let go, as soon as it is whole; with one of ``backwards`` no two are ever held.
 
     Args:
@@ -32,7 +35,7 @@ def start_along_gradient(components: Mapping[str, nn.Module], backwards: Sequenc
     Returns:
         Whether every gradient was finite; where one wasn't, A is left as it was.
     """
-    layers = [m for module in components.values() for m in module.modules() if isinstance(m, LoraLayer)]
+    layers = [one for one in lora_layers(components) if not is_packed(one.get_base_layer().weight)]
     weights = [layer.get_base_layer().weight for layer in layers]
     finite = []
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from .edit_settings import check_choice, check_share, is_number, with_preset
+from .argument_checks import check_choice, check_share, is_number, with_preset
+from .object_masks import MASK_THRESHOLD
+from .prompt_words import words_of
 
-MASK_THRESHOLD = 0.4
+MOST_RESPONSE_WORDS = 200
+"""Characters that ``response_words`` may have, with ", " between them: what an identity's settings hold."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,20 @@ class FitSettings:
         semantic_weight: lambda of the semantic loss; 0.1 is the paper's.
         spatial_control: mask ``[I]``'s cross-attention.
         detach_sentence: keep e_P out of the gradient (ours; off is the default reading).
-        renormalize, mask_after: see ``attention_controls.SpatialControl`` (ours); None renormalises in joint attention
+        renormalize, mask_after: see ``attention_spatial.SpatialControl`` (ours); None renormalises in joint attention
             alone.
         lora_rank: of every adapter.
         lora_layers: which layers of the U-Net have one, see ``ModelFamily.lora_targets``.
         lora_init: where their first matrices start: "gradient" turns them along the first gradient, see
             ``fit_lora_start.start_along_gradient``, which costs about as much as a step; "random" is PEFT's.
         mask_threshold: of the automatic mask, in (0, 1).
+        response_loss_weight: of ``fit_losses.response_loss``, by which words go on to do what they did before the fit
+            (ours); 0 leaves it out.
+        response_words: these words, things and adjectives as ``change_words`` adds them, such as "smiling" and
+            "glasses", at most 200 characters in all; None takes those of the model's own vocabulary, else of
+            ``fit_words.GENERAL_VOCABULARY``, said beside the prompt's or in place of what it says.
+        response_batch_size: at how many of a step's noise levels, each with a word of its own; None: all. Each is one
+            more row a step through the denoiser, forward and back, and two more forward.
     """
 
     method: str = "lora"
@@ -146,6 +156,9 @@ class FitSettings:
     lora_layers: str = "all"
     lora_init: str = "gradient"
     mask_threshold: float = MASK_THRESHOLD
+    response_loss_weight: float = 0.0
+    response_words: Sequence[str] | None = None
+    response_batch_size: int | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> FitSettings:
@@ -171,7 +184,10 @@ class FitSettings:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.optimizer == "adamw_8bit":
             bitsandbytes()
-        for name in ("num_steps", "batch_size", "lora_rank"):
+        if self.response_loss_weight and self.response_batch_size is None:
+            object.__setattr__(self, "response_batch_size", self.batch_size)
+        counts = ["num_steps", "batch_size", "lora_rank"]
+        for name in (*counts, *(["response_batch_size"] if self.response_batch_size is not None else [])):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
@@ -179,8 +195,10 @@ class FitSettings:
             if not is_number(getattr(self, name)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)!r}.")
         check_share("mask_threshold", self.mask_threshold, open_ended=True)
-        if not is_number(self.semantic_weight) or not self.semantic_weight >= 0:
-            raise ValueError(f"semantic_weight must be a number of 0 or more, not {self.semantic_weight!r}.")
+        for name in ("semantic_weight", "response_loss_weight"):
+            if not is_number(getattr(self, name)) or not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be a number of 0 or more, not {getattr(self, name)!r}.")
+        self._check_response_words()
         self._refuse_what_has_no_effect()
 
     def _give_the_row_the_one_rate(self) -> None:
@@ -198,6 +216,27 @@ class FitSettings:
         for name in ("learning_rate", "token_learning_rate"):
             object.__setattr__(self, name, rates[0] if rates else None)
 
+    def _check_response_words(self) -> None:
+        """Raises:
+        TypeError, ValueError: they are none, or too many; or more rows are asked for than there are.
+        """
+        words = self.response_words
+        if words is not None:
+            if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+                raise TypeError(f"response_words must be strings, such as ['smiling', 'glasses'], not {words!r}.")
+            if not words or not all(words_of(word) for word in words) or len(", ".join(words)) > MOST_RESPONSE_WORDS:
+                raise ValueError(
+                    f"response_words must hold a word each and {MOST_RESPONSE_WORDS} characters in all, such as "
+                    f"['smiling', 'glasses'], not {list(words)!r}."
+                )
+            object.__setattr__(self, "response_words", tuple(words))
+        assert self.batch_size is not None
+        if self.response_batch_size is not None and self.response_batch_size > self.batch_size:
+            raise ValueError(
+                f"response_batch_size={self.response_batch_size} is more than the batch_size={self.batch_size} noise "
+                "levels of a step; lower it, or raise batch_size."
+            )
+
     def _refuse_what_has_no_effect(self) -> None:
         """Raises:
         ValueError: a setting is changed that another one leaves nothing to do.
@@ -213,6 +252,8 @@ class FitSettings:
             "renormalize": (not self.spatial_control, "with spatial_control=False"),
             "mask_after": (not self.spatial_control, "with spatial_control=False"),
             "mask_threshold": (not self.spatial_control, "with spatial_control=False"),
+            "response_words": (self.response_loss_weight == 0, "with response_loss_weight=0"),
+            "response_batch_size": (self.response_loss_weight == 0, "with response_loss_weight=0"),
         }
         for field in fields(self):
             is_idle, reason = without.get(field.name, (False, ""))

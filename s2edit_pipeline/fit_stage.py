@@ -13,9 +13,12 @@ import PIL.Image
 import torch
 from diffusers.utils import logging
 
+from .describe_stage import own_vocabulary
 from .fit_checkpoint import FitCheckpoint
-from .fit_loop import FitExample, FitProgress, FitResult, fit_weights
+from .fit_loop import FitProgress, FitResult, fit_weights
+from .fit_objective import FitExample
 from .fit_settings import FitRequest, FitSettings, ReferenceAttribute
+from .fit_words import ResponseWords, ToldOtherwise, sayings_of
 from .identity_adapter import IdentityAdapter, LearnedAttribute
 from .identity_fingerprint import fingerprint
 from .identity_prompts import check_prompt
@@ -130,8 +133,10 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
         fit_input(work, picture, "" if i == 0 else "reference.", tokenizers, request.size if i == 0 else (None, None))
         for i, picture in enumerate(request.pictures)
     ]
+    words = [_response_words(work, one, settings, tokenizers) for one in inputs]
     started = time.perf_counter()
     examples, placed = zip(*(_example(work, one, settings) for one in inputs), strict=True)
+    examples = tuple(replace(example, words=each) for example, each in zip(examples, words, strict=True))
     rows = [
         {n: initial_row(family.tokenizers[n], encoder, one.subject) for n, encoder in family.text_encoders.items()}
         for one in inputs
@@ -142,6 +147,33 @@ def fit_picture(work: Work, request: FitRequest, on_step: OnFitStep) -> Identity
         result = fit_weights(family, list(examples), rows, settings, request.generator, report, checkpoint)
     masks = [None if example.mask is None else example.mask.cpu() for example in examples]
     return _adapter(work, request, placed[0], masks, result, time.perf_counter() - started)
+
+
+def _response_words(
+    work: Work, one: FitInput, settings: FitSettings, tokenizers: Mapping[str, Any]
+) -> ResponseWords | None:
+    """The words whose effect is kept, or None where none is.
+
+    Raises:
+        ValueError: none of the caller's can be drawn.
+    """
+    if settings.response_loss_weight == 0:
+        return None
+    family, prompt = work.family, one.prompt.text
+
+    def tokenize(text: str) -> ToldOtherwise:
+        return ToldOtherwise(
+            family.tokenize(text), family.tokenize(insert_token(text, one.subject, one.token), tokenizers)
+        )
+
+    sayings = sayings_of(prompt, one.subject, settings.response_words, own_vocabulary(family.pipe))
+    words = ResponseWords.of(sayings, tokenize)
+    if words.sayings:
+        return words
+    if settings.response_words is not None:
+        raise ValueError(f"prompt={prompt!r} is too long to say more: shorten it, or leave response_words= out.")
+    logger.warning(f"prompt={prompt!r} is too long to say more: this fit keeps no word's effect. Shorten it.")
+    return None
 
 
 def _example(work: Work, one: FitInput, settings: FitSettings) -> tuple[FitExample, PlacedPicture]:
@@ -177,6 +209,7 @@ def _checkpoint(work: Work, request: FitRequest, examples: Sequence[FitExample])
         for tensor in (example.latents, example.mask):
             key.update(b"none" if tensor is None else tensor.detach().float().cpu().numpy().tobytes())
         key.update(repr((example.prompt.text, example.prompt_with_token.text)).encode())
+        key.update(repr(None if example.words is None else example.words.sayings).encode())
     generator = request.generator
     key.update(b"own" if generator is None else generator.get_state().numpy().tobytes())
     components = work.family.tuned_components
@@ -206,6 +239,8 @@ def _reporter(work: Work, bar: Any, settings: FitSettings, on_step: OnFitStep) -
             "semantic_loss": progress.semantic_loss,
             "cosine": progress.cosine,
         }
+        if settings.response_loss_weight:
+            measures["response_loss"] = progress.response_loss
         if len(progress.cosines) > 1:
             measures["reference_cosine"] = progress.cosines[1]
         on_step(progress.step, num_steps, measures)
@@ -235,6 +270,8 @@ def _adapter(
         "reconstruction_loss_last": float(np.mean([p.reconstruction_loss for p in tail])),
         "seconds": round(seconds, 2),
     }
+    if settings.response_loss_weight:
+        measures["response_loss_last"] = float(np.mean([p.response_loss for p in tail]))
     attribute = None
     if len(request.pictures) > 1:
         reference = request.pictures[1]
@@ -244,6 +281,7 @@ def _adapter(
     del facts["method"], facts["gradient_checkpointing"]
     facts |= {
         "num_steps": len(result.progress),
+        "response_words": None if settings.response_words is None else ", ".join(settings.response_words),
         "automatic_mask": request.pictures[0].mask is None,
         "height": placed.size[0],
         "width": placed.size[1],

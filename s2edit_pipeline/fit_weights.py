@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import peft
@@ -14,8 +16,20 @@ from torch import nn
 from .identity_lora_names import lora_metadata, published_name
 from .prompt_tokens import embedding_table
 
-TunedWeights = tuple[list[nn.Parameter], Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]]]
-"""The parameters to train, and what harvests them: weights and LoRA metadata as in ``IdentityAdapter``."""
+
+@dataclass(frozen=True)
+class TunedWeights:
+    """What is trained.
+
+    Attributes:
+        parameters: to train.
+        harvest: returns weights and LoRA metadata as in ``IdentityAdapter``.
+        untuned: within it the model is, to the bit, as before the fit; what is trained stands aside.
+    """
+
+    parameters: list[nn.Parameter]
+    harvest: Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]]
+    untuned: Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -51,13 +65,26 @@ def full_weights(components: Mapping[str, nn.Module]) -> Iterator[TunedWeights]:
     def harvest() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {name: (p.data - original.float()).cpu() for name, p, original in tuned}, {}
 
+    originals = [*((p, original) for _, p, original in tuned), *zip(tables, words, strict=True)]
+
+    @contextmanager
+    def untuned() -> Iterator[None]:
+        trained = [parameter.data for parameter, _ in originals]
+        try:
+            for parameter, original in originals:
+                parameter.data = original
+            yield
+        finally:
+            for (parameter, _), data in zip(originals, trained, strict=True):
+                parameter.data = data
+
     try:
         for _, parameter, original in tuned:
             parameter.data = original.to(torch.float32, copy=True)
             parameter.requires_grad_(True)
         for table in tables:
             table.data = table.data.float()
-        yield [p for _, p, _ in tuned], harvest
+        yield TunedWeights([p for _, p, _ in tuned], harvest, untuned)
     finally:
         for table, original in zip(tables, words, strict=True):
             table.data = original
@@ -96,7 +123,8 @@ def lora_weights(
             peft.inject_adapter_in_model(configs[name], module, adapter_name=adapter, low_cpu_mem_usage=True)
             attached += [(module, added) for added in set(vars(module)) - attributes]  # peft_config and the like
         _start(components, adapter, torch.Generator().manual_seed(seed))
-        yield [p for m in components.values() for n, p in m.named_parameters() if f".{adapter}." in n], harvest
+        parameters = [p for m in components.values() for n, p in m.named_parameters() if f".{adapter}." in n]
+        yield TunedWeights(parameters, harvest, partial(_switched_off, lora_layers(components)))
     finally:
         for parent, child_name, child in replaced:
             if getattr(parent, child_name) is not child:
@@ -105,9 +133,26 @@ def lora_weights(
             delattr(module, added)
 
 
+def lora_layers(components: Mapping[str, nn.Module]) -> list[LoraLayer]:
+    """All layers with adapters."""
+    return [m for module in components.values() for m in module.modules() if isinstance(m, LoraLayer)]
+
+
+@contextmanager
+def _switched_off(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """Without their adapters, which train on afterwards."""
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 def _start(components: Mapping[str, nn.Module], adapter: str, generator: torch.Generator) -> None:
     """Factors in float32 where each layer is, as PEFT starts them: A uniform within 1 / sqrt(in), B zero."""
-    for layer in (m for module in components.values() for m in module.modules() if isinstance(m, LoraLayer)):
+    for layer in lora_layers(components):
         device = layer.get_base_layer().weight.device
         down, up = layer.lora_A[adapter], layer.lora_B[adapter]
         first = nn.init.kaiming_uniform_(torch.empty(down.weight.shape), a=5**0.5, generator=generator)
@@ -119,7 +164,7 @@ def _start(components: Mapping[str, nn.Module], adapter: str, generator: torch.G
 
 @contextmanager
 def no_weights() -> Iterator[TunedWeights]:
-    yield [], lambda: ({}, {})
+    yield TunedWeights([], lambda: ({}, {}), nullcontext)
 
 
 @contextmanager

@@ -165,7 +165,10 @@ class IdentityAdapter:
                 raise ValueError(f"reference_token={reference_token!r}: this identity was fitted without a reference.")
             renamed = replace(renamed, reference=replace(self.reference, token=reference_token))
         if renamed.reference is not None and renamed.reference.token == renamed.token:
-            raise ValueError(f"The identity and its reference attribute can't both be {renamed.token!r}.")
+            raise ValueError(
+                f"The identity and its reference attribute can't both be {renamed.token!r}; give the attribute another "
+                "token: load_identity(..., reference_token='[A]')."
+            )
         return renamed
 
     def lora_factors(self, component: str) -> dict[str, LoraFactors]:

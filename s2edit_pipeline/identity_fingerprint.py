@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .identity_lora_names import pattern_name
+from .offloaded_weights import stored, unreadable
+from .packed_weights import is_packed, kind_of, stored_parts
 from .prompt_tokens import embedding_modules
 
 BUCKETS = 64
@@ -42,20 +44,29 @@ ROUNDING_SIGMAS = 6.0
 # ------------------------------------------------------------------------------ the weights that count
 
 
-def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def base_parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, parameter) of ``module``'s own weights: what PEFT has wrapped by its name without, and at its place;
-    adapters attached to it, IP-Adapter's among them, are left out. A shared parameter comes once."""
-    seen: set[int] = set()
+    adapters attached to it, IP-Adapter's among them, are left out. A shared parameter comes once. Of those that
+    accelerate has offloaded, the tensors that it keeps."""
+    seen: set[Any] = set()
     for name, parameter in _walk(module, "", _is_ip_adapted(module)):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
+        if _itself(parameter) not in seen:
+            seen.add(_itself(parameter))
             yield name, parameter
 
 
-def _walk(module: nn.Module, prefix: str, skips_ip_adapter: bool) -> Iterator[tuple[str, nn.Parameter]]:
+def _itself(tensor: torch.Tensor) -> Any:
+    """The same for a parameter that is shared; what accelerate keeps are other tensors over the same memory."""
+    if isinstance(tensor, nn.Parameter):
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape)
+
+
+def _walk(module: nn.Module, prefix: str, skips_ip_adapter: bool) -> Iterator[tuple[str, torch.Tensor]]:
     while isinstance(module, BaseTunerLayer):
         module = module.base_layer
-    for name, parameter in module._parameters.items():
+    for name in module._parameters:
+        parameter = stored(module, name)
         if parameter is not None:
             yield prefix + name, parameter
     for name, child in module._modules.items():
@@ -68,11 +79,9 @@ def _is_ip_adapted(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj"
 
 
-def _word_table(module: nn.Module) -> nn.Parameter | None:
+def _word_table(module: nn.Module) -> torch.Tensor | None:
     """A text encoder's token embedding."""
-    if not hasattr(module, "get_input_embeddings"):
-        return None
-    return embedding_modules(module)[0].weight  # type: ignore[return-value]
+    return stored(embedding_modules(module)[0], "weight") if hasattr(module, "get_input_embeddings") else None
 
 
 # ------------------------------------------------------------------------------ pseudo-random factors
@@ -94,6 +103,7 @@ def _signs() -> torch.Tensor:
     return torch.from_numpy(1 - 2 * bits.astype(np.float32))
 
 
+@lru_cache(maxsize=4096)
 def _factors(name: str, count: int) -> torch.Tensor:
     """c of the tensor ``name``: (count,) float64, of either sign, from 0.5 to 1.5."""
     start = np.frombuffer(hashlib.sha256(name.encode()).digest()[:8], dtype="<u8")[0]
@@ -113,21 +123,18 @@ class _Bucket:
         self.projections: list[torch.Tensor] = []
         self.squares: list[torch.Tensor] = []
         self.variances: list[torch.Tensor] = []
-        self.is_quantised = False
 
     def add(self, name: str, tensor: torch.Tensor, made_in: torch.dtype | None) -> None:
         """Take ``tensor`` in; ``made_in``: the type that the other fingerprint's weights were in, None where there is
         none and the squares are wanted instead."""
         flat = tensor.detach().reshape(-1)  # a view, but of channels-last convolutions
-        device = flat.device if flat.device.type in ("cpu", "cuda") else torch.device("cpu")  # others lack float64
+        device = _summing_device(flat)
         signs, factors = _signs().to(device), _factors(name, math.ceil(len(flat) / ROW_LENGTH)).to(device)
-        is_float = tensor.is_floating_point()
-        self.is_quantised |= not is_float
-        rounding = {tensor.dtype, made_in} if is_float and made_in not in (None, tensor.dtype) else set()
+        rounding = _roundings(tensor.dtype, made_in)
         step = ROWS_AT_A_TIME if device.type == "cpu" else 256 * ROWS_AT_A_TIME
         for first in range(0, len(factors), step):
             part = flat[first * ROW_LENGTH : (first + step) * ROW_LENGTH].to(device).float()
-            self.variances += [_rounding_variance(part, dtype) for dtype in rounding]
+            self.variances += [_rounding_variances(part, dtype).sum() for dtype in rounding]
             if made_in is None:
                 self.squares.append(torch.dot(part, part).double())
             whole = len(part) // ROW_LENGTH
@@ -149,12 +156,53 @@ def _total(parts: list[torch.Tensor]) -> float:
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 
-def _rounding_variance(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Of c times the rounding error, added up: uniform within a step of ``dtype``'s numbers there, step^2 / 12."""
+def _summing_device(tensor: torch.Tensor) -> torch.device:
+    """Its own, where that has float64."""
+    return tensor.device if tensor.device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def _roundings(dtype: torch.dtype, made_in: torch.dtype | None) -> set[torch.dtype]:
+    """The types whose rounding tells weights of ``dtype`` from those that the other fingerprint was made of."""
+    return {dtype, made_in} if dtype.is_floating_point and made_in is not None and made_in != dtype else set()
+
+
+def _rounding_variances(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of c times each rounding error: uniform within a step of ``dtype``'s numbers there, step^2 / 12."""
     info = torch.finfo(dtype)
     exponents = (values.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two at or below each
     steps = info.eps * exponents.double().clamp_min(info.smallest_normal)
-    return steps.square().sum() / 12 * (13 / 12)  # the latter is the mean of c^2
+    return steps.square() / 12 * (13 / 12)  # the latter is the mean of c^2
+
+
+_Member = tuple[int, str, torch.Tensor]
+"""A tensor's bucket, its name, and the tensor."""
+
+
+def _add_short(buckets: Sequence[_Bucket], members: Sequence[_Member], made_in: torch.dtype | None) -> None:
+    """``_Bucket.add`` of each of ``members``, tensors of one row, which are many: at once of those stored alike."""
+    alike: dict[tuple[torch.device, torch.dtype], list[_Member]] = {}
+    for member in members:
+        alike.setdefault((member[2].device, member[2].dtype), []).append(member)
+    for (_, dtype), group in alike.items():
+        places, names, tensors = zip(*group, strict=True)
+        device = _summing_device(tensors[0])
+        lengths = torch.tensor([tensor.numel() for tensor in tensors], device=device)
+        starts = lengths.cumsum(0) - lengths
+        columns = torch.arange(int(lengths.sum()), device=device) - starts.repeat_interleave(lengths)
+        factors = torch.cat([_factors(name, 1) for name in names]).to(device).repeat_interleave(lengths)
+        bucket_of = torch.tensor(places, device=device).repeat_interleave(lengths)
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(device).float()
+        sums = torch.zeros(len(buckets), dtype=torch.float64, device=device)
+
+        projections = sums.index_add(0, bucket_of, flat.double() * _signs().to(device)[columns] * factors).unbind()
+        squares = sums.index_add(0, bucket_of, flat.double().square()).unbind() if made_in is None else ()
+        variances = [
+            sums.index_add(0, bucket_of, _rounding_variances(flat, one)).unbind() for one in _roundings(dtype, made_in)
+        ]
+        for place in set(places):
+            buckets[place].projections.append(projections[place])
+            buckets[place].squares += [squares[place]] if squares else []
+            buckets[place].variances += [one[place] for one in variances]
 
 
 @dataclass(frozen=True)
@@ -162,11 +210,12 @@ class _Reading:
     """What one pass over a module's weights gives.
 
     Attributes:
-        dtype: the type that most of the weights are in.
+        dtype: the type that most of the weights are in, or where some are packed, what most of those are called.
         count: of the weights.
         buckets: BUCKETS of them; biases and norms, which no quantisation touches, fall into the first VECTOR_BUCKETS.
         word_rows: rows of the token embedding, which isn't in the buckets.
         words: a bucket for each WORDS_OF_A_BLOCK rows of it.
+        is_packed: whether some are, see ``packed_weights``.
     """
 
     dtype: str
@@ -174,21 +223,22 @@ class _Reading:
     buckets: list[_Bucket]
     word_rows: int
     words: list[_Bucket]
+    is_packed: bool
 
 
 def _read(
     module: nn.Module, originals: Mapping[str, torch.Tensor] | None, made_in: torch.dtype | None
 ) -> _Reading | None:
-    """None where weights are offloaded."""
+    """None where the weights can't be read."""
+    if unreadable(module):
+        return None
     table, changed = _word_table(module), originals or {}
     parameters = list(base_parameters(module))
-    if any(parameter.is_meta for _, parameter in parameters):
-        return None
-    buckets, counts = [_Bucket() for _ in range(BUCKETS)], Counter[str]()
-    word_rows, words = 0, []
+    buckets, counts, packed = [_Bucket() for _ in range(BUCKETS)], Counter[str](), Counter[str]()
+    word_rows, words, short = 0, [], list[_Member]()
     for name, parameter in parameters:
         tensor = changed.get(name, parameter)
-        if parameter is table:
+        if table is not None and _itself(parameter) == _itself(table):
             word_rows, blocks = len(tensor), tensor.split(WORDS_OF_A_BLOCK)
             words = [_Bucket() for _ in blocks]
             for i, block in enumerate(blocks):
@@ -196,22 +246,26 @@ def _read(
             continue
         # transformers 5 took a level out of CLIP's names
         published = pattern_name(name)
-        buckets[_place(published, tensor)].add(published, tensor, made_in)
-        counts[_name_of(tensor.dtype)] += tensor.numel()
-    dtype = max(counts, key=lambda kind: counts[kind], default="float32")
-    return _Reading(dtype, sum(counts.values()), buckets, word_rows, words)
+        place, packs = _place(published, tensor.ndim), is_packed(tensor)
+        (packed if packs else counts)[kind_of(tensor)] += tensor.numel()
+        for part_name, part in stored_parts(tensor).items() if packs else [("", tensor)]:
+            if 0 < part.numel() <= ROW_LENGTH:
+                short.append((place, published + part_name, part))
+            else:
+                buckets[place].add(published + part_name, part, made_in)
+    _add_short(buckets, short, made_in)
+    named = packed or counts
+    dtype = max(named, key=lambda kind: named[kind], default="float32")
+    return _Reading(dtype, sum(counts.values()) + sum(packed.values()), buckets, word_rows, words, bool(packed))
 
 
-def _place(name: str, tensor: torch.Tensor) -> int:
+@lru_cache(maxsize=4096)
+def _place(name: str, num_axes: int) -> int:
     """The bucket of the tensor ``name``."""
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[8:16], "little")
-    if tensor.ndim <= 1:
+    if num_axes <= 1:
         return number % VECTOR_BUCKETS
     return VECTOR_BUCKETS + number % (BUCKETS - VECTOR_BUCKETS)
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @torch.no_grad()
@@ -226,7 +280,7 @@ def fingerprint(module: nn.Module, originals: Mapping[str, torch.Tensor] | None 
     Returns:
         ``dtype`` that the weights are in; their ``count``; ``sums`` and ``squares``, the projections and sums of
         squares of 64 buckets of them; ``word_rows`` of the token embedding, ``word_sums`` and ``word_squares`` of each
-        4,096 of them. None where weights are offloaded.
+        4,096 of them. None where the weights are offloaded and can't be read there, see ``offloaded_weights``.
     """
     reading = _read(module, originals, None)
     if reading is None:
@@ -259,7 +313,7 @@ def is_same_base(
         originals: as :func:`fingerprint`'s.
 
     Raises:
-        ValueError: the weights are offloaded.
+        ValueError: the weights are offloaded, and can't be read there.
     """
     if not isinstance(wanted, Mapping):
         numbers = first_weights(module, originals)
@@ -268,9 +322,8 @@ def is_same_base(
     is_float = isinstance(made_in, torch.dtype) and made_in.is_floating_point
     reading = _read(module, originals, made_in if is_float else torch.float32)
     if reading is None:
-        raise ValueError("The weights are offloaded and can't be compared. Call pipe.remove_all_hooks() first.")
-    is_quantised = any(bucket.is_quantised for bucket in reading.buckets) or not is_float
-    stored_alike = not is_quantised or reading.dtype == wanted["dtype"]
+        raise ValueError("The weights are offloaded where they can't be read. Call pipe.remove_all_hooks() first.")
+    stored_alike = reading.dtype == wanted["dtype"] or not (reading.is_packed or not is_float)
     if stored_alike and wanted["count"] != reading.count:
         return False
     given = zip(reading.buckets, wanted["sums"], wanted["squares"], strict=True)
@@ -306,9 +359,8 @@ def check_base(adapter: Any, components: Mapping[str, nn.Module], originals: Map
 
     Raises:
         ValueError: the identity was fitted to a base model with other components, or with other weights than
-            ``components`` have; or these are offloaded.
+            ``components`` have; or these can't be read where they are offloaded.
     """
-    check_present(components)
     base = adapter.base_model or "another base model"
     if not adapter.base_fingerprint:
         raise ValueError(
@@ -325,16 +377,4 @@ def check_base(adapter: Any, components: Mapping[str, nn.Module], originals: Map
             raise ValueError(
                 f"The identity {adapter.token!r} was fitted to {base!r}, whose {name} has other weights than this "
                 "pipeline's. Load that model, or fit the identity again here."
-            )
-
-
-def check_present(components: Mapping[str, nn.Module]) -> None:
-    """Raises:
-    ValueError: a component's weights are offloaded.
-    """
-    for name, module in components.items():
-        if any(parameter.is_meta for parameter in module.parameters()):
-            raise ValueError(
-                f"The weights of the {name} are offloaded and can't be changed. Call pipe.remove_all_hooks() first, "
-                "and enable offloading again afterwards."
             )

@@ -25,9 +25,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .identity_fingerprint import check_base, check_present, is_same_base
+from .identity_fingerprint import check_base, is_same_base
 from .identity_lora_layers import AdaptedLayer, LayerPlace, lora_layers
 from .identity_lora_names import name_within
+from .offloaded_weights import gathered
+from .packed_weights import is_too_coarse, kind_of
 from .prompt_tokens import lay_rows, with_tokens
 
 Components = Mapping[str, nn.Module]
@@ -95,6 +97,16 @@ class IdentityOverlay:
                 return name
         raise KeyError(token)
 
+    def check_loaded(self, token: str) -> None:
+        """Raises:
+        ValueError: no identity of that token is loaded.
+        """
+        if token not in self._identities:
+            raise ValueError(
+                f"No identity {token!r} is loaded; loaded are: {', '.join(self._identities) or 'none'}. Load it, "
+                "pipe.load_identity(folder or Hub name), or pass identity=."
+            )
+
     def state(self, token: str | None = None) -> str:
         """What tells which fits, scales and masks are laid on: of the identity ``token``, or of all.
 
@@ -133,6 +145,10 @@ class IdentityOverlay:
         self.check_alone(components)
         if self._identities:
             self._check_components(components)
+        with gathered(components):
+            return self._lay(adapter, float(scale), components, tokenizers)
+
+    def _lay(self, adapter: Any, scale: float, components: Components, tokenizers: Mapping[str, Any]) -> dict[str, Any]:
         check_base(adapter, components, {name: self.originals(name) for name in components})
         plain = self._plain_tokenizers if self._identities else dict(tokenizers)
         extended = {name: with_tokens(t, [*self.tokens, *adapter.learned]) for name, t in plain.items()}
@@ -140,7 +156,7 @@ class IdentityOverlay:
         _check_fit(adapter, components)
 
         self._modules = dict(components)
-        loaded, peft_name = LoadedIdentity(adapter, float(scale)), self._free_name()
+        loaded, peft_name = LoadedIdentity(adapter, scale), self._free_name()
         self._identities[adapter.token], self._adapter_names[adapter.token] = loaded, peft_name
         try:
             for component in components:
@@ -163,23 +179,21 @@ class IdentityOverlay:
             when none is left. Nothing where nothing was loaded.
 
         Raises:
-            ValueError: no identity of that token is loaded, the weights are offloaded, or a LoRA is fused into them.
+            ValueError: no identity of that token is loaded, the weights are offloaded in a way that isn't served, or a
+                LoRA is fused into them.
         """
         leaving = list(self._identities) if token is None else [token]
         for name in leaving:
-            if name not in self._identities:
-                raise ValueError(
-                    f"No identity {name!r} is loaded; loaded are: {', '.join(self._identities) or 'none'}."
-                )
+            self.check_loaded(name)
         if not leaving:
             return {}
         self._check_components(components)
-        check_present(components)
         self._check_unfused()
         *others, last = leaving
-        for name in others:
-            self._remove(name)
-        return self._remove(last)
+        with gathered(components):
+            for name in others:
+                self._remove(name)
+            return self._remove(last)
 
     def ensure(self, components: Components) -> None:
         """Put the identities back where the user's doings with LoRAs have taken or switched them off; cheap where
@@ -193,8 +207,10 @@ class IdentityOverlay:
             return
         self._check_components(components)
         if not all(map(AdaptedLayer.is_settled, self._layers.values())):
-            for component in {layer.component for layer in self._layers.values() if not layer.is_in_place()}:
-                self._attach_again(component)
+            missing = {layer.component for layer in self._layers.values() if not layer.is_in_place()}
+            with gathered({component: components[component] for component in missing}):
+                for component in missing:
+                    self._attach_again(component)
             self._settle()
         for name, (table, rows) in self._tables.items():
             if self._modules[name].get_input_embeddings() is not table:  # type: ignore[operator]
@@ -371,6 +387,9 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return parameter if isinstance(parameter, nn.Parameter) else None
 
 
+_OTHER_MODEL = "It was fitted to another model: load that one, or fit it again, pipe.fit_identity(...)."
+
+
 def _check_rows(adapter: Any, text_encoders: Components) -> None:
     wanted = {
         name: (encoder.get_input_embeddings().weight.shape[1],)  # type: ignore[operator]
@@ -379,7 +398,7 @@ def _check_rows(adapter: Any, text_encoders: Components) -> None:
     for token, (rows, _) in adapter.learned.items():
         shapes = {name: tuple(row.shape) for name, row in rows.items()}
         if shapes != wanted:
-            raise ValueError(f"The token {token!r} has rows of {shapes}; this model's are of {wanted}.")
+            raise ValueError(f"The token {token!r} has rows of {shapes}; this model's are of {wanted}. {_OTHER_MODEL}")
 
 
 def _check_fit(adapter: Any, components: Components) -> None:
@@ -388,7 +407,9 @@ def _check_fit(adapter: Any, components: Components) -> None:
     """
     foreign = {name.split(".")[0] for name in adapter.weights} - components.keys()
     if foreign:
-        raise ValueError(f"The identity changes {', '.join(sorted(foreign))}, which this model doesn't have.")
+        raise ValueError(
+            f"The identity changes {', '.join(sorted(foreign))}, which this model doesn't have. {_OTHER_MODEL}"
+        )
     for component, module in components.items():
         for saved_name, difference in adapter.plain_differences(component).items():
             _check_shape(component, module, name_within(module, saved_name), tuple(difference.shape), is_lora=False)
@@ -407,22 +428,22 @@ def _check_fit(adapter: Any, components: Components) -> None:
 def _check_shape(component: str, module: nn.Module, name: str, shape: tuple[int, ...], is_lora: bool) -> None:
     parameter = _parameter(module, name)
     if parameter is None:
-        raise ValueError(f"The identity changes {component}.{name}, which this model doesn't have.")
+        raise ValueError(f"The identity changes {component}.{name}, which this model doesn't have. {_OTHER_MODEL}")
     owner = module.get_submodule(name.rpartition(".")[0])
     owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
     is_linear = isinstance(owner, nn.Linear)
     if is_lora and not is_linear and not isinstance(owner, nn.Conv2d):
         raise ValueError(
             f"The identity has a LoRA of {component}.{name}, and that layer is {type(owner).__name__} here, neither "
-            "linear nor a convolution: it was fitted to another model."
+            f"linear nor a convolution. {_OTHER_MODEL}"
         )
     # a weight that quantisation has packed: what it stands for
     packed = is_linear and name.endswith(".weight")
     present = (owner.out_features, owner.in_features) if packed else tuple(parameter.shape)
     if present != shape:
-        raise ValueError(f"The identity's {component}.{name} is {shape}; the model's is {present}.")
-    if not is_lora and not parameter.is_floating_point():
+        raise ValueError(f"The identity's {component}.{name} is {shape}; the model's is {present}. {_OTHER_MODEL}")
+    if not is_lora and is_too_coarse(parameter):
         raise ValueError(
-            f"The identity changes {component}.{name} as a whole, and it is quantised here. Load the model without "
-            "quantisation, or fit the identity with method='lora'."
+            f"The identity changes {component}.{name} as a whole, and it is quantised here ({kind_of(parameter)}). "
+            "Load the model without quantisation and layerwise casting, or fit the identity with method='lora'."
         )

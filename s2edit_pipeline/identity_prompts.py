@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.utils import logging
 
-from .attention_controls import SpatialControl
+from .attention_spatial import SpatialControl
 from .family_base import ModelFamily
 from .identity_overlay import IdentityOverlay
 from .object_search import mask_in

@@ -20,11 +20,11 @@ def null_text(task: InversionTask, *, num_inner_steps: int = 10) -> InversionPat
     optimizer and the latents on the way down are float32 at least; the denoiser keeps its own dtype, and in float16 the
     loss is scaled.
     """
-    pivot, n = ddim_trajectory(task), task.schedule.num_steps
+    pivot, n = ddim_trajectory(task), task.schedule.num_steps  # z*_0 ... z*_T, at guidance 1
     precise = torch.promote_types(pivot.dtype, torch.float32)
-    x, null, optimised = pivot[n:].to(precise), task.null_embeds.detach().float(), []
+    x, null, optimised = pivot[n:].to(precise), task.null_embeds.detach().float(), []  # z_T <- z*_T, null_T <- psi("")
     scaler = gradient_scaler(pivot.device, pivot.dtype)
-    for i, k in enumerate(range(n, 0, -1)):
+    for i, k in enumerate(range(n, 0, -1)):  # "for t = T, T - 1, ..., 1"
         wanted = pivot[k - 1 : k].to(precise)
         with torch.no_grad():
             conditional = task.denoise(x, k)
@@ -32,7 +32,7 @@ def null_text(task: InversionTask, *, num_inner_steps: int = 10) -> InversionPat
         with torch.enable_grad():
             null = null.clone().requires_grad_()
             optimizer = torch.optim.Adam([null], lr=1e-2 * (1 - i / (2 * n)))
-            for _ in range(num_inner_steps):
+            for _ in range(num_inner_steps):  # null_t <- null_t - eta grad || z*_(t-1) - z_(t-1)(z_t, null_t, C) ||^2
                 loss = F.mse_loss(step_down(null).float(), wanted.float())
                 (null.grad,) = torch.autograd.grad(scaler.scale(loss), [null])
                 scaler.step(optimizer)
@@ -42,7 +42,7 @@ def null_text(task: InversionTask, *, num_inner_steps: int = 10) -> InversionPat
         null = null.detach()
         optimised.append(null)
         with torch.no_grad():
-            x = step_down(null)
+            x = step_down(null)  # z_(t-1) <- z_(t-1)(z_t, null_t, C); null_(t-1) starts from null_t
         check_finite(x, "null-text inversion's way down", i)
         task.on_step(n + i, x)
     return InversionPath(pivot, torch.cat(optimised[::-1]))

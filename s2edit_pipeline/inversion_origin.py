@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from .identity_fingerprint import fingerprint, is_same_base
 from .identity_overlay import IdentityOverlay
 from .inversion_record import Inversion, MadeWith
 from .noise_schedule import NoiseSchedule
+from .offloaded_weights import stored, unreadable
 from .picture_files import SourcePicture
 
 
@@ -40,14 +42,16 @@ def active_loras(components: Mapping[str, nn.Module], overlay: IdentityOverlay) 
                 continue
             for name in layer.active_adapters:
                 if name not in ours and name in layer.lora_A:
-                    weights = (layer.lora_A[name].weight, layer.lora_B[name].weight)
+                    weights = (stored(part[name], "weight") for part in (layer.lora_A, layer.lora_B))
                     sums.setdefault(name, []).extend([layer.scaling[name], *map(_summary, weights)])
         states += [f"{name} in {component} ({_digest(numbers)})" for name, numbers in sorted(sums.items())]
     return ", ".join(states)
 
 
 @torch.no_grad()
-def _summary(weight: torch.Tensor) -> float:
+def _summary(weight: torch.Tensor | None) -> float:
+    if weight is None or weight.is_meta:
+        return math.nan
     flat = weight.detach().double().flatten()
     return float((flat * torch.linspace(1, 2, len(flat), dtype=torch.float64, device=flat.device)).sum())
 
@@ -84,8 +88,8 @@ def difference(
 
 
 def _is_same(wanted: Any, module: nn.Module, originals: Mapping[str, torch.Tensor]) -> bool:
-    """Offloaded weights can't be read: then they are taken for the same."""
-    if wanted is None or any(parameter.is_meta for parameter in module.parameters()):
+    """Weights that can't be read where they are offloaded are taken for the same."""
+    if wanted is None or unreadable(module):
         return True
     return is_same_base(wanted, module, originals)
 
@@ -109,4 +113,7 @@ def check_inversion(
         raise ValueError(f"The inversion was made of another picture than image=; pass that one, or {again}.")
     channels = inversion.trajectory.shape[1]
     if channels != family.latent_channels:
-        raise ValueError(f"The inversion has {channels} latent channels, this model {family.latent_channels}.")
+        raise ValueError(
+            f"The inversion has {channels} latent channels, this model {family.latent_channels}: it was made with "
+            f"another model. Load that one, or {again}."
+        )

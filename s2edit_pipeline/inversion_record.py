@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from .argument_checks import check_choice
 from .attention_source import SourceAttention
-from .edit_settings import check_choice
 from .inversion_files import read_inversion, write_inversion
 from .noise_guidance import Guidance, guided
 from .noise_schedule import NoiseSchedule
@@ -102,6 +102,11 @@ INVERSIONS: dict[str, InversionMethod] = {}
 def register_inversion(name: str, method: InversionMethod) -> None:
     """Make ``method`` known as ``name``."""
     INVERSIONS[name] = method
+
+
+def is_finished(inversion: Any) -> bool:
+    """Whether it is an ``Inversion``, of this copy of the package or another, and no method's name."""
+    return hasattr(inversion, "trajectory")
 
 
 def inversion_method(name: Any) -> InversionMethod:

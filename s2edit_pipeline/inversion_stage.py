@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from .attention_controls import Controllers, SpatialControl
+from .attention_chain import Controllers
 from .attention_seam import AttentionController
 from .attention_source import AttentionKeeper, KeepAttention
+from .attention_spatial import SpatialControl
 from .fit_weights import frozen
 from .identity_prompts import (
     branches,
@@ -39,7 +40,7 @@ from .noise_schedule import NoiseSchedule
 from .object_search import check_crop, close_up, place
 from .picture_files import read_picture
 from .picture_placement import PlacedPicture
-from .pipeline_turns import Interrupted
+from .pipeline_turns import CallState, Interrupted
 from .pipeline_work import Work
 from .prompt_embeds import Branch
 
@@ -196,7 +197,7 @@ def invert_picture(work: Work, request: InversionRequest) -> Inversion:
         "clip_skip": request.clip_skip,
     }
     num_steps = schedule.num_steps * method.num_passes
-    work.call.facts |= {"num_timesteps": num_steps, "clip_skip": request.clip_skip}
+    work.call.state = CallState(num_timesteps=num_steps, clip_skip=request.clip_skip)
     with (
         torch.set_grad_enabled(method.needs_gradients),
         frozen({family.denoiser_name: family.denoiser}) if method.needs_gradients else nullcontext(),

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .edit_settings import DEFAULT_GUIDANCE
-
+DEFAULT_GUIDANCE = 4.5
+"""Where neither the caller nor the model says otherwise; S2Edit recommends 3.5 to 5.5."""
 GUIDANCE_FORMS = ("branch", "told", "none")
 
 

@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+MASK_THRESHOLD = 0.4
+"""How far a map must rise from its smallest to its largest value for a cell to be the object's."""
+
 
 def gaussian_smooth(values: torch.Tensor, sigma: float) -> torch.Tensor:
     """(H, W) blurred by a Gaussian of ``sigma`` cells, edges repeated."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .attention_controls import MapRecorder, mask_at
-from .fit_settings import MASK_THRESHOLD
-from .object_masks import mask_to_picture, threshold_map
+from .attention_maps import MapRecorder
+from .attention_spatial import mask_at
+from .object_masks import MASK_THRESHOLD, mask_to_picture, threshold_map
 from .picture_files import SourcePicture
 from .picture_modes import Box
 from .picture_placement import CLOSE_UP_SHARE, PlacedPicture, Placement, close_up_box, mask_values, place_picture

@@ -21,10 +21,14 @@ from diffusers.loaders import (
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 
 # diffusers copies only the files that this one names, see publishing.unfollowed: so every module is named here
-from .attention_controls import Controllers  # noqa: F401
+from .argument_checks import with_preset
+from .attention_chain import Controllers  # noqa: F401
+from .attention_maps import MapRecorder  # noqa: F401
 from .attention_opaque import OpaqueLayer  # noqa: F401
+from .attention_prompt_to_prompt import PromptToPrompt  # noqa: F401
 from .attention_seam import attention_control  # noqa: F401
 from .attention_source import KeepAttention
+from .attention_spatial import SpatialControl  # noqa: F401
 from .describe_captioner import caption_of  # noqa: F401
 from .describe_completion import completed  # noqa: F401
 from .describe_judge import DenoisingJudge  # noqa: F401
@@ -34,21 +38,28 @@ from .edit_attention import EditControl  # noqa: F401
 from .edit_loop import EDITS  # noqa: F401
 from .edit_output import S2EditPipelineOutput
 from .edit_pictures import edited_pictures  # noqa: F401
-from .edit_settings import EDIT_PRESETS, EditRequest, EditSettings, with_preset
+from .edit_settings import CROSS_REPLACE_STEPS, EDIT_PRESETS, EditRequest, EditSettings
 from .edit_stage import edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
 from .family_flow import FlowFamily  # noqa: F401
+from .family_flux import FluxFamily  # noqa: F401
+from .family_flux2 import Flux2KleinFamily  # noqa: F401
 from .family_ip_adapter import loaded_adapters  # noqa: F401
+from .family_language import LanguageModelFamily  # noqa: F401
+from .family_qwen import QwenImageFamily  # noqa: F401
 from .family_sd3 import StableDiffusion3Family  # noqa: F401
 from .family_unet import UNetFamily  # noqa: F401
+from .family_z_image import ZImageFamily  # noqa: F401
 from .fit_checkpoint import FitCheckpoint  # noqa: F401
 from .fit_loop import fit_weights  # noqa: F401
 from .fit_lora_start import start_along_gradient  # noqa: F401
 from .fit_losses import cosine  # noqa: F401
+from .fit_objective import Objective  # noqa: F401
 from .fit_settings import FitSettings  # noqa: F401
 from .fit_stage import fit_picture  # noqa: F401
 from .fit_weights import lora_weights  # noqa: F401
+from .fit_words import sayings_of  # noqa: F401
 from .identity_adapter import IdentityAdapter  # noqa: F401
 from .identity_card import identity_card  # noqa: F401
 from .identity_compression import compress  # noqa: F401
@@ -65,12 +76,14 @@ from .inversion_edit_friendly import edit_friendly  # noqa: F401
 from .inversion_files import read_inversion  # noqa: F401
 from .inversion_null_text import null_text  # noqa: F401
 from .inversion_origin import check_inversion  # noqa: F401
-from .inversion_record import Inversion
+from .inversion_record import Inversion, is_finished
 from .inversion_stage import InversionCall, invert_words
 from .noise_guidance import guided  # noqa: F401
 from .noise_schedule import NoiseSchedule  # noqa: F401
 from .object_masks import mask_to_picture  # noqa: F401
 from .object_search import object_mask  # noqa: F401
+from .offloaded_weights import gathered  # noqa: F401
+from .packed_weights import is_packed  # noqa: F401
 from .picture_arrays import pixel_array  # noqa: F401
 from .picture_compose import compose  # noqa: F401
 from .picture_files import read_picture  # noqa: F401
@@ -143,6 +156,7 @@ class S2EditPipeline(
         requires_safety_checker: only kept, so that Stable Diffusion's folders load.
         force_zeros_for_empty_prompt: whether SDXL is told zeros where there is no negative prompt.
         default_guidance_scale: what a call without ``guidance_scale=`` takes; None is S2Edit's 4.5.
+        is_distilled: of FLUX.2 klein: whether it was distilled to few steps at one guidance; its folders say it.
         vocabulary: what :meth:`describe` puts descriptions together of, see ``describe_vocabulary``, or None.
 
     Raises:
@@ -236,6 +250,7 @@ class S2EditPipeline(
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ...,
         preset: str | None = ...,
         edit: str = ...,
+        edit_method: str = ...,
         blend_threshold: float = ...,
         change_threshold: float = ...,
         guidance_rescale: float = ...,
@@ -290,7 +305,7 @@ class S2EditPipeline(
         inversion: Inversion | str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        cross_replace_steps: float | Mapping[str, float] = 0.4,
+        cross_replace_steps: float | Mapping[str, float] = CROSS_REPLACE_STEPS,
         self_replace_steps: float | None = None,
         reweight: Mapping[str, float] | None = None,
         blend_words: Sequence[str] | bool | None = None,
@@ -303,6 +318,7 @@ class S2EditPipeline(
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         preset: str | None = None,
         edit: str = "auto",
+        edit_method: str = "prompt_to_prompt",
         blend_threshold: float = EditSettings.blend_threshold,
         change_threshold: float = EditSettings.change_threshold,
         guidance_rescale: float = 0.0,
@@ -354,6 +370,7 @@ class S2EditPipeline(
             preset: "paper" is the paper's reading in one word (null-text inversion, guided to the end, not confined),
                 see ``edit_settings.EDIT_PRESETS``; what is passed beside it wins, an inversion among it, and
                 ``blend_words=True`` for None's confinement.
+            edit_method: how the targets are made beside the source; ``edit_loop.register_edit`` makes others known.
             edit_mask: where the edit may change the picture, white inside; replaces the words' own region, so that
                 ``keep_words`` doesn't go with it.
             keep_pixels: outside the region the picture's own pixels, to the bit, and what the autoencoder lost given
@@ -400,8 +417,8 @@ class S2EditPipeline(
         settings = EditSettings.of(given.values, chosen, defaults)
         steps = family.default_steps if num_inference_steps is None else num_inference_steps
         lora_scale, shown = check_adapters(given)
-        if image is None and not hasattr(inversion, "trajectory"):
-            names = check_drawing(given)
+        if image is None and not is_finished(inversion):
+            names = check_drawing(given, stock_arguments)
             drawn = {
                 **stock_arguments, **given.only((*BOTH, *DRAWING)), "guidance_scale": settings.guidance_scale,
                 "num_inference_steps": steps, **stock_names(shown),
@@ -421,7 +438,7 @@ class S2EditPipeline(
                     keep_pixels=keep_pixels, size=(height, width), clip_skip=clip_skip, generator=given["generator"],
                     keep_attention=keep_attention, output_type=output_type,
                     return_attention_maps=return_attention_maps, output_size=output_size, crop=crop, shown=shown,
-                    complete_prompt=complete_prompt,
+                    complete_prompt=complete_prompt, method=edit_method,
                 )  # fmt: skip
                 output = edit_picture(work, request)
         return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,11 +12,14 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .edit_settings import check_choice, check_guidance
+from .argument_checks import check_choice, check_guidance, is_number
+from .edit_loop import edit_method
 from .family_base import ModelFamily
 from .fit_settings import ReferenceAttribute
 from .identity_card import EMBEDDED
-from .inversion_record import inversion_method
+from .inversion_record import inversion_method, is_finished
+from .offloaded_weights import check_gathering
+from .packed_weights import check_fine
 from .picture_inputs import load_picture
 from .pipeline_turns import Call
 from .pipeline_work import Report
@@ -32,8 +34,7 @@ def _check_output_type(output_type: Any) -> None:
     """Raises:
     ValueError: no such form of pictures.
     """
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'.")
+    check_choice("output_type", output_type, OUTPUT_TYPES)
 
 
 def _check_keep(keep_attention: Any) -> None:
@@ -101,15 +102,11 @@ def _check_autograd() -> None:
 
 def _check_can_train(family: ModelFamily) -> None:
     """Raises:
-    ValueError: gradients can't be made here, or a component that a fit changes is offloaded.
+    ValueError: gradients can't be made here, or a component that a fit changes is offloaded in a way that isn't
+        served.
     """
     _check_autograd()
-    for name, module in family.tuned_components.items():
-        if getattr(module, "_hf_hook", None) is not None:
-            raise ValueError(
-                f"The {name} is offloaded, and a fit needs it where the work is done. Call "
-                "pipe.remove_all_hooks() and pipe.to('cuda') first, and enable offloading again afterwards."
-            )
+    check_gathering(family.tuned_components, to_train=True)
 
 
 def _checked_reference(reference: Any) -> tuple[ReferenceAttribute, ...]:
@@ -228,7 +225,7 @@ EDITING = (
     "source_prompt", "inversion", "preset", "reweight", "edit_mask", "keep_words", "keep_pixels", "blend_words",
     "blend_threshold", "change_threshold", "guidance_stop", "strength", "edit", "cross_replace_steps",
     "self_replace_steps", "return_attention_maps", "keep_attention", "residuals", "output_size", "crop",
-    "complete_prompt",
+    "complete_prompt", "edit_method",
 )  # fmt: skip
 """Arguments that only editing a picture can obey."""
 DRAWING = (
@@ -276,7 +273,7 @@ def check_adapters(arguments: Arguments) -> tuple[float, ShownPicture | None]:
     scale, masks = attention.pop("scale", 1.0), attention.pop("ip_adapter_masks", None)
     for name in attention:
         raise ValueError(f"cross_attention_kwargs holds {name!r}; known are 'scale' and 'ip_adapter_masks'.")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not is_number(scale):
         raise ValueError(f"cross_attention_kwargs['scale'] must be a number, not {scale!r}.")
     family = arguments["self"].family
     if scale != 1 and not any(getattr(one, "peft_config", None) for one in family.tuned_components.values()):
@@ -337,7 +334,28 @@ def _refuse_guidance(arguments: Arguments) -> None:
         raise ValueError(f"{name} has no effect on this model, which has no unconditional branch: {why}. Leave it out.")
 
 
-def check_fit(pipe: Any, generator: Any, reference: Any) -> tuple[ReferenceAttribute, ...]:
+def _refuse_guidance_in_drawing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: an argument about guidance that the stock pipeline of this model would pass over without a word.
+    """
+    guidance = arguments["self"].family.guidance
+    form = guidance.form
+    is_guided = form == "branch" or (stock_arguments.get("true_cfg_scale") or 1) > 1
+    for name in () if is_guided else arguments.only(_NEGATIVE):
+        raise ValueError(
+            f"{name} has no effect on this model, which has no unconditional branch; where its stock pipeline can make "
+            "one, pass true_cfg_scale= above 1 with it. Leave it out."
+        )
+    if form == "branch" and "true_cfg_scale" in stock_arguments and arguments["guidance_scale"] is not None:
+        raise ValueError("guidance_scale and true_cfg_scale are one thing in this model; pass one of them.")
+    if form == "none" and (arguments["guidance_scale"] or 0) > guidance.neutral:  # their cards say 0 or 1
+        raise ValueError("guidance_scale has no effect on this model: it was distilled at one strength. Leave it out.")
+
+
+_NEGATIVE = ("negative_prompt", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def check_fit(pipe: Any, method: str, generator: Any, reference: Any) -> tuple[ReferenceAttribute, ...]:
     """The one reference attribute of a fit, or nothing.
 
     Raises:
@@ -346,6 +364,8 @@ def check_fit(pipe: Any, generator: Any, reference: Any) -> tuple[ReferenceAttri
     pipe.family.check()
     _check_generator(generator, "a fit")
     _check_can_train(pipe.family)
+    if method == "full":
+        check_fine(pipe.family.tuned_components)
     return _checked_reference(reference)
 
 
@@ -364,17 +384,17 @@ def check_call(arguments: Arguments, what: str, method: Any = None) -> str:
     if arguments["guidance_scale"] is not None:
         check_guidance(arguments["guidance_scale"])
     method = arguments["method"] if method is None else method
-    if not isinstance(method, str) and not hasattr(method, "trajectory"):
+    if not isinstance(method, str) and not is_finished(method):
         raise TypeError(
             f"An inversion is a method's name, such as 'direct', or what pipe.invert returned, not {method!r}."
         )
-    if hasattr(method, "trajectory") or not inversion_method(method).needs_gradients:
+    if is_finished(method) or not inversion_method(method).needs_gradients:
         return ""
     _check_autograd()
     return str(method)
 
 
-def check_drawing(arguments: Arguments) -> tuple[str, ...]:
+def check_drawing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """The tensors that the callback is shown, which the stock pipeline checks.
 
     Raises:
@@ -385,6 +405,7 @@ def check_drawing(arguments: Arguments) -> tuple[str, ...]:
     generator = arguments["generator"]
     for one in generator if isinstance(generator, (list, tuple)) else [generator]:
         _check_generator(one, "a picture")
+    _refuse_guidance_in_drawing(arguments, stock_arguments)
     callback = arguments["callback_on_step_end"]
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         return tuple(callback.tensor_inputs)
@@ -400,6 +421,7 @@ def check_editing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> t
     """
     _check_output_type(arguments["output_type"])
     _refuse_for_editing(arguments, stock_arguments)
+    edit_method(arguments["edit_method"])
     check_choice("output_size", arguments["output_size"], ("picture", "model"))
     _refuse_guidance(arguments)
     return _checked_tensor_inputs(arguments["callback_on_step_end_tensor_inputs"])

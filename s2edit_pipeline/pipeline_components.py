@@ -7,9 +7,15 @@ from typing import Any
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -20,16 +26,22 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5EncoderModel,
     T5Tokenizer,
 )
 
+from .argument_checks import check_guidance
 from .describe_vocabulary import read_vocabulary
-from .edit_settings import check_guidance
 from .family_base import family_of
 from .identity_overlay import IdentityOverlay
 
-OPTIONS = ("requires_safety_checker", "force_zeros_for_empty_prompt", "default_guidance_scale", "vocabulary")
+OPTIONS = (
+    "requires_safety_checker", "force_zeros_for_empty_prompt", "default_guidance_scale", "vocabulary", "is_distilled",
+)  # fmt: skip
 """What ``__init__`` takes beside the components, and a folder's ``model_index.json`` keeps."""
 
 
@@ -59,27 +71,37 @@ class PipelineComponents:
 
     def __init__(
         self,
-        vae: AutoencoderKL = None,
-        text_encoder: CLIPTextModel | CLIPTextModelWithProjection = None,
-        tokenizer: CLIPTokenizer = None,
+        vae: AutoencoderKL | AutoencoderKLQwenImage | AutoencoderKLFlux2 = None,
+        text_encoder: CLIPTextModel
+        | CLIPTextModelWithProjection
+        | Qwen2_5_VLForConditionalGeneration
+        | Qwen3Model
+        | Qwen3ForCausalLM = None,
+        tokenizer: CLIPTokenizer | Qwen2Tokenizer = None,
         unet: UNet2DConditionModel = None,
         scheduler: KarrasDiffusionSchedulers | FlowMatchEulerDiscreteScheduler = None,
         safety_checker: StableDiffusionSafetyChecker = None,
         feature_extractor: CLIPImageProcessor = None,
         image_encoder: PreTrainedModel = None,
-        text_encoder_2: CLIPTextModelWithProjection = None,
-        tokenizer_2: CLIPTokenizer = None,
-        transformer: SD3Transformer2DModel = None,
+        text_encoder_2: CLIPTextModelWithProjection | T5EncoderModel = None,
+        tokenizer_2: CLIPTokenizer | T5Tokenizer = None,
+        transformer: SD3Transformer2DModel
+        | FluxTransformer2DModel
+        | QwenImageTransformer2DModel
+        | ZImageTransformer2DModel
+        | Flux2Transformer2DModel = None,
         text_encoder_3: T5EncoderModel = None,
         tokenizer_3: T5Tokenizer = None,
         requires_safety_checker: bool = False,
         force_zeros_for_empty_prompt: bool = True,
         default_guidance_scale: float | None = None,
         vocabulary: str | list[str] | None = None,
+        is_distilled: bool | None = None,
     ) -> None:
         super().__init__()
-        if getattr(tokenizer, "s2edit_tokens", ()):
-            tokens = ", ".join(tokenizer.s2edit_tokens)
+        held = [getattr(one, "s2edit_tokens", ()) for one in (tokenizer, tokenizer_2, tokenizer_3)]
+        if any(held):
+            tokens = ", ".join(dict.fromkeys(token for each in held for token in each))
             raise ValueError(
                 f"These components hold identities that another pipeline has loaded ({tokens}). "
                 "Call unload_identity() there first, and load them here again."
@@ -98,6 +120,8 @@ class PipelineComponents:
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         if text_encoder_2 is not None:
             self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        if is_distilled is not None:
+            self.register_to_config(is_distilled=bool(is_distilled))
         if default_guidance_scale is not None:
             check_guidance(default_guidance_scale, "default_guidance_scale")
             self.register_to_config(_default_guidance_scale=float(default_guidance_scale))

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .family_base import ModelFamily
 from .pipeline_turns import Turns
 
 
 class CallFacts:
-    """The pipeline's state as callbacks know it. After a call its facts stand until this thread's next one."""
+    """The pipeline's state as callbacks know it. After a call it stands until this thread's next one."""
 
     _turns: Turns
     family: ModelFamily
-
-    def _fact(self, name: str) -> Any:
-        return self._turns.facts.get(name)
 
     @property
     def interrupt(self) -> bool:
@@ -36,8 +31,7 @@ class CallFacts:
     @property
     def guidance_scale(self) -> float | None:
         """Of this thread's call. A callback changes the steps to come by ``pipe._guidance_scale = ...``."""
-        scale: float | None = self._fact("guidance_scale")
-        return scale
+        return self._turns.state.guidance_scale
 
     @property
     def _guidance_scale(self) -> float | None:
@@ -47,7 +41,7 @@ class CallFacts:
     def _guidance_scale(self, scale: float) -> None:
         call = self._turns.current()
         if call is not None:
-            call.facts["guidance_scale"] = scale
+            call.state.guidance_scale = scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -58,17 +52,14 @@ class CallFacts:
     @property
     def num_timesteps(self) -> int | None:
         """The steps of this thread's call."""
-        steps: int | None = self._fact("num_timesteps")
-        return steps
+        return self._turns.state.num_timesteps
 
     @property
     def guidance_rescale(self) -> float | None:
         """Of this thread's call."""
-        rescale: float | None = self._fact("guidance_rescale")
-        return rescale
+        return self._turns.state.guidance_rescale
 
     @property
     def clip_skip(self) -> int | None:
         """Of this thread's call."""
-        skip: int | None = self._fact("clip_skip")
-        return skip
+        return self._turns.state.clip_skip

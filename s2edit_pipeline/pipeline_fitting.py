@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .describe_stage import DescribeRequest, words_for_fit
-from .fit_settings import MASK_THRESHOLD, FitRequest, FitSettings, ReferenceAttribute
+from .fit_settings import FitRequest, FitSettings, ReferenceAttribute
 from .fit_stage import fit_picture
 from .identity_adapter import IdentityAdapter
+from .object_masks import MASK_THRESHOLD
 from .pipeline_arguments import check_fit, generator_of
 
 
@@ -56,6 +57,9 @@ class IdentityFitting:
         height: int | None = None,
         width: int | None = None,
         token_learning_rate: float | None = None,
+        response_loss_weight: float = FitSettings.response_loss_weight,
+        response_words: Sequence[str] | None = None,
+        response_batch_size: int | None = None,
         complete_prompt: bool = False,
         stop: Any = None,
         seed: int | None = None,
@@ -77,13 +81,14 @@ class IdentityFitting:
                 prompt then holds both, "a [I] lady with [A] makeup".
             generator: makes the fit repeatable.
             callback_on_step_end: ``f(pipe, step, num_steps, measures)``, ``measures`` a dict with
-                ``reconstruction_loss``, ``semantic_loss``, ``cosine`` (and ``reference_cosine``).
+                ``reconstruction_loss``, ``semantic_loss``, ``cosine`` (and ``response_loss``, ``reference_cosine``).
             checkpoint_folder: the fit is kept there every so often. Killed, the same call goes on from there and ends
                 in the same bits. Finished, it is taken as it is.
             preset: "paper" is the paper's reading in one word, see ``fit_settings.FIT_PRESETS``; what is passed beside
                 it wins.
             batch_size, timestep_sampling, lr_scheduler, early_stop, optimizer, gradient_checkpointing, lora_rank,
-                lora_layers, lora_init, detach_sentence, renormalize, mask_after, mask_threshold, token_learning_rate:
+                lora_layers, lora_init, detach_sentence, renormalize, mask_after, mask_threshold, token_learning_rate,
+                response_loss_weight, response_words, response_batch_size:
                 see ``fit_settings.FitSettings``; None takes the method's own.
             crop: what part of the picture to work at. "auto": close up at the subject where it fills little of a large
                 picture; None: all of it; (left, top, right, bottom): that. The identity's settings tell.
@@ -103,7 +108,7 @@ class IdentityFitting:
         settings = FitSettings.of(locals())
         known = DescribeRequest(image, prompt, size=(height, width), crop=crop)
         generator = generator_of(generator, seed)
-        references = check_fit(self, generator, reference)
+        references = check_fit(self, settings.method, generator, reference)
 
         def on_step(step: int, total: int, measures: Mapping[str, float]) -> None:
             if callback_on_step_end is not None:

@@ -7,18 +7,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from diffusers.utils import logging
+from torch import nn
 
+from .argument_checks import is_number
 from .family_base import ModelFamily, family_of, known_family
 from .identity_adapter import IdentityAdapter
 from .identity_overlay import IdentityOverlay
 from .object_search import PLACED_MASK
+from .offloaded_weights import gathered
 from .picture_inputs import load_mask
 from .pipeline_adapters import weighed_loras
 from .pipeline_arguments import base_name
 from .pipeline_memory import EDIT_ADVICE, FIT_ADVICE, memory_advice
-from .pipeline_turns import Turns, check_stop_sign, turns_of
+from .pipeline_turns import Turns, check_stop_sign, in_a_call, turns_of
 from .pipeline_work import Work
 
 logger = logging.get_logger(__name__)
@@ -92,7 +94,7 @@ class IdentityLoaders:
         if mask is not None:
             settings = {**adapter.settings, **PLACED_MASK}
             adapter = replace(adapter, mask=load_mask(mask, None), settings=settings)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float, np.number)) or not np.isfinite(scale):
+        if not is_number(scale):
             raise ValueError(f"scale must be a number, not {scale!r}.")
         with turns.exclusive("load_identity"):
             self._lay(adapter, float(scale))
@@ -107,19 +109,14 @@ class IdentityLoaders:
         """
         self._refuse_in_a_call("unload_identity")
         with self._turns.exclusive("unload_identity"):
-            if token is not None and token not in self._overlay.identities:
-                raise ValueError(
-                    f"No identity {token!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}."
-                )
+            if token is not None:
+                self._overlay.check_loaded(token)
             if self._overlay.identities:
                 self._set_tokenizers(self._overlay.lift(token, self.family.tuned_components))
 
     def _refuse_in_a_call(self, what: str) -> None:
         if self._turns.current() is not None:
-            raise RuntimeError(
-                f"{what} changes the model, and this thread is in the middle of a call that uses it. Do it after the "
-                "call, not in its callback."
-            )
+            raise in_a_call(what)
 
     def _adapter(self, identity: Any, **kwargs: Any) -> Any:
         """``identity`` itself, or the one that its folder or repository holds."""
@@ -128,10 +125,8 @@ class IdentityLoaders:
                 raise TypeError(f"{next(iter(kwargs))}= is for an identity that is read from a folder or the Hub.")
             return identity
         if isinstance(identity, str) and identity[:1] in ("[", "<"):
-            raise ValueError(
-                f"No identity {identity!r} is loaded; loaded are: {', '.join(self.identities) or 'none'}. "
-                "Pass the identity itself, its folder or its Hub repository."
-            )
+            self._overlay.check_loaded(identity)
+            raise ValueError(f"{identity!r} is loaded. Pass another identity, its folder or its Hub repository.")
         return IdentityAdapter.from_pretrained(identity, **kwargs)
 
     def _lay(self, adapter: Any, scale: float = 1.0) -> None:
@@ -210,6 +205,9 @@ class IdentityLoaders:
             if alone or lora_scale != 1:
                 turn.enter_context(turns.exclusive(alone or "cross_attention_kwargs"))
             token = turn.enter_context(self._with_identity(identity))
+            if alone:
+                modules = [one for one in self.components.values() if isinstance(one, nn.Module)]
+                turn.enter_context(gathered(family.tuned_components, to_train=True, neighbours=modules))
             if lora_scale != 1:
                 turn.enter_context(weighed_loras(family.tuned_components.values(), self._overlay, lora_scale))
             work = Work(

@@ -8,8 +8,9 @@ from typing import Any
 import PIL.Image
 
 from .describe_stage import DescribeRequest, Description, describe_picture, words_for_fit
-from .fit_settings import MASK_THRESHOLD, FitRequest, FitSettings, ReferenceAttribute
+from .fit_settings import FitRequest, FitSettings, ReferenceAttribute
 from .fit_stage import preview_mask
+from .object_masks import MASK_THRESHOLD
 
 
 class Looks:

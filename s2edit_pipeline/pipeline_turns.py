@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,6 +22,22 @@ class Interrupted(Exception):
     """A call was stopped between two steps; never seen by users."""
 
 
+@dataclass
+class CallState:
+    """What diffusers' callbacks read of a pipeline about the call that they are in; None where it says nothing.
+
+    Attributes:
+        guidance_scale: of the steps to come; a callback may change it.
+        guidance_rescale, clip_skip: as they were passed.
+        num_timesteps: how many steps the call takes.
+    """
+
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    clip_skip: int | None = None
+    num_timesteps: int | None = None
+
+
 @dataclass(eq=False)
 class Call:
     """One call at work.
@@ -29,12 +45,12 @@ class Call:
     Attributes:
         stop: the caller's own stop sign, with ``is_set()`` as ``threading.Event`` has it, or None.
         interrupted: whether it was asked to stop.
-        facts: what diffusers' callbacks read of a pipeline: ``guidance_scale``, ``num_timesteps`` and the like.
+        state: what callbacks read of it.
     """
 
     stop: Any = None
     interrupted: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
+    state: CallState = field(default_factory=CallState)
 
     @property
     def should_stop(self) -> bool:
@@ -48,6 +64,14 @@ class Call:
         """
         if self.should_stop:
             raise Interrupted
+
+
+def in_a_call(what: str) -> RuntimeError:
+    """The error of doing ``what`` in the middle of a call."""
+    return RuntimeError(
+        f"{what} changes the model, and this thread is in the middle of a call that uses it. Do it after the call, not "
+        "in its callback."
+    )
 
 
 def check_stop_sign(stop: Any) -> None:
@@ -109,10 +133,7 @@ class Turns:
             yield
             return
         if inside:
-            raise RuntimeError(
-                f"{what} changes the model, and this thread is in the middle of a call that uses it. Do it after the "
-                "call, not in its callback."
-            )
+            raise in_a_call(what)
         self._begin(_Alone(), _nothing)
         try:
             yield
@@ -182,18 +203,18 @@ class Turns:
         finally:
             _CALL.reset(token)
             self.calls.remove(one)
-            self._ended.facts = one.facts
+            self._ended.state = one.state
 
     def current(self) -> Call | None:
         """The call that this thread is in, or None."""
         return next((one for one in reversed(_CALL.get()) if one in self.calls), None)
 
     @property
-    def facts(self) -> Mapping[str, Any]:
+    def state(self) -> CallState:
         """Of the call that this thread is in, or of its last one."""
         call = self.current()
-        facts: Mapping[str, Any] = getattr(self._ended, "facts", {}) if call is None else call.facts
-        return facts
+        state: CallState = getattr(self._ended, "state", CallState()) if call is None else call.state
+        return state
 
 
 class _Alone:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 
-from .attention_controls import SpatialControl
 from .attention_seam import AttentionAccess, AttentionController, AttentionSite, Cuts
+from .attention_spatial import SpatialControl
 from .edit_output import S2EditPipelineOutput
 from .family_base import ModelFamily
 from .identity_prompts import (
@@ -31,7 +32,7 @@ from .picture_files import read_picture
 from .picture_marks import origin_here, with_origin
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
-from .prompt_embeds import PromptEmbeds, join
+from .prompt_embeds import join
 from .prompt_tokenizing import TOKENIZING
 from .prompt_words import split_words
 
@@ -61,6 +62,7 @@ def draw(
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     check_drawn(work.family, given)
+    given = work.family.drawing_arguments(given)
     stock = work.family.stock()
     stock.encode_prompt = _one_at_a_time(stock.encode_prompt)
     stock.set_progress_bar_config(**getattr(work.family.pipe, "_progress_bar_config", {}))
@@ -78,23 +80,20 @@ def draw(
     seam: AbstractContextManager[None] = nullcontext()
     if names_token:
         given, prompts = _with_own_embeddings(work, given)
-        scale, latents = work.family.pixels_per_latent, given.get("latents")
-        size = (given["height"] // scale, given["width"] // scale) if latents is None else latents.shape[-2:]
         rows = [prompt for prompt in prompts for _ in range(given.get("num_images_per_prompt", 1))]
-        seam = work.family.control_attention(_DrawnRows(work, rows), *size)
+        apart = work.family.drawn_branches == "apart" and work.family.draws_null(given)
+        seam = work.family.control_attention(_DrawnRows(work, rows, apart=apart), *work.family.drawn_size(given))
 
-    work.call.facts |= {
-        "guidance_rescale": arguments.get("guidance_rescale", 0.0),
-        "clip_skip": arguments.get("clip_skip"),
-    }
+    state = work.call.state
+    state.guidance_rescale, state.clip_skip = arguments.get("guidance_rescale", 0.0), arguments.get("clip_skip")
 
     def on_step(stock: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        facts = work.call.facts
-        facts |= {"guidance_scale": stock._guidance_scale, "num_timesteps": stock.num_timesteps}
+        now = given.get("true_cfg_scale") if stock._guidance_scale is None else stock._guidance_scale
+        state.guidance_scale, state.num_timesteps = now, stock.num_timesteps
         check_finite(tensors["latents"], "the drawing", step)
         named = {name: tensors[name] for name in callback_tensors}
         changed = (callback(work.family.pipe, step, timestep, named) if callback is not None else None) or {}
-        stock._guidance_scale = facts["guidance_scale"]
+        stock._guidance_scale = state.guidance_scale
         stock._interrupt = work.call.should_stop
         if step + 1 == stock.num_timesteps and given.get("output_type") != "latent":
             decoding.enter_context(work.family.autoencoder_in_range())
@@ -160,6 +159,8 @@ def _with_own_embeddings(work: Work, given: dict[str, Any]) -> tuple[dict[str, A
         raise ValueError(
             "A learned token in a prompt can't be combined with embeddings or a second prompt: leave these out."
         )
+    if "max_sequence_length" in given:
+        raise ValueError("A learned token's prompt is read at the model's own length: leave max_sequence_length out.")
     texts = list(texts) if isinstance(texts, (list, tuple)) else [texts]
     for text in texts:
         check_prompt(text, "prompt")
@@ -169,28 +170,30 @@ def _with_own_embeddings(work: Work, given: dict[str, Any]) -> tuple[dict[str, A
     negatives = list(negative) if isinstance(negative, (list, tuple)) else [negative] * len(texts)
     if len(negatives) != len(texts):
         raise ValueError(f"negative_prompt lists {len(negatives)} for {len(texts)} prompts; give one for all, or each.")
-    with torch.no_grad():
-        nulls = join([family.encode_negative(text, encoded, clip_skip) for text in negatives])
-    return {**given, **_named(encoded, ""), **_named(nulls, "negative_")}, prompts
-
-
-def _named(embeds: PromptEmbeds, prefix: str) -> dict[str, torch.Tensor]:
-    named = {f"{prefix}prompt_embeds": embeds.embeds}
-    if embeds.pooled is not None:
-        named[f"{prefix}pooled_prompt_embeds"] = embeds.pooled
-    return named
+    named = {**given, **family.drawn_embeddings(encoded)}
+    if family.guidance.form == "branch" or family.draws_null(given):
+        with torch.no_grad():
+            nulls = join([family.encode_negative(text, encoded, clip_skip) for text in negatives])
+        named |= family.drawn_embeddings(nulls, "negative_")
+    return named, prompts
 
 
 class _DrawnRows(AttentionController):
-    """The tokens' masks in the stock pipeline's batches: the prompts' rows, after as many unconditional ones where it
-    guides."""
+    """The tokens' masks in the stock pipeline's batches: the prompts' rows, and as many unconditional ones where it
+    guides, which have none; in the same batch, or by themselves.
 
-    def __init__(self, work: Work, prompts: Sequence[TokenizedPrompt]) -> None:
-        nulls = [None] * len(prompts)
-        self.by_rows: dict[int, SpatialControl] = {
-            len(rows): spatial_control(rows, work.overlay) for rows in (prompts, [*nulls, *prompts])
-        }
+    Args:
+        apart: it guides, and asks the prompts' rows and the unconditional ones in turn.
+    """
+
+    def __init__(self, work: Work, prompts: Sequence[TokenizedPrompt], *, apart: bool) -> None:
+        nulls: list[TokenizedPrompt | None] = [None] * len(prompts)
+        batches: list[list[TokenizedPrompt | None]] = [[*prompts]]
+        if work.family.drawn_branches != "apart":
+            batches.append([*prompts, *nulls] if work.family.drawn_branches == "null last" else [*nulls, *prompts])
+        self.by_rows: dict[int, SpatialControl] = {len(rows): spatial_control(rows, work.overlay) for rows in batches}
         self.now = self.by_rows[len(prompts)]
+        self.apart, self.num_seen, self.is_null = apart, Counter[tuple[str, str]](), False
 
     def access_needed(self, site: AttentionSite) -> AttentionAccess:
         return self.now.access_needed(site)
@@ -204,10 +207,12 @@ class _DrawnRows(AttentionController):
                 "identity can't be drawn with what makes other rows. Leave it out of the prompt, or that argument out."
             )
         self.now = self.by_rows[len(query)]
+        self.is_null = self.apart and self.num_seen[site.name, site.kind] % 2 == 1
+        self.num_seen[site.name, site.kind] += 1
         return query, key
 
     def cuts(self, site: AttentionSite, keys: int, device: torch.device) -> Cuts | None:
-        return self.now.cuts(site, keys, device)
+        return None if self.is_null else self.now.cuts(site, keys, device)
 
     def __call__(self, probs: torch.Tensor, site: AttentionSite) -> torch.Tensor:
-        return self.now(probs, site)
+        return probs if self.is_null else self.now(probs, site)

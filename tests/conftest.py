@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import gzip
 import json
 import os
@@ -33,6 +34,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     os.environ["OMP_NUM_THREADS"] = "1"  # and a process of theirs adds up in the same order
 
 PROMPT = "a photo of a smiling lady with glasses"
+
+
+def pytest_collection_finish() -> None:
+    """The libraries' million objects stay until the end: the collector needn't walk through them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _components(prediction_type: str) -> dict[str, Any]:

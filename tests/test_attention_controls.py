@@ -8,16 +8,11 @@ import pytest
 import torch
 
 from s2edit_pipeline import attention_seam, family_base
-from s2edit_pipeline.attention_controls import (
-    Controllers,
-    LayerAttention,
-    MapRecorder,
-    PromptToPrompt,
-    Reweighting,
-    SpatialControl,
-    mask_at,
-)
+from s2edit_pipeline.attention_chain import Controllers
+from s2edit_pipeline.attention_maps import MapRecorder
+from s2edit_pipeline.attention_prompt_to_prompt import LayerAttention, PromptToPrompt, Reweighting
 from s2edit_pipeline.attention_seam import AttentionAccess, AttentionController, AttentionSite
+from s2edit_pipeline.attention_spatial import SpatialControl, mask_at
 from s2edit_pipeline.inversion_record import INVERSIONS
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.prompt_alignment import PromptAlignment

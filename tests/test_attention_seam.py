@@ -32,7 +32,7 @@ from diffusers.models.attention_processor import (
 from torch import nn
 from torch.nn import functional as F
 
-from s2edit_pipeline.attention_controls import Controllers, SpatialControl
+from s2edit_pipeline.attention_chain import Controllers
 from s2edit_pipeline.attention_seam import (
     AttentionAccess,
     AttentionController,
@@ -41,6 +41,7 @@ from s2edit_pipeline.attention_seam import (
     attention_control,
     attention_layers,
 )
+from s2edit_pipeline.attention_spatial import SpatialControl
 from s2edit_pipeline.family_unet import UNetFamily
 from s2edit_pipeline.pipeline import S2EditPipeline
 

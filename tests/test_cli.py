@@ -1,8 +1,11 @@
+import os
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 import s2edit_pipeline
 from s2edit_pipeline.avatars import MODEL_FOLDER, instruct_training, recipe
@@ -109,3 +112,35 @@ def test_arguments_are_taken_from_the_command_line(monkeypatch, capsys):
         main()
     shown = capsys.readouterr().out
     assert "usage: s2edit" in shown and "train-avatars" in shown
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_command_leaves_the_libraries_logging_as_found(fails, monkeypatch):
+    def quiet(args):
+        for library in (diffusers_logging, transformers_logging):
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        if fails:
+            raise RuntimeError("nothing works")
+        return 0
+
+    demo = types.ModuleType("s2edit_pipeline.demo")
+    demo.add_arguments, demo.run = lambda parser: None, quiet
+    monkeypatch.setitem(sys.modules, "s2edit_pipeline.demo", demo)
+    monkeypatch.setattr(s2edit_pipeline, "demo", demo, raising=False)
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+
+    def state():
+        libraries = (diffusers_logging, transformers_logging)
+        return [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+
+    before = state()
+    diffusers_logging.set_verbosity_warning()
+    transformers_logging.set_verbosity_info()
+    found = state()
+    try:
+        assert main(["demo"]) == int(fails)
+        assert state() == found and "TRANSFORMERS_VERBOSITY" not in os.environ
+    finally:
+        diffusers_logging.set_verbosity(before[0][0])
+        transformers_logging.set_verbosity(before[1][0])

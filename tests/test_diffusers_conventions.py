@@ -346,26 +346,6 @@ def test_weights_may_stay_on_disk_or_cpu_until_they_are_needed(pipe: S2EditPipel
     assert pipe.unet.conv_in.weight.device.type == "meta"
 
 
-def test_identities_and_offloading(pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray) -> None:
-    """An identity that is loaded is offloaded with its model; one can't be laid on weights that aren't there."""
-    identity = pipe.fit_identity(picture, SOURCE, "lady", mask=half_mask, num_steps=1)
-    arguments: dict[str, Any] = {
-        "prompt": "a photo of a smiling [I] lady", "image": picture, "num_inference_steps": 2, "output_type": "np",
-    }  # fmt: skip
-    pipe.load_identity(identity)
-    expected = pipe(**arguments).images
-    for name in ("text_encoder", "unet", "vae"):
-        accelerate.cpu_offload(getattr(pipe, name), torch.device("cpu"), offload_buffers=True)
-    assert np.array_equal(pipe(**arguments).images, expected)
-    for change in (lambda: pipe.load_identity(identity, token="[J]"), pipe.unload_identity):
-        with pytest.raises(ValueError, match=r"weights of the \w+ are offloaded.*remove_all_hooks"):
-            change()
-    assert pipe.identities == ("[I]",)
-    pipe.remove_all_hooks()
-    pipe.unload_identity()
-    assert pipe.identities == ()
-
-
 # ------------------------------------------------------------------------------ diffusers' own loaders
 
 

@@ -51,8 +51,9 @@ def assert_same(one: IdentityAdapter, other: IdentityAdapter) -> None:
         {"early_stop": True, "lr_scheduler": "constant"},
         {"lora_init": "random"},
         {"batch_size": 2, "timestep_sampling": "uniform"},
+        {"response_loss_weight": 1.0},
     ],
-    ids=["lora", "full", "token", "early stop", "random", "batch"],
+    ids=["lora", "full", "token", "early stop", "random", "batch", "words kept"],
 )
 def test_a_killed_fit_goes_on_to_the_same_bits(
     more: dict[str, Any],
@@ -130,6 +131,7 @@ def test_without_a_generator_it_goes_on_as_it_began(pipe: S2EditPipeline, pictur
         {"mask": Image.new("L", (32, 32), "white")},
         {"picture": Image.new("RGB", (32, 32), "teal")},
         {"lora_rank": 3},
+        {"response_loss_weight": 1.0},
     ],
     ids=lambda other: next(iter(other)),
 )

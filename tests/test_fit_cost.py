@@ -15,7 +15,8 @@ from PIL import Image
 from scipy import stats
 
 from s2edit_pipeline import ReferenceAttribute, fit_loop
-from s2edit_pipeline.fit_loop import CHECK_EVERY, Plateau, draw_levels
+from s2edit_pipeline.fit_loop import CHECK_EVERY, Plateau
+from s2edit_pipeline.fit_objective import draw_levels
 from s2edit_pipeline.fit_settings import LR_SCHEDULERS, RECIPES, TIMESTEP_SAMPLING
 from s2edit_pipeline.fit_weights import checkpointed
 from s2edit_pipeline.pipeline import S2EditPipeline
@@ -233,7 +234,7 @@ def test_the_look_is_at_the_same_noise_each_time_and_leaves_the_fit_alone(
     def look(plateau: Plateau) -> float:
         values.append(loss(plateau))
         assert loss(plateau) == values[-1]
-        assert sum(len(t) for _, (t, _) in plateau.draws) >= 4 * 2
+        assert sum(len(draw.levels) for _, draw in plateau.draws) >= 4 * 2
         return values[-1]
 
     monkeypatch.setattr(Plateau, "loss", look)

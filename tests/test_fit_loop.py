@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, ReferenceAttribute
-from s2edit_pipeline.fit_loop import FitExample, fit_weights
+from s2edit_pipeline.fit_loop import fit_weights
+from s2edit_pipeline.fit_objective import FitExample
 from s2edit_pipeline.fit_settings import FitSettings
 from s2edit_pipeline.pipeline import S2EditPipeline
 from s2edit_pipeline.prompt_tokens import initial_row, with_tokens

@@ -12,8 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from s2edit_pipeline import fit_loop
-from s2edit_pipeline.fit_loop import FitExample, Objective
 from s2edit_pipeline.fit_lora_start import ROW_LENGTH, start_along_gradient
+from s2edit_pipeline.fit_objective import FitExample, Objective
 from s2edit_pipeline.fit_settings import FitSettings
 from s2edit_pipeline.fit_weights import lora_weights
 from s2edit_pipeline.identity_lora_names import published_name
@@ -159,8 +159,8 @@ def base_gradients(
         module.requires_grad_(True)
     row = nn.Parameter(rows["text_encoder"].float())
     with token_rows(pipe.text_encoder, {example.token_id("text_encoder"): row}), objective.controlled():
-        reconstruction, semantic, _ = objective.losses(*objective.draw(generator, torch.device("cpu")))
-        (reconstruction + settings.semantic_weight * semantic).backward()
+        losses = objective.losses(objective.draw(generator, torch.device("cpu")))
+        (losses.reconstruction + settings.semantic_weight * losses.semantic).backward()
     for component, module in components.items():
         weights = [(n, p) for n, p in module.named_parameters() if p.ndim > 1 and p.grad is not None]
         matrices |= {published_name(component, name): p.grad.flatten(1).double() for name, p in weights}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from s2edit_pipeline.edit_settings import EDIT_PRESETS, with_preset
+from s2edit_pipeline.argument_checks import with_preset
+from s2edit_pipeline.edit_settings import EDIT_PRESETS
 from s2edit_pipeline.fit_settings import FIT_PRESETS, RECIPES, FitSettings, fit_preset
 from s2edit_pipeline.pipeline import S2EditPipeline
 

@@ -15,9 +15,11 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscret
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from s2edit_pipeline.attention_controls import Controllers, PromptToPrompt, Reweighting, SpatialControl
+from s2edit_pipeline.attention_chain import Controllers
+from s2edit_pipeline.attention_prompt_to_prompt import PromptToPrompt, Reweighting
 from s2edit_pipeline.attention_seam import AttentionSite, attention_control
 from s2edit_pipeline.attention_source import AttentionKeeper, KeepAttention
+from s2edit_pipeline.attention_spatial import SpatialControl
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
 from s2edit_pipeline.fit_losses import reconstruction_loss, semantic_loss
 from s2edit_pipeline.inversion_null_text import null_text

@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from s2edit_pipeline.attention_controls import (
-    Controllers,
-    LayerAttention,
-    MapRecorder,
-    PromptToPrompt,
-    Reweighting,
-    SpatialControl,
-)
+from s2edit_pipeline.attention_chain import Controllers
+from s2edit_pipeline.attention_maps import MapRecorder
+from s2edit_pipeline.attention_prompt_to_prompt import LayerAttention, PromptToPrompt, Reweighting
 from s2edit_pipeline.attention_seam import AttentionAccess, AttentionController, AttentionSite, attention_control
 from s2edit_pipeline.attention_source import AttentionKeeper, KeepAttention
+from s2edit_pipeline.attention_spatial import SpatialControl
 from s2edit_pipeline.prompt_alignment import PromptAlignment
 
 from .bare_attention import BareLayer

@@ -14,8 +14,18 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from s2edit_pipeline.noise_schedule import PREDICTIONS, NoiseSchedule, diffusion_schedule, diffusion_training_schedule
+from s2edit_pipeline.family_flow import dynamic_mu, word_mean
+from s2edit_pipeline.noise_schedule import (
+    PREDICTIONS,
+    FlowTime,
+    NoiseSchedule,
+    diffusion_schedule,
+    diffusion_training_schedule,
+    flow_training_schedule,
+)
+from s2edit_pipeline.prompt_columns import Segment
 
 KINDS = ("epsilon", "v_prediction")
 
@@ -72,11 +82,11 @@ def test_a_random_step_down_is_diffusers_step(kind: str) -> None:
     schedule = diffusion_schedule(scheduler, 20)
     scheduler.set_timesteps(20)
     x, output = tensors()
-    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     for k in (20, 7, 2):
-        mean, deviation = schedule.posterior(x, output, k, k - 1)
-        reference = scheduler.step(output, schedule.timesteps[k - 1], x, eta=1.0, variance_noise=z).prev_sample
-        torch.testing.assert_close(mean + deviation * z, reference.double(), rtol=1e-6, atol=1e-6)
+        mean = schedule.posterior_mean(x, output, k, k - 1)
+        nothing = torch.zeros_like(x)
+        reference = scheduler.step(output, schedule.timesteps[k - 1], x, eta=1.0, variance_noise=nothing).prev_sample
+        torch.testing.assert_close(mean, reference.double(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,20 +232,18 @@ def test_the_random_step_is_the_gaussian_posterior(name: str, k: int, j: int) ->
     """Naive: x_k is ``r x_j`` and noise of its own, so that what is known of x_j from x_0 and from x_k is weighed by
     the precision of each."""
     schedule, (x, output) = SCHEDULES[name], tensors()
-    mean, deviation = schedule.posterior(x, output, k, j)
+    mean = schedule.posterior_mean(x, output, k, j)
     x0, _ = schedule.split(output, x, k)
     a, s = float(schedule.signal[k]), float(schedule.noise[k])
     a_next, s_next = float(schedule.signal[j]), float(schedule.noise[j])
     if s_next == 0:  # nothing is unknown about the picture itself
         torch.testing.assert_close(mean, x0 * a_next)
-        assert float(deviation) == 0
         return
     r = a / a_next
     variance_between = s**2 - r**2 * s_next**2
     precision = 1 / s_next**2 + r**2 / variance_between
     reference = (a_next * x0 / s_next**2 + r * x / variance_between) / precision
     torch.testing.assert_close(mean, reference, rtol=1e-9, atol=1e-9)
-    assert float(deviation) == pytest.approx(precision**-0.5, rel=1e-9)
 
 
 # ------------------------------------------------------------------------------ what cannot serve
@@ -284,3 +292,39 @@ def test_pure_noise_tells_nothing_from_epsilon_and_everything_from_v() -> None:
     assert torch.equal(picture, -output) and torch.equal(noise, x)
     a, s = float(schedule.signal[9]), float(schedule.noise[9])
     torch.testing.assert_close(schedule.move(x, output, 10, 9), -a * output + s * x)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flows_training_levels_are_its_schedulers_own(shift: float) -> None:
+    """Before ``set_timesteps`` diffusers' scheduler holds the levels of training, and what the model is told there."""
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50, shift=shift)
+    levels = flow_training_schedule(scheduler, FlowTime(at_one=50.0))
+    torch.testing.assert_close(levels.noise[1:].float(), scheduler.sigmas.flip(0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(levels.timesteps, scheduler.timesteps.flip(0), rtol=1e-6, atol=1e-5)
+    assert levels.noise[0] == 0 and levels.num_steps == 50
+    torch.testing.assert_close(levels.signal + levels.noise, torch.ones(51, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cells", [256, 1024, 4096])
+def test_a_flows_training_levels_are_shifted_by_the_pictures_size(cells: int) -> None:
+    """``s -> e^mu / (e^mu + 1 / s - 1)`` (Esser et al. 2024, section 5.3.2), mu as FLUX's own pipeline has it."""
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=20, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15
+    )
+    mu = dynamic_mu(scheduler, cells)
+    assert mu is not None
+    assert mu == pytest.approx(calculate_shift(cells, 256, 4096, 0.5, 1.15), abs=1e-12)
+    levels = flow_training_schedule(scheduler, FlowTime(mu=mu))
+    for k in range(1, 21):
+        wanted = math.exp(mu) / (math.exp(mu) + 20 / k - 1)
+        assert float(levels.noise[k]) == pytest.approx(wanted, abs=1e-6)
+    assert dynamic_mu(FlowMatchEulerDiscreteScheduler(shift=3.0), cells) is None
+
+
+def test_a_prompts_mean_is_over_its_words_alone() -> None:
+    output = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    words = Segment("t5", {}, {}, spans=(None,) * 6, start=1, eos=4, kept=tuple(range(6)))
+    wanted = [sum(float(output[row, column]) for row in (1, 2, 3)) / 3 for column in range(5)]
+    torch.testing.assert_close(word_mean(output, words), torch.tensor(wanted, dtype=torch.float64))
+    empty = Segment("t5", {}, {}, spans=(None,) * 6, start=0, eos=0, kept=tuple(range(6)))
+    assert torch.equal(word_mean(output, empty), output[0])  # of an empty prompt: what follows it

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from s2edit_pipeline.attention_controls import MapRecorder
+from s2edit_pipeline.attention_maps import MapRecorder
 from s2edit_pipeline.attention_seam import AttentionSite
 from s2edit_pipeline.noise_schedule import NoiseSchedule
 from s2edit_pipeline.object_masks import (

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from s2edit_pipeline import S2EditPipeline
 from s2edit_pipeline.attention_seam import AttentionSite
+from s2edit_pipeline.edit_loop import EDITS, EditedLatents, EditMethod, EditTask, register_edit
 from s2edit_pipeline.family_base import ModelFamily, family_of, register_family, unregister_family
 from s2edit_pipeline.noise_schedule import NoiseSchedule
 from s2edit_pipeline.prompt_columns import TokenizedPrompt
-from s2edit_pipeline.prompt_embeds import PromptEmbeds
+from s2edit_pipeline.prompt_embeds import Batch, PromptEmbeds
 from s2edit_pipeline.prompt_tokenizing import tokenize
 
 SOURCE, TARGET = "a photo of a sad lady", "a photo of a smiling [I] lady"
@@ -144,6 +145,36 @@ def test_every_inversion_serves_it(pebble: S2EditPipeline, picture: Image.Image,
         generator=torch.Generator().manual_seed(0), return_attention_maps=True,
     )  # fmt: skip
     assert np.isfinite(result.images).all() and set(result.attention_maps) >= {"smiling", "lady"}
+
+
+def test_an_edit_method_of_ones_own(pebble: S2EditPipeline, picture: Image.Image) -> None:
+    """Registered from outside: every target is the model's plain answer along the source's trajectory (SDEdit's)."""
+
+    def unguided(task: EditTask) -> EditedLatents:
+        x = task.inversion.trajectory[-1:].expand(len(task.targets), -1, -1, -1)
+        for level in range(task.schedule.num_steps, 0, -1):
+            batch = Batch(tuple(task.targets))
+            task.control.begin(task.schedule.num_steps - level, level, batch)
+            x = task.schedule.move(x, task.denoise(x, level, batch), level, level - 1)
+            task.control.end(level)
+        return EditedLatents(x, task.inversion.trajectory[:1], (None,) * len(task.targets))
+
+    register_edit("unguided", EditMethod(unguided))
+    try:
+        settings = {
+            "num_inference_steps": 4,
+            "output_type": "np",
+            "guidance_scale": 1.0,
+            "keep_pixels": False,
+            "residuals": False,
+        }
+        free = {"blend_words": False, "cross_replace_steps": 0.0, "self_replace_steps": 0.0}
+        own = pebble("a photo of a hat", picture, SOURCE, edit_method="unguided", **settings, **free).images
+        assert np.abs(own - pebble("a photo of a hat", picture, SOURCE, **settings, **free).images).max() < 1e-5
+    finally:
+        del EDITS["unguided"]
+    with pytest.raises(ValueError, match=r"edit_method='unguided' is unknown; choose.*prompt_to_prompt"):
+        pebble(TARGET, picture, SOURCE, edit_method="unguided")
 
 
 def test_its_mask_is_where_the_word_looks(pebble: S2EditPipeline, picture: Image.Image) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, S2EditPipeline
 from s2edit_pipeline import object_search as search
-from s2edit_pipeline.attention_controls import mask_at
+from s2edit_pipeline.attention_spatial import mask_at
 from s2edit_pipeline.picture_files import read_picture
 from s2edit_pipeline.picture_placement import PlacedPicture, place_picture
 from s2edit_pipeline.prompt_parts import changes_only_the_subject, subject_noun
@@ -83,6 +83,15 @@ def test_a_picture_keeps_its_size_its_mode_and_its_bits_outside_the_edit(pipe: S
         before, after = (np.asarray(one.convert("RGB")) for one in (picture, edited))
     assert np.array_equal(after[outside == 0], before[outside == 0])
     assert not np.array_equal(after, before) and not outside[mask == 0].any() and outside.max() == 255
+
+
+def test_the_edit_is_whole_in_every_cell_that_it_may_change(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    """It fades out around them: within them the edit's own change is shown."""
+    settings: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 7.0, "blend_threshold": 0.97}
+    cells = np.asarray(pipe(TARGET, picture, SOURCE, output_type="latent", **settings).edit_masks[0]) > 127
+    shown = np.asarray(pipe(TARGET, picture, SOURCE, **settings).edit_masks[0])
+    assert 0.02 < cells.mean() < 0.6 and shown[cells].min() > 240
+    assert (shown[~cells] == 0).mean() > 0.2  # and further out nothing is
 
 
 def test_each_form_is_as_large_as_the_picture(pipe: S2EditPipeline) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from s2edit_pipeline import S2EditPipeline, describe_judge, fit_settings
+from s2edit_pipeline.cli import make_parser
+from s2edit_pipeline.family_base import registered_families
 from s2edit_pipeline.fit_settings import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +60,51 @@ def test_python_examples_run(
     for example in examples:
         exec(compile(example, document, "exec"), names)
     assert all((tmp_path / name).exists() for name in written)
+
+
+def shell_commands(document: Path) -> list[list[str]]:
+    """The words of each ``s2edit`` command that a document shows, comments and line breaks taken out."""
+    examples = re.findall(r"```bash\n(.*?)```", document.read_text("utf-8"), flags=re.DOTALL)
+    lines = "\n".join(examples).replace("\\\n", " ").split("\n")
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [shlex.split(part, comments=True) for part in parts if part.startswith("s2edit ")]
+
+
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize(
+    ("document", "words"), [(path.name, words) for path in DOCUMENTS for words in shell_commands(path)]
+)
+def test_shell_examples_are_commands_that_there_are(document: str, words: list[str]) -> None:
+    make_parser(words[1]).parse_args(words[1:])  # leaves with an error otherwise
+
+
+def test_the_examples_without_installing_run(
+    pipe: S2EditPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package's own folder stands for the path and for the Hub's repository, a tiny model for the base."""
+    (text,) = [
+        block
+        for block in re.findall(r"```text\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.DOTALL)
+        if "custom_pipeline" in block
+    ]
+    pipe.save_pretrained(tmp_path / "base")
+    code = str(ROOT / "s2edit_pipeline")
+    for line in text.strip().splitlines():
+        runnable = re.sub(r'custom_pipeline="[^"]+"', "custom_pipeline=code", line)
+        assert runnable != line
+        names: dict[str, Any] = {"DiffusionPipeline": DiffusionPipeline, "base": tmp_path / "base", "code": code}
+        exec(compile(runnable, "README.md", "exec"), names)
+        assert type(names["pipe"]).__name__ == "S2EditPipeline" and names["pipe"].unet is not None
+
+
+def test_the_readme_names_every_kind_of_model_that_is_served() -> None:
+    (answer,) = re.findall(r"\*\*Which models\?\*\*(.*?)\n\n", (ROOT / "README.md").read_text("utf-8"), flags=re.DOTALL)
+    names = " ".join(answer.split())
+    families = [one.name for one in registered_families() if one.__module__.startswith("s2edit_pipeline.")]
+    assert len(families) >= 6
+    assert not [name for name in families if name not in names]
 
 
 def test_links_and_pictures_exist() -> None:

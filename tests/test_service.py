@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -67,6 +69,30 @@ def test_twenty_edits_by_eight_clients(client: tuple[TestClient, S2EditPipeline]
         for i, result in enumerate(clients.map(edit, range(20))):
             np.testing.assert_array_equal(result, alone[i % 2])
     assert pipe.identities == ()
+
+
+@pytest.mark.slow
+def test_memory_is_steady(client: tuple[TestClient, S2EditPipeline], picture: Image.Image) -> None:
+    """After a warm-up a hundred edits by eight clients take no more memory than before."""
+    service, _ = client
+    data = {"source_prompt": SOURCE, "to": "a photo of a smiling lady", "steps": 2}
+
+    def edit(_: int) -> int:
+        job = service.post("/edits", files={"picture": png(picture)}, data=data).json()["job"]
+        assert follow(service, job)[-1] == {"done": True, "error": None}
+        return service.get(f"/jobs/{job}/result").status_code
+
+    def megabytes() -> float:
+        gc.collect()
+        return psutil.Process().memory_info().rss / 2**20
+
+    with ThreadPoolExecutor(8) as clients:
+        assert set(clients.map(edit, range(100))) == {200}
+        before = megabytes()
+        assert set(clients.map(edit, range(100))) == {200}
+    grown = megabytes() - before
+    print(f"{grown:+.1f} MB after 100 edits, of {before:.0f} MB")
+    assert grown < 20
 
 
 def test_what_goes_wrong_is_said(client: tuple[TestClient, S2EditPipeline], picture: Image.Image) -> None:

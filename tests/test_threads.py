@@ -45,7 +45,7 @@ def assert_as_found(pipe: S2EditPipeline, before: tuple[Any, ...]) -> None:
     assert weights.keys() == before[0].keys() and all(torch.equal(v, before[0][n]) for n, v in weights.items())
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.slow)])
 def test_eight_threads_get_what_one_gets(
     pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, count: int
 ) -> None:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline import S2EditPipeline
-from s2edit_pipeline.attention_controls import SpatialControl, mask_at
 from s2edit_pipeline.attention_seam import AttentionAccess, AttentionSite
+from s2edit_pipeline.attention_spatial import SpatialControl, mask_at
 from s2edit_pipeline.identity_adapter import IdentityAdapter
 
 from .effective_weights import effective_weights

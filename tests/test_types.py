@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from importlib.resources import files
+from typing import get_overloads
 
 import pytest
+
+from s2edit_pipeline import S2EditPipeline
 
 SCRIPT = """\
 from s2edit_pipeline import IdentityAdapter, S2EditPipeline, load_avatars
@@ -73,3 +77,11 @@ def test_calls_have_the_types_that_they_return(said: list[str]) -> None:
 def test_wrong_arguments_are_found_before_anything_runs(said: list[str]) -> None:
     lines = {int(line.split(":")[1]) for line in said if line.startswith("wrong.py:") and " error: " in line}
     assert lines >= {5, 6, 7}
+
+
+def test_the_call_is_typed_with_all_its_parameters() -> None:
+    first, *others = get_overloads(S2EditPipeline.__call__)
+    typed, made = (inspect.signature(call).parameters for call in (first, S2EditPipeline.__call__))
+    assert [(one.name, one.kind) for one in typed.values()] == [(one.name, one.kind) for one in made.values()]
+    changed = {name for name in made if made[name].annotation != typed[name].annotation}
+    assert changed == {"return_dict"} and len(others) == 2

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 
 from ..attention_source import KeepAttention
+from ..describe_stage import Description
 from ..identity_adapter import IdentityAdapter
 from ..inversion_record import Inversion
 from ..picture_files import SourcePicture, read_picture
@@ -94,6 +95,7 @@ class Session:
     source: SourcePicture | None = None
     prompt: str = ""
     subject: str = ""
+    about: Description | None = None
     mask: PIL.Image.Image | None = None
     identity: IdentityAdapter | None = None
     edits: list[Edit] = field(default_factory=list)
@@ -119,13 +121,14 @@ class Session:
             raise Missing("Choose a picture first.")
         self.source = read_picture(file)
         self.prompt = self.subject = ""
+        self.about = None
         self.mask = self._inversion = None
         self.edits = []
         return self.source.rgb
 
     def describe(self) -> tuple[str, str]:
         """Words for the picture, and its subject."""
-        about = self.pipe.describe(self._picture())
+        about = self.about = self.pipe.describe(self._picture())
         self.prompt, self.subject = about.prompt, about.subject
         return self.prompt, self.subject
 
@@ -172,7 +175,9 @@ class Session:
         return self.identity
 
     def targets(self, lines: str, add: Sequence[str], remove: Sequence[str]) -> list[str]:
-        """The target prompts: one for each line, or for each of the words to add or to take away.
+        """The target prompts: one for each line, or for each of the words to add or to take away. A short line is
+        completed by what the picture shows, as long as the words found for it stand: what a target leaves out would
+        change too.
 
         Raises:
             Missing: nothing is asked for.
@@ -180,6 +185,8 @@ class Session:
         """
         self._check_words()
         prompts = [line.strip() for line in lines.splitlines() if line.strip()]
+        if self.about is not None and self.about.prompt == self.prompt:
+            prompts = [self.about.complete(line) for line in prompts]
         prompts += [change_words(self.prompt, add=[word], subject=self.subject) for word in add]
         prompts += [change_words(self.prompt, remove=[word], subject=self.subject) for word in remove]
         if not prompts:

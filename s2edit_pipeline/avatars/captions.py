@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from .creatures import CREATURE_HEADWEAR, PATTERNS, SPECIES
@@ -39,13 +39,16 @@ _Words = list[tuple[str, str | None]]
 
 
 class _Speaker:
-    """Says attributes of ``subject`` and remembers which; with ``rng`` leaves some of them out at random."""
+    """Says attributes of ``subject`` and remembers which; with ``rng`` leaves some of them out at random, with ``only``
+    all others."""
 
-    def __init__(self, subject: Subject, rng: random.Random | None) -> None:
-        self.subject, self.rng = subject, rng
+    def __init__(self, subject: Subject, rng: random.Random | None, only: Collection[str] | None) -> None:
+        self.subject, self.rng, self.only = subject, rng, only
         self.said: dict[str, str] = {}
 
     def says(self, attribute: str) -> bool:
+        if self.only is not None:
+            return attribute in self.only
         return self.rng is None or self.rng.random() < _MENTION[attribute]
 
     def state(self, attribute: str) -> str:
@@ -84,6 +87,8 @@ def _of_person(person: Person, speaker: _Speaker) -> tuple[_Words, list[_Words]]
         if speaker.says("hair_color"):
             phrase.append((speaker.state("hair_color"), "hair"))
         phrases.append([*phrase, ("hair", "hair")])
+    elif person.hair_visible and person.hair != "bald" and speaker.only and speaker.says("hair_color"):
+        phrases.append([(speaker.state("hair_color"), "hair"), ("hair", "hair")])
     if person.glasses != "none" and speaker.says("glasses"):
         phrases.append([(speaker.state("glasses"), "glasses")])
     if person.facial_hair != "none" and speaker.says("facial_hair"):
@@ -107,13 +112,16 @@ def _of_creature(creature: Creature, speaker: _Speaker) -> tuple[_Words, list[_W
     return adjectives, [phrase for phrase in phrases if phrase]
 
 
-def describe(subject: Subject, rng: random.Random | None = None) -> Caption:
+def describe(subject: Subject, rng: random.Random | None = None, *, only: Collection[str] | None = None) -> Caption:
     """What a caption says of ``subject``; with ``rng``, some of it, sometimes in another order.
 
     Without ``rng`` everything that can be said is said, in the grammar's own order. What is
     worn is nearly always said, so that silence comes to mean that it isn't there.
+
+    Args:
+        only: the attributes that are said, such as people say them: a colour of hair without its cut too.
     """
-    speaker = _Speaker(subject, rng)
+    speaker = _Speaker(subject, rng, only)
     if isinstance(subject, Person):
         adjectives, phrases = _of_person(subject, speaker)
     else:
@@ -131,7 +139,7 @@ def describe(subject: Subject, rng: random.Random | None = None) -> Caption:
         words += [("on", None), _article(color), (color, "background"), ("background", "background")]
     # what is worn is said nearly always: saying nothing settles that it isn't there
     for attribute in ("glasses", "facial_hair", "headwear", "pattern"):
-        if getattr(subject, attribute, None) == "none":
+        if getattr(subject, attribute, None) == "none" and (only is None or attribute in only):
             speaker.said[attribute] = "none"
     said_words, parts = zip(*words, strict=True)
     return Caption(words=said_words, parts=parts, said=speaker.said)
@@ -185,7 +193,7 @@ def read_caption(text: str) -> dict[str, str]:
         if word == "hair":
             said |= {"hair_color": before} if before in HAIR_COLORS else {}
             phrase = words[i - 3 : i]
-            length = next(word for word in phrase if word in ("short", "long"))
-            said["hair"] = f"{length} {'curly' if 'curly' in phrase else 'straight'}"
+            for length in {"short", "long"} & {*phrase}:  # neither in "red hair"
+                said["hair"] = f"{length} {'curly' if 'curly' in phrase else 'straight'}"
     nothing = {name: "none" for name in ("glasses", "facial_hair", "headwear", "pattern") if name in attributes}
     return nothing | said

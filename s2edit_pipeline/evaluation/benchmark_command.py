@@ -27,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--people", type=int, help="held-out people (24; quick: 4; --tune and figures: 4)")
     parser.add_argument("--creatures", type=int, help="held-out creatures (12; quick: 2; else none)")
     parser.add_argument("--edits", type=int, help="at most so many of each subject (8; quick: 3; else 6)")
+    parser.add_argument(
+        "--prompts", choices=("complete", "half", "short", "vague"),
+        help="how much they say: all that captions can, half of it, the noun alone, or with one fault (complete)",
+    )  # fmt: skip
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these; --list names them")
     parser.add_argument("--list", action="store_true", help="name the methods and stop")
     parser.add_argument("--baseline", help=f"what the others are compared with ({_BASELINE})")
@@ -162,7 +166,8 @@ def _drawn_run(
     from .methods.registry import method_specs
 
     specs = method_specs(args.methods or names, args.settings, args.models)
-    return DrawnRun(Path(args.out), specs, _numbered(BENCHMARK_FIRST, **sizes), **shared)
+    prompts = args.prompts or "complete"
+    return DrawnRun(Path(args.out), specs, _numbered(BENCHMARK_FIRST, **sizes), prompts=prompts, **shared)
 
 
 def _figures(args: argparse.Namespace) -> Sequence[int]:
@@ -175,7 +180,7 @@ def _show(report: Path) -> None:
 
 def _check_together(args: argparse.Namespace) -> None:
     """Refuse flags that the chosen kind of run would ignore."""
-    drawn = ("quick", "people", "creatures", "edits", "baseline")
+    drawn = ("quick", "people", "creatures", "edits", "baseline", "prompts")
     real = ("limit", "standard_metrics", "clip_model")
     for name in drawn if args.dataset else real:
         if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is a number
@@ -183,6 +188,8 @@ def _check_together(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {where}; leave it out.")
     if args.baseline is not None and (args.tune or _figures(args)):
         raise ValueError("--baseline is for the report, which --tune and figures don't write; leave it out.")
+    if args.prompts is not None and (args.tune or _figures(args)):
+        raise ValueError("--prompts is for the report: --tune and figures say all that captions can; leave it out.")
     if args.clip_model is not None and not args.standard_metrics:
         raise ValueError("--clip-model is for --standard-metrics; give both, or neither.")
     if args.limit is not None and args.limit < 1:

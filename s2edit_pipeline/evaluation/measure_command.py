@@ -221,6 +221,34 @@ def _fits(args: argparse.Namespace) -> Report:
     return report
 
 
+def _prompts_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _seed_flag(parser)
+    _steps_flag(parser, 25)
+    _people_flag(parser, 8)
+    parser.add_argument("--creatures", type=int, default=6, help="how many held-out creatures (%(default)s)")
+    parser.add_argument("--first", type=int, default=200, help="number of the first of each (%(default)s)")
+    parser.add_argument(
+        "--prompts", nargs="+", default=["short", "complete"], metavar="CLASS",
+        help="of complete, half, short and vague (short and complete)",
+    )  # fmt: skip
+    parser.add_argument("--fit", action="append", help="only these rows; give as many as you like")
+    parser.add_argument(
+        "--rows", default="s2edit-prompts.jsonl", metavar="FILE", help="where each row is kept; a rerun goes on"
+    )
+
+
+def _prompts(args: argparse.Namespace) -> Report:
+    from .studies.prompts import chosen_fits, measure_prompts
+
+    counts = {"person": args.people, "creature": args.creatures}
+    subjects = [(kind, args.first + i) for kind, count in counts.items() for i in range(count)]
+    return measure_prompts(
+        _load(args), subjects, Path(args.rows), prompts=args.prompts, fits=chosen_fits(args.fit),
+        num_inference_steps=args.steps, seed=args.seed,
+    )  # fmt: skip
+
+
 def _describe_flags(parser: argparse.ArgumentParser) -> None:
     _model_flag(parser)
     _people_flag(parser, 100)
@@ -231,6 +259,30 @@ def _describe(args: argparse.Namespace) -> Report:
     from .studies.descriptions import measure_descriptions
 
     return measure_descriptions(_load(args), args.people, args.creatures)
+
+
+def _photographs_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _seed_flag(parser)
+    _steps_flag(parser, 25)
+    parser.add_argument("--scenes", type=int, default=20, help="how many photographs (%(default)s)")
+    parser.add_argument(
+        "--folder", help="keep rows and pictures there as they come; the same command goes on from them"
+    )
+    parser.add_argument("--sheet", metavar="PNG", help="with --folder: also save the first edits of six photographs")
+
+
+def _photographs(args: argparse.Namespace) -> Report:
+    from .studies.photographs import measure_photographs, sheet
+
+    if args.sheet and not args.folder:
+        raise ValueError("--sheet is drawn from the pictures that --folder FOLDER keeps; pass that too.")
+    report = measure_photographs(
+        _load(args), args.scenes, num_inference_steps=args.steps, seed=args.seed, folder=args.folder
+    )
+    if args.sheet:
+        sheet(args.folder, range(min(6, args.scenes))).save(args.sheet)
+    return report
 
 
 def _steps_flags(parser: argparse.ArgumentParser) -> None:
@@ -320,7 +372,9 @@ MEASURES: Mapping[str, Measure] = {
     "confinement": Measure("edits that may change more or less of the picture", _confinement_flags, _confinement),
     "compositions": Measure("something of one person on another", _compositions_flags, _compositions),
     "fits": Measure("what fits are worth and cost", _fits_flags, _fits),
+    "prompts": Measure("edits asked for in fewer words, after many fits", _prompts_flags, _prompts),
     "describe": Measure("how much of a picture's description is right", _describe_flags, _describe),
+    "photographs": Measure("avatars edited in photographs, and alone", _photographs_flags, _photographs),
     "steps": Measure("edits at 10, 20 and 50 steps", _steps_flags, _steps),
     "memory": Measure("peaks of memory, of edits and of fits", _memory_flags, _memory),
     "costs": Measure("what edits cost beside drawing a picture", _costs_flags, _costs),

@@ -58,6 +58,21 @@ def test_from_a_picture_to_edits(pipe: S2EditPipeline, picture: Image.Image, tmp
     assert pipe.identities == ()
 
 
+def test_a_short_target_is_completed_while_the_words_found_stand(
+    pipe: S2EditPipeline, picture: Image.Image, tmp_path: Path
+) -> None:
+    worded = S2EditPipeline(
+        **pipe.components, vocabulary="a photo of [sad|smiling] {man|lady} [with a beard|with a hat]"
+    )
+    worded.set_progress_bar_config(disable=True)
+    session = visit(worded, picture, tmp_path)
+    session.describe()
+    found = session.prompt.split(" with ")[1]
+    assert session.targets("a photo of a smiling lady", [], []) == [f"a photo of a smiling lady with {found}"]
+    session.say("a photo of a lady with a dog", "lady")  # the visitor's own words are taken as they are
+    assert session.targets("a photo of a smiling lady", [], []) == ["a photo of a smiling lady"]
+
+
 def test_a_further_edit_inverts_no_more(
     pipe: S2EditPipeline, picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

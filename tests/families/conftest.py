@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from s2edit_pipeline import S2EditPipeline
 from s2edit_pipeline.avatars.tokenizer import build_tokenizer
+from s2edit_pipeline.family_flow import PackedFlowFamily
 
 FAMILIES = ("sd1", "sd2_v", "sdxl")
 
@@ -105,6 +106,14 @@ def make_family(_families: dict[str, dict[str, Any]]) -> Callable[..., S2EditPip
         return pipe
 
     return make
+
+
+@pytest.fixture(scope="module")
+def small_by_nature() -> Iterator[None]:
+    """What is worked at where nobody says a size: a reference attribute's picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedFlowFamily, "native_side", 8)
+        yield
 
 
 @pytest.fixture(scope="session")

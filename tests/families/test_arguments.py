@@ -21,7 +21,8 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, KeepAttention, ReferenceAttribute, S2EditPipeline, describe_captioner
-from s2edit_pipeline.attention_controls import MapRecorder
+from s2edit_pipeline.attention_maps import MapRecorder
+from s2edit_pipeline.edit_loop import EDITS, EditedLatents, EditMethod, EditTask
 from s2edit_pipeline.inversion_record import INVERSIONS
 
 SOURCE, TARGET = "a photo of a sad lady with glasses", "a photo of a smiling lady with glasses"
@@ -31,6 +32,7 @@ PART = (0, 0, 12, 8)
 REPEATABLE = dict.fromkeys(("generator", "seed"), "a call that draws no noise is repeatable with any generator")
 MEMORY = "it is about memory alone"
 OWN_SIZE = {"output_size": "the picture is as large as what is worked at"}
+NOTHING_TO_KEEP = "a random model may change every pixel: test_pipeline.py::test_kept_pixels_are_the_pictures_own"
 OTHER_METHOD = "another method than the preset's is fitted as that method is"
 LONG_FITS = "it ends fits that gain nothing any more: test_fit_cost.py::test_a_fit_that_gains_nothing_ends"
 SITUATION = "it makes the situation"
@@ -129,6 +131,12 @@ def digest(value: Any) -> str:
     return hasher.hexdigest()
 
 
+def sources_latents(task: EditTask) -> EditedLatents:
+    """An edit method of one's own: it changes nothing."""
+    source = task.inversion.trajectory[:1]
+    return EditedLatents(source.repeat(len(task.targets), 1, 1, 1), source, (None,) * len(task.targets))
+
+
 @pytest.fixture(scope="module")
 def walk(
     request: pytest.FixtureRequest, small_families: dict[str, S2EditPipeline], wide_picture: Image.Image
@@ -146,6 +154,7 @@ def walk(
         pipe.set_progress_bar_config(disable=True)
     with pytest.MonkeyPatch.context() as patch:  # where a picture has to be described
         patch.setattr(describe_captioner, "load_captioner", lambda *_: lambda picture: "a photo of a cat with a hat")
+        patch.setitem(EDITS, "sources_latents", EditMethod(sources_latents))
         yield Walk(pipe, wide_picture)
 
 
@@ -196,6 +205,7 @@ def call_values(walk: Walk) -> dict[str, Any]:
         "width": 32, "clip_skip": 1, "return_attention_maps": True, "keep_attention": KeepAttention(share=1.0),
         "stop": stopped(), "seed": 9, "stock_arguments": 0.5, "complete_prompt": True, "ip_adapter_image": walk.picture,
         "ip_adapter_image_embeds": [noise(2, 1, 16)], "cross_attention_kwargs": {"scale": 0.5},
+        "edit_method": "sources_latents",
     }  # fmt: skip
 
 
@@ -203,7 +213,7 @@ EDITING = {
     "source_prompt", "inversion", "preset", "reweight", "edit_mask", "keep_words", "keep_pixels", "blend_words",
     "blend_threshold", "change_threshold", "guidance_stop", "strength", "edit", "cross_replace_steps",
     "self_replace_steps", "return_attention_maps", "keep_attention", "residuals", "output_size", "crop",
-    "complete_prompt",
+    "complete_prompt", "edit_method",
 }  # fmt: skip
 DRAWING = {
     "num_images_per_prompt", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
@@ -287,7 +297,7 @@ CALLS: dict[str, Callable[[Walk], Situation]] = {
     "editing, anywhere": lambda walk: Situation(
         "__call__", editing(walk, blend_words=False),
         NOT_OF_AN_EDIT | {"blend_threshold", "change_threshold", "keep_words"},
-        {**OWN_SIZE, **REPEATABLE, "keep_attention": MEMORY},
+        {**OWN_SIZE, **REPEATABLE, "keep_attention": MEMORY, "keep_pixels": NOTHING_TO_KEEP},
         {**ETA, "blend_words": {"blend_words": None}},
     ),
     "editing, with a finished inversion": lambda walk: Situation(
@@ -342,20 +352,26 @@ def test_no_argument_of_an_inversion_is_ignored(walk: Walk, method: str) -> None
 
 
 LORA = {"lora_rank", "lora_layers", "lora_init"}
+OF_THE_WORDS = {"response_words", "response_batch_size"}
 OF_THE_MASK = {"mask", "renormalize", "mask_after", "mask_threshold"}
 FITS: dict[str, tuple[dict[str, Any], set[str], dict[str, str]]] = {  # arguments, refused, idle
-    "lora": ({"method": "lora"}, set(), {"preset": OTHER_METHOD}),
-    "full": ({"method": "full", "num_steps": None}, LORA, {}),
-    "token": ({"method": "token"}, LORA | {"detach_sentence"}, {"preset": OTHER_METHOD}),
+    "lora": ({"method": "lora"}, OF_THE_WORDS, {"preset": OTHER_METHOD}),
+    "full": ({"method": "full", "num_steps": None}, LORA | OF_THE_WORDS, {}),
+    "token": ({"method": "token"}, LORA | OF_THE_WORDS | {"detach_sentence"}, {"preset": OTHER_METHOD}),
+    "words kept": (
+        {"method": "token", "response_loss_weight": 1.0, "batch_size": 2}, LORA | {"detach_sentence"},
+        {"preset": OTHER_METHOD, "batch_size": SITUATION},
+    ),
     "a mask": (
-        {"method": "token", "mask": LEFT}, LORA | {"detach_sentence", "mask_threshold"}, {"preset": OTHER_METHOD}
+        {"method": "token", "mask": LEFT}, LORA | OF_THE_WORDS | {"detach_sentence", "mask_threshold"},
+        {"preset": OTHER_METHOD},
     ),
     "no spatial control": (
-        {"method": "token", "spatial_control": False}, LORA | OF_THE_MASK | {"detach_sentence"},
+        {"method": "token", "spatial_control": False}, LORA | OF_THE_MASK | OF_THE_WORDS | {"detach_sentence"},
         {"preset": OTHER_METHOD, "spatial_control": SITUATION},
     ),
     "no semantic loss": (
-        {"method": "lora", "semantic_weight": 0.0}, {"detach_sentence"},
+        {"method": "lora", "semantic_weight": 0.0}, OF_THE_WORDS | {"detach_sentence"},
         {"preset": OTHER_METHOD, "semantic_weight": SITUATION},
     ),
 }  # fmt: skip
@@ -386,6 +402,7 @@ def test_no_argument_of_a_fit_is_ignored(
         "detach_sentence": True, "renormalize": True, "mask_after": True, "mask_threshold": 0.1,
         "height": 24, "width": 32, "token_learning_rate": 1e-4, "stop": stopped(), "crop": PART,
         "complete_prompt": True, "checkpoint_folder": tmp_path / "fit", "seed": 9,
+        "response_loss_weight": 2.0, "response_words": ["smiling"], "response_batch_size": 2,
     }  # fmt: skip
 
     def fit() -> dict[str, Any]:

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, ReferenceAttribute, S2EditPipeline
-from s2edit_pipeline.attention_controls import Controllers, mask_at
+from s2edit_pipeline.attention_chain import Controllers
 from s2edit_pipeline.attention_seam import AttentionAccess, AttentionController, AttentionSite
+from s2edit_pipeline.attention_spatial import mask_at
 from s2edit_pipeline.family_unet import UNetFamily
 from s2edit_pipeline.prompt_tokens import initial_row
 

@@ -16,7 +16,7 @@ from s2edit_pipeline.prompt_tokens import initial_row
 
 from . import transformer_checks as checks
 from .tiny_transformers import autoencoder, pipeline, sd3_parts
-from .transformer_checks import SOURCE, WIDE, seeded
+from .transformer_checks import SOURCE, WIDE
 
 KINDS: dict[str, dict[str, Any]] = {"SD3": {}, "SD3.5": {"dual": (0,)}, "without T5": {"with_t5": False}}
 
@@ -133,6 +133,10 @@ def test_evaluations_a_step(pipe: S2EditPipeline, wide_picture: Image.Image) -> 
     assert checks.count_rows(pipe, lambda: stock(SOURCE, **given)) == 2 * n
 
 
+def test_steps_are_the_stock_pipelines(pipe: S2EditPipeline) -> None:
+    checks.check_steps_are_the_stock_pipelines(pipe, 3.0)
+
+
 # ------------------------------------------------------------------------------ what is its own
 
 
@@ -227,13 +231,4 @@ def test_a_picture_too_large_for_its_positions_is_refused(pipe: S2EditPipeline, 
 
 
 def test_folders_and_pipelines_come_and_go(pipe: S2EditPipeline, tmp_path: Path) -> None:
-    given = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 4.5, **WIDE}
-    expected = pipe(SOURCE, generator=seeded(1), **given).images
-    pipe.save_pretrained(tmp_path)
-    stock = StableDiffusion3Pipeline.from_pretrained(tmp_path)
-    for again in (
-        S2EditPipeline.from_pretrained(tmp_path), stock, S2EditPipeline.from_pipe(stock),
-        StableDiffusion3Pipeline.from_pipe(pipe), StableDiffusion3Pipeline(**pipe.components),
-    ):  # fmt: skip
-        again.set_progress_bar_config(disable=True)
-        torch.testing.assert_close(again(SOURCE, generator=seeded(1), **given).images, expected, rtol=1e-4, atol=1e-4)
+    checks.check_folders(pipe, StableDiffusion3Pipeline, tmp_path, guidance_scale=4.5)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from s2edit_pipeline import IdentityAdapter, Inversion, KeepAttention, ReferenceAttribute, S2EditPipeline
-from s2edit_pipeline.attention_controls import mask_at
+from s2edit_pipeline.attention_spatial import mask_at
 from s2edit_pipeline.edit_settings import EditSettings
 from s2edit_pipeline.fit_settings import FitSettings
 from s2edit_pipeline.inversion_record import INVERSIONS
@@ -177,6 +177,23 @@ def fit_batch_size(c: Calls) -> bool:
     return rows == [3]
 
 
+def fit_response_loss_weight(c: Calls) -> bool:
+    """A weight too small to move anything measures what the others' words come to."""
+    longer = {"method": "lora", "num_steps": 12, "learning_rate": 2e-3, "batch_size": 2, "response_batch_size": 2}
+    kept, left = (c._fit(response_loss_weight=weight, **longer).measures for weight in (30.0, 1e-9))
+    return "response_loss_last" not in c.fit().measures and kept["response_loss_last"] < left["response_loss_last"]
+
+
+def response(c: Calls, word: str) -> float:
+    return c.fit(response_loss_weight=1.0, response_words=(word,)).measures["response_loss_last"]
+
+
+def fit_response_batch_size(c: Calls) -> bool:
+    with batches(c.pipe) as rows:
+        c._fit(batch_size=3, num_steps=1, response_loss_weight=1.0, response_batch_size=2)
+    return rows == [4, 5]
+
+
 def fit_reference(c: Calls) -> bool:
     hat = ReferenceAttribute(c.picture.rotate(180), "a photo of a man with a hat", "hat", mask=LEFT)
     attribute = c.fit(reference=hat).reference
@@ -228,6 +245,9 @@ FIT: dict[str, Callable[[Calls], bool]] = {
     "mask_threshold": lambda c: (
         c.fit(mask=None, mask_threshold=0.9).mask.sum() < c.fit(mask=None, mask_threshold=0.1).mask.sum()
     ),
+    "response_loss_weight": fit_response_loss_weight,
+    "response_words": lambda c: len({response(c, word) for word in ("hat", "beard")}) == 2,
+    "response_batch_size": fit_response_batch_size,
     "height": lambda c: c.fit(height=8).mask.shape == (4, 12),
     "width": lambda c: c.fit(width=12).mask.shape == (8, 6),
     "crop": lambda c: c.fit(crop=PART).settings["crop"] == "0,0,12,8" and bool(c.fit(crop=PART).mask.all()),
@@ -437,6 +457,7 @@ ELSEWHERE = {
     "optimizer": "test_fit_cost.py::test_eight_bits_need_bitsandbytes",
     "gradient_checkpointing": "test_fit_cost.py::test_checkpointing_makes_the_same_gradients",
     "residuals": "test_inversions.py::test_in_a_flow_what_the_sources_steps_miss_is_found",
+    "edit_method": "test_own_family.py::test_an_edit_method_of_ones_own",
     "checkpoint_folder": "test_fit_checkpoint.py::fit",
     "complete_prompt": "test_describe.py::test_short_prompts_are_completed_alike",
     "cross_attention_kwargs": "families/test_diffusers_manner.py::test_loras_are_weighed_by_the_call",

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from s2edit_pipeline import IdentityAdapter, ReferenceAttribute, S2EditPipeline
-from s2edit_pipeline.attention_controls import SpatialControl
 from s2edit_pipeline.attention_seam import AttentionAccess, AttentionController, AttentionSite, attention_layers
+from s2edit_pipeline.attention_spatial import SpatialControl
+
+from ..test_custom_pipeline import PACKAGE, last_line
 
 SOURCE, TARGET = "a photo of a sad lady with glasses", "a photo of a smiling lady with glasses"
 WITH_TOKEN = "a photo of a smiling [I] lady with glasses"
@@ -81,13 +83,160 @@ def check_drawing_is_the_stock_pipelines(pipe: S2EditPipeline, **arguments: Any)
     given = {"num_inference_steps": 2, "output_type": "latent", "generator": None, **WIDE, **arguments}
     stock = pipe.family.stock()
     stock.set_progress_bar_config(disable=True)
-    theirs = stock(SOURCE, **{**given, "generator": seeded(1)}).images
+    theirs = stock(prompt=SOURCE, **{**given, "generator": seeded(1)}).images
     ours = pipe(SOURCE, **{**given, "generator": seeded(1)}).images
     assert torch.equal(ours, theirs)
     scale = pipe.family.pixels_per_latent
     with pipe.family.control_attention(Unchanged(), WIDE["height"] // scale, WIDE["width"] // scale):
-        seen = stock(SOURCE, **{**given, "generator": seeded(1)}).images
+        seen = stock(prompt=SOURCE, **{**given, "generator": seeded(1)}).images
     torch.testing.assert_close(seen, theirs, rtol=1e-5, atol=1e-5)
+
+
+def check_folders(pipe: S2EditPipeline, stock_class: Any, tmp_path: Path, **arguments: Any) -> None:
+    """Saved, and loaded here and by the stock pipeline; handed over to it and back: each draws the same."""
+    given = {"num_inference_steps": 2, "output_type": "latent", **WIDE, **arguments}
+    expected = pipe(SOURCE, generator=seeded(1), **given).images
+    pipe.save_pretrained(tmp_path)
+    stock = stock_class.from_pretrained(tmp_path)
+    for again in (
+        S2EditPipeline.from_pretrained(tmp_path), stock, S2EditPipeline.from_pipe(stock),
+        stock_class.from_pipe(pipe), stock_class(**pipe.components),
+    ):  # fmt: skip
+        again.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(
+            again(prompt=SOURCE, generator=seeded(1), **given).images, expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def check_steps_are_the_stock_pipelines(
+    pipe: S2EditPipeline,
+    guidance_scale: float | None,
+    pack: Callable[[torch.Tensor], torch.Tensor] = same,
+    given: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **arguments: Any,
+) -> None:
+    """What our own loops ask of the model, and do with its answer, is what the stock pipeline does at each step.
+
+    Args:
+        pack: latents as its loop has them.
+        given: latents as it takes them; None: as its loop has them.
+    """
+    family, seen = pipe.family, []
+    size = [side // family.pixels_per_latent for side in WIDE.values()]
+    x = torch.randn(1, family.latent_channels, *size, generator=seeded(3))
+    pipe(
+        SOURCE, latents=(given or pack)(x), num_inference_steps=3, guidance_scale=guidance_scale, output_type="latent",
+        callback_on_step_end=lambda pipe, step, timestep, tensors: seen.append(tensors["latents"].clone()),
+        **WIDE, **arguments,
+    )  # fmt: skip
+    schedule, form = family.schedule(3, (WIDE["height"], WIDE["width"])), family.guidance.form
+    with torch.no_grad():
+        words = family.encode([family.tokenize(SOURCE)])
+        null = family.encode_negative(None, words)
+        if form == "told":
+            words = words.told(guidance_scale)
+        for k, after in zip((3, 2, 1), seen, strict=True):
+            output = family.denoise(x, schedule.timestep(k), words, torch.float32)
+            if form == "branch":
+                nulls = family.denoise(x, schedule.timestep(k), null, torch.float32)
+                output = family.combine(nulls, output, guidance_scale)
+            x = schedule.move(x, output, k, k - 1)
+            torch.testing.assert_close(pack(x), after, rtol=1e-4, atol=1e-4)
+
+
+def check_prompts_of_any_length_are_drawn_together(
+    pipe: S2EditPipeline, picture: Image.Image, noise: torch.Tensor, **arguments: Any
+) -> None:
+    """Each as if it were drawn alone, its token masked where it stands in it; and drawn from embeddings."""
+    prompts = ["a [I] lady", "a photo of a smiling [I] lady with glasses and a beard"]
+    given = {"num_inference_steps": 2, "output_type": "latent", **WIDE, **arguments}
+    with left_as_found(pipe):
+        pipe.load_identity(fit(pipe, picture, "token", num_steps=1, mask=np.arange(24)[None].repeat(16, 0) < 12))
+        both = pipe(prompts, latents=noise.expand(2, *noise.shape[1:]), **given).images
+        for prompt, together in zip(prompts, both, strict=True):
+            alone = pipe(prompt, latents=noise, **given).images[0]
+            torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+        pipe.unload_identity()
+    words, null = pipe.encode_prompt(SOURCE, negative_prompt="a hat")[:2]
+    from_words = pipe(SOURCE, negative_prompt="a hat", latents=noise, **given).images
+    handed = pipe(prompt_embeds=words, negative_prompt_embeds=null, latents=noise, **given).images
+    torch.testing.assert_close(handed, from_words, rtol=1e-4, atol=1e-4)
+
+
+BY_TRUE_CFG: tuple[dict[str, Any], dict[str, Any]] = (
+    {"true_cfg_scale": 1.0}, {"true_cfg_scale": 3.0, "negative_prompt": "a hat"},
+)  # fmt: skip
+
+
+def check_drawn_branches(
+    pipe: S2EditPipeline,
+    picture: Image.Image,
+    combine: Callable[..., torch.Tensor],
+    noise: torch.Tensor,
+    pack: Callable[[torch.Tensor], torch.Tensor] = same,
+    null: str = "a hat",
+    said: tuple[dict[str, Any], dict[str, Any]] = BY_TRUE_CFG,
+) -> None:
+    """A learned token is masked in the prompt's branch and not in the unconditional one: the first step of both
+    together is that of each alone, ``combine(unconditional, conditional, 3.0)`` of what they predict.
+
+    Args:
+        noise: latents as the stock pipeline takes them, ``pack`` makes them those of its loop.
+        null: the unconditional branch's words.
+        said: how it is told to draw unguided, and guided by 3 away from ``null``.
+    """
+
+    def first_step(prompt: str, arguments: dict[str, Any]) -> torch.Tensor:
+        """Of the packed latents, over the step's length."""
+        steps: list[torch.Tensor] = []
+        pipe(
+            prompt, latents=noise, num_inference_steps=2, output_type="latent", **WIDE, **arguments,
+            callback_on_step_end=lambda pipe, step, timestep, tensors: steps.append(tensors["latents"]),
+        )  # fmt: skip
+        sigmas = pipe.family.schedule(2, (WIDE["height"], WIDE["width"])).noise
+        return (steps[0] - pack(noise)) / float(sigmas[1] - sigmas[2])
+
+    unguided, guided = said
+    with left_as_found(pipe):
+        identity = fit(pipe, picture, "token", num_steps=1, mask=np.arange(24)[None].repeat(16, 0) < 12)
+        pipe.load_identity(identity)
+        alone, nulls = first_step("a [I] lady", unguided), first_step(null, unguided)
+        both = first_step("a [I] lady", guided)
+        pipe.unload_identity()
+        pipe.load_identity(replaced(identity, mask=None))
+        unmasked = first_step("a [I] lady", unguided)
+        pipe.unload_identity()
+    torch.testing.assert_close(both, combine(nulls, alone, 3.0), rtol=1e-4, atol=1e-4)
+    assert float((alone - unmasked).abs().max()) > 1e-4
+
+
+FITS_AND_EDITS = """
+import sys
+from diffusers import DiffusionPipeline
+from PIL import Image
+model, folder, out, height, width, source, target = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline=folder, trust_remote_code=True)
+assert type(pipe).__name__ == "S2EditPipeline" and type(pipe).__module__.startswith("diffusers_modules"), type(pipe)
+picture, size = Image.new("RGB", (24, 16), "teal"), {"height": int(height), "width": int(width)}
+mask = Image.new("L", (24, 16), 255)
+identity = pipe.fit_identity(picture, source, "lady", num_steps=1, mask=mask, crop=None, **size)
+identity.save_pretrained(out)
+token = pipe.load_identity(out)
+result = pipe(target, image=picture, source_prompt=source, num_inference_steps=2, crop=None, **size)
+print(token, result.images[0].size, *sorted(m for m in sys.modules if m.startswith("s2edit_pipeline")))
+"""
+
+
+def check_a_fresh_process_serves_it(pipe: S2EditPipeline, tmp_path: Path) -> None:
+    """Loaded as a custom pipeline, where the package isn't installed."""
+    pipe.save_pretrained(tmp_path / "model")
+    paths = [str(path) for path in (tmp_path / "model", PACKAGE, tmp_path / "ada")]
+    line = last_line(FITS_AND_EDITS, tmp_path, *paths, *map(str, WIDE.values()), SOURCE, WITH_TOKEN)
+    assert line == "[I] (24, 16)"  # and no module of the installed package
 
 
 # ------------------------------------------------------------------------------ the whole way
@@ -146,7 +295,7 @@ def check_a_lora_in_the_stock_pipeline(
     given = {"num_inference_steps": 2, "output_type": "latent", **WIDE, **arguments}
     plain = pipe(SOURCE, generator=seeded(1), **given).images
     stock.load_lora_weights(str(tmp_path / "ada"), weight_name="pytorch_lora_weights.safetensors")
-    theirs = stock(SOURCE, generator=seeded(1), **given).images
+    theirs = stock(prompt=SOURCE, generator=seeded(1), **given).images
     with left_as_found(pipe):
         pipe.load_identity(identity)
         torch.testing.assert_close(pipe(SOURCE, generator=seeded(1), **given).images, theirs, rtol=1e-4, atol=1e-4)
@@ -182,9 +331,11 @@ def check_inversions(pipe: S2EditPipeline, picture: Image.Image, methods: tuple[
             assert float((lost.images - inversion.trajectory[:1]).abs().max()) > 1e-3
 
 
-def check_flowedit_is_the_published_update(pipe: S2EditPipeline, picture: Image.Image, n: int = 4) -> None:
+def check_flowedit_is_the_published_update(
+    pipe: S2EditPipeline, picture: Image.Image, n: int = 4, scale: float = 5.0
+) -> None:
     """z <- z + ds (v_target(z + x_k - x_0) - v_source(x_k)) (Kulikov et al. 2024), written out over the model."""
-    family, scale = pipe.family, 5.0
+    family = pipe.family
     inversion = pipe.invert(picture, SOURCE, "flowedit", n, crop=None, generator=seeded(3), **WIDE)
     free = {"cross_replace_steps": 0.0, "self_replace_steps": 0.0, "blend_words": False}
     if family.guidance.form != "none":
@@ -263,11 +414,11 @@ class Naively(TorchFunctionMode):
         return scores.softmax(-1) @ value
 
 
-def check_spatial_control(pipe: S2EditPipeline, layout: Callable[[int], Any]) -> None:
+def check_spatial_control(pipe: S2EditPipeline, layout: Callable[[int], Any], text: str = SOURCE) -> None:
     """The whole model under our control against the naive one, in float64; and with a mask that is empty, nothing of
     the token reaches the picture, not even through other words or layers of the text alone."""
     family = pipe.family
-    prompt = family.tokenize(SOURCE)
+    prompt = family.tokenize(text)
     columns = prompt.columns("sad")
     scale = family.pixels_per_latent
     height, width = WIDE["height"] // scale, WIDE["width"] // scale
@@ -352,7 +503,11 @@ def check_identities(pipe: S2EditPipeline, picture: Image.Image) -> None:
 def fit_of(pipe: S2EditPipeline, identity: IdentityAdapter) -> IdentityAdapter:
     """``identity`` with other rows."""
     rows = {name: row + torch.randn(row.shape, generator=seeded(5)) for name, row in identity.rows.items()}
-    return IdentityAdapter(**{**{n: getattr(identity, n) for n in identity.__dataclass_fields__}, "rows": rows})
+    return replaced(identity, rows=rows)
+
+
+def replaced(identity: IdentityAdapter, **changes: Any) -> IdentityAdapter:
+    return IdentityAdapter(**{**{n: getattr(identity, n) for n in identity.__dataclass_fields__}, **changes})
 
 
 def check_errors_leave_all_as_found(pipe: S2EditPipeline, picture: Image.Image) -> None:
@@ -368,9 +523,9 @@ def check_errors_leave_all_as_found(pipe: S2EditPipeline, picture: Image.Image) 
     calls: list[Callable[[], Any]] = [
         lambda: fit(pipe, picture, callback_on_step_end=stop),
         lambda: fit(pipe, picture, "full", callback_on_step_end=stop),
-        lambda: pipe.invert(picture, SOURCE, "direct", 2, identity=identity, callback_on_step_end=stop),
+        lambda: pipe.invert(picture, SOURCE, "direct", 2, identity=identity, callback_on_step_end=stop, **WIDE),
         lambda: edited(pipe, picture, WITH_TOKEN, identity=identity, callback_on_step_end=stop),
-        lambda: pipe("a [I] lady", identity=identity, num_inference_steps=2, callback_on_step_end=stop),
+        lambda: pipe("a [I] lady", identity=identity, num_inference_steps=2, callback_on_step_end=stop, **WIDE),
     ]
     for call in calls:
         with left_as_found(pipe), pytest.raises(Stop):

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ...edit_settings import DEFAULT_GUIDANCE, EDIT_PRESETS, EditSettings
+from ...edit_settings import EDIT_PRESETS, EditSettings
 from ...fit_settings import FitSettings
+from ...noise_guidance import DEFAULT_GUIDANCE
 
 
 @dataclass(frozen=True)
