@@ -402,7 +402,7 @@ def test_no_argument_of_a_fit_is_ignored(
         "detach_sentence": True, "renormalize": True, "mask_after": True, "mask_threshold": 0.1,
         "height": 24, "width": 32, "token_learning_rate": 1e-4, "stop": stopped(), "crop": PART,
         "complete_prompt": True, "checkpoint_folder": tmp_path / "fit", "seed": 9,
-        "response_loss_weight": 2.0, "response_words": ["smiling"], "response_batch_size": 2,
+        "response_loss_weight": 2.0, "response_words": ["smiling"], "response_batch_size": 1,
     }  # fmt: skip
 
     def fit() -> dict[str, Any]:
