@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from ..commands.shared import check_picture_place, checked_device, open_model
 
 if TYPE_CHECKING:
     from .studies.base_model import BaseModelReport
@@ -43,12 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one measure's tables; returns the exit status, 2 for arguments that can't be used."""
-    try:
-        report = MEASURES[args.what].run(args)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"s2edit measure {args.what}: {error}", file=sys.stderr)
-        return 2
+    """Print one measure's tables; returns the exit status."""
+    for name in ("people", "creatures"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    plot = getattr(args, "plot", None)
+    if plot is not None:
+        check_picture_place("--plot", plot)
+    report = MEASURES[args.what].run(args)
     if args.json != "-":
         print(report.table())
     if args.json is not None:
@@ -97,12 +100,10 @@ def _repeats_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace) -> Any:
-    from ..avatars import load_avatars
-    from ..pipeline import S2EditPipeline
-
-    pipe = S2EditPipeline.from_pretrained(args.model) if args.model else load_avatars()
+    device = checked_device(args.device) if args.device else None
+    pipe = open_model(args.model)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(args.device) if args.device else pipe
+    return pipe if device is None else pipe.to(device)
 
 
 # ---------------------------------------------------------------------------- the measures
