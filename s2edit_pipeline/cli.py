@@ -148,6 +148,12 @@ COMMANDS: dict[str, Command] = {
     "identity": Command(
         _of("commands.identity"), "show, share or fetch an identity", "s2edit identity push ada me/ada"
     ),
+    "fit-many": Command(
+        _of("many.fits"), "fit an identity for each row of a manifest", "s2edit fit-many people.csv --out identities"
+    ),
+    "edit-many": Command(
+        _of("many.edits"), "edit a picture for each row of a manifest", "s2edit edit-many edits.csv --out edited"
+    ),
     "app": Command(_of("app.command"), "edit on a web page", "s2edit app"),
     "demo": Command(_of("demo"), "fit an identity to a drawn face and edit it", "s2edit demo --out demo"),
     "bench": Command(

@@ -409,8 +409,8 @@ def family_of(pipe: Any) -> ModelFamily:
     served = "; ".join(f"{one.name} ({', '.join(one.denoiser_classes)})" for one in registered_families())
     if denoiser is None:
         raise ValueError(
-            "The pipeline has neither a unet nor a transformer; load it whole, or pass one of them to from_pretrained. "
-            f"Served are: {served}."
+            "The pipeline has no unet; load it whole, or pass unet= to from_pretrained, of a transformer model "
+            f"transformer=. Served are: {served}."
         )
     raise ValueError(
         f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}. Load one of these: "
