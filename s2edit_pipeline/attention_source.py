@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .argument_checks import check_share
 from .attention_maps import MapRecorder
 from .attention_prompt_to_prompt import LayerAttention
 from .attention_seam import AttentionAccess, AttentionController, AttentionSite
@@ -36,8 +37,7 @@ class KeepAttention:
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.share, (int, float)) or not 0 <= self.share <= 1:
-            raise ValueError(f"KeepAttention: share must be from 0 to 1, not {self.share!r}.")
+        check_share("KeepAttention: share", self.share)
         if not isinstance(self.max_bytes, int) or isinstance(self.max_bytes, bool) or self.max_bytes < 0:
             raise ValueError(f"KeepAttention: max_bytes must be a whole number of at least 0, not {self.max_bytes!r}.")
         if self.device is not None:

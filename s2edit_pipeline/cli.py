@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from . import __version__
+from .commands.shared import check_folder_place, told
 
 
 def _of(module: str) -> Callable[[argparse.ArgumentParser], None]:
@@ -50,6 +51,7 @@ def _train_avatars(parser: argparse.ArgumentParser) -> None:
 
             plot_training(args.out, args.curves)
             return 0
+        check_folder_place("--out", args.out)
         if args.family == "flow":
             return _train_flow(args)
         from .avatars.recipe import AUTOENCODER, DENOISER, train_avatars
@@ -104,6 +106,7 @@ def _train_instruct(parser: argparse.ArgumentParser) -> None:
         from .avatars import MODEL_FOLDER
         from .avatars.instruct_training import InstructSettings, train_instruct
 
+        check_folder_place("--out", args.out)
         model = train_instruct(
             args.out,
             model=args.model or MODEL_FOLDER,
@@ -144,6 +147,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "identity": Command(
         _of("commands.identity"), "show, share or fetch an identity", "s2edit identity push ada me/ada"
+    ),
+    "fit-many": Command(
+        _of("many.fits"), "fit an identity for each row of a manifest", "s2edit fit-many people.csv --out identities"
+    ),
+    "edit-many": Command(
+        _of("many.edits"), "edit a picture for each row of a manifest", "s2edit edit-many edits.csv --out edited"
     ),
     "app": Command(_of("app.command"), "edit on a web page", "s2edit app"),
     "demo": Command(_of("demo"), "fit an identity to a drawn face and edit it", "s2edit demo --out demo"),
@@ -211,10 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _print_completion(args.print_completion)
     if args.command is None:
         parser.error("say a command; see s2edit --help")
+    name = " ".join(filter(None, (args.command, getattr(args, "what", None))))
     with _logging_put_back():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it says as it is imported is not for users
-        status: int = args.run(args)
-    return status
+        return told(args.run, name)(args)
 
 
 @contextmanager

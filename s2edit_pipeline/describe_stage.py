@@ -12,6 +12,7 @@ from .describe_judge import ROUNDS, Choices, DenoisingJudge, choose_all, choose_
 from .describe_vocabulary import Template, Wording, read_vocabulary
 from .edit_settings import EditRequest
 from .identity_prompts import check_prompt
+from .inversion_record import is_finished
 from .object_search import Size, check_crop, place
 from .picture_files import read_picture
 from .pipeline_work import Work
@@ -194,7 +195,7 @@ def words_for_edit(work: Work, request: EditRequest, source: str | None, targets
     account = account_of(work, DescribeRequest(request.image, source, size=request.size, crop=request.crop))
     said = {} if request.source_prompt is None or source is None else heard_in(source, account.template)
     completed_source = account.prompt if source is None else account.beside(source)
-    if hasattr(request.inversion, "trajectory") and completed_source != source:
+    if is_finished(request.inversion) and completed_source != source:
         raise ValueError(
             f"complete_prompt=True makes of the source prompt {completed_source!r}, and the inversion was made under "
             f"{source!r}; invert under those words, or leave inversion= out."

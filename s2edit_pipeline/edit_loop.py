@@ -170,7 +170,7 @@ def _stepped(task: EditTask, x: torch.Tensor, output: torch.Tensor, k: int) -> t
     (of a random step Huberman-Spiegelglas et al. 2024)."""
     schedule, inversion = task.schedule, task.inversion
     is_random = INVERSIONS[inversion.method].random_steps
-    mean = schedule.posterior(x, output, k, k - 1)[0] if is_random else schedule.move(x, output, k, k - 1)
+    mean = schedule.posterior_mean(x, output, k, k - 1) if is_random else schedule.move(x, output, k, k - 1)
     if inversion.residuals is None or not task.settings.residuals:
         return mean
     return mean + inversion.residuals[k - 1 : k].to(mean)

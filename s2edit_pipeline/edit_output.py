@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
-import torch
 from diffusers.utils import BaseOutput
 
 from .picture_files import SourcePicture
@@ -40,7 +38,7 @@ class S2EditPipelineOutput(BaseOutput):
         before: the picture that was edited, in the same form.
     """
 
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    images: list[PIL.Image.Image] | Any  # or an array or a tensor, as the caller's output_type says
     attention_maps: dict[str, PIL.Image.Image] | None = None
     edit_masks: list[PIL.Image.Image | None] | None = None
     source: Any = None

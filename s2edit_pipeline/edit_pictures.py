@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from torch.nn import functional as F
 
 from .edit_loop import EditedLatents
 from .edit_output import S2EditPipelineOutput
@@ -53,8 +54,9 @@ def edited_pictures(
     for i, region in enumerate(edited.regions):
         picture, area = _painted(shown, colors[i]), masks[i]
         if request.keep_pixels and placed is not None:
-            where = region if region is None or mask is None else _mask_shown(mask, placed, placement)
-            where = where.cpu() if isinstance(where, torch.Tensor) else where
+            where: Any = region
+            if region is not None:
+                where = spread(region.cpu()) if mask is None else _mask_shown(mask, placed, placement)
             picture, composed = compose(shown.source, colors[i], reconstruction[0], where, placement)
             area = None if region is None and shown.is_whole else composed
         if flagged is not None and flagged[i]:
@@ -109,6 +111,12 @@ def shown_as(work: Work, request: EditRequest, placed: PlacedPicture | None, lat
         content = placed.placement.content
         picture = placed.canvas.crop(content)
     return PlacedPicture(read_picture(picture), Placement(picture.size, (0, 0, *picture.size), canvas, content))
+
+
+def spread(region: torch.Tensor) -> torch.Tensor:
+    """(h, w) of 0 and 1, a cell wider: the edit fades in within the border of what ``compose`` is given, and would be
+    cut off half way inside the cells that changed; the decoder, too, carries a cell's change into the cells beside."""
+    return F.max_pool2d(region[None, None].float(), 3, stride=1, padding=1)[0, 0]
 
 
 def _mask_shown(mask: torch.Tensor, placed: PlacedPicture, placement: Placement) -> np.ndarray:

@@ -11,6 +11,9 @@ from .noise_guidance import DEFAULT_GUIDANCE
 from .noise_schedule import NoiseSchedule
 from .prompt_embeds import ShownPicture
 
+CROSS_REPLACE_STEPS = 0.4
+"""The share of the steps in which words keep the source's maps, where nothing else is said."""
+
 
 @dataclass(frozen=True)
 class EditSettings:
@@ -52,7 +55,7 @@ class EditSettings:
     guidance_stop: float = 0.5
     strength: float = 1.0
     edit: str = "auto"
-    cross_replace_steps: float | Mapping[str, float] = 0.4
+    cross_replace_steps: float | Mapping[str, float] = CROSS_REPLACE_STEPS
     self_replace_steps: float = 0.4
     reweight: Mapping[str, float] | None = None
     blend_words: Sequence[str] | str | bool | None = None

@@ -40,6 +40,7 @@ from .inversion_record import (
     check_residuals,
     check_served,
     inversion_method,
+    is_finished,
 )
 from .inversion_stage import InversionRequest, invert_picture
 from .noise_schedule import NoiseSchedule
@@ -90,7 +91,7 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
     """
     family, settings = work.family, request.settings
     family.check()
-    words = edit_words(work, request)
+    words = edit_words(work, request)  # P~ and P*~: [I] before the noun
     canvas = edit_canvas(work, request, words)
     mask = _given_mask(work, request, canvas)
     plans = plan_edits(
@@ -117,10 +118,12 @@ def edit_picture(work: Work, request: EditRequest) -> S2EditPipelineOutput:
         self_until=round(settings.self_replace_steps * canvas.schedule.num_steps),
     )
     inversion = request.inversion
-    if not hasattr(inversion, "trajectory"):
+    if not is_finished(inversion):
+        # S2Edit, stage two: the picture inverted under P~, with the mask at [I]'s attention
         inversion = _invert_first(work, request, canvas, source, null, prompt_to_prompt)
         if inversion.interrupted:
             return unedited_pictures(work, request, canvas.placed, inversion.trajectory[:1], len(targets))
+    # prompt-to-prompt from its noise, A*_[I] = A_[I] * M_obj at every step of source and target
     control = EditControl(
         lambda batch: spatial_control([branch.prompt for branch in batch.branches], work.overlay, canvas.placed),
         prompt_to_prompt,
@@ -196,7 +199,7 @@ def edit_canvas(work: Work, request: EditRequest, words: EditWords) -> Canvas:
     family, inversion = work.family, request.inversion
     check_crop(request.crop)
     source = None if request.image is None else read_picture(request.image)
-    if hasattr(inversion, "trajectory"):
+    if is_finished(inversion):
         height, width = inversion.trajectory.shape[-2:]
         size = family.pixel_size(inversion.trajectory)
         _check_request_against(inversion, words.source.text, request, size)
@@ -275,7 +278,7 @@ def _check_request_against(inversion: Any, source_prompt: str, request: EditRequ
     scale = request.settings.guidance_scale
     if inversion.guidance_scale is not None and inversion.guidance_scale != scale:
         raise ValueError(
-            f"The null-text inversion was optimised for guidance_scale={inversion.guidance_scale:g}, not "
+            f"The inversion {inversion.method!r} was made for guidance_scale={inversion.guidance_scale:g}, not "
             f"{scale:g}; use that, or call pipe.invert(..., guidance_scale={scale:g})."
         )
     if inversion.clip_skip != request.clip_skip:
@@ -327,7 +330,7 @@ def _closer(work: Work, request: EditRequest, words: EditWords, canvas: Canvas, 
     placed = canvas.placed
     source, targets = words.source.text, [target.text for target in words.targets]
     only_the_subject = all(changes_only_the_subject(source, target) for target in targets)
-    if hasattr(request.inversion, "trajectory"):
+    if is_finished(request.inversion):
         if placed is not None and not placed.is_whole and mask is None and not only_the_subject:
             logger.warning(
                 f"The inversion is a close-up of {placed.placement.box}, and the words change more than its subject; "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .edit_settings import EditSettings
+from .argument_checks import check_share, is_number
+from .edit_settings import CROSS_REPLACE_STEPS, EditSettings
 from .prompt_alignment import PromptAlignment, align_prompts, content_words
 from .prompt_columns import TokenizedPrompt
 
@@ -151,7 +151,7 @@ def _find_in_any(prompts: Sequence[TokenizedPrompt], word: str, argument: str) -
 def _weights(prompt: TokenizedPrompt, reweight: Mapping[str, float] | None) -> torch.Tensor | None:
     weights = torch.ones(prompt.num_columns)
     for word, factor in (reweight or {}).items():
-        if not isinstance(factor, (int, float)) or not math.isfinite(factor):
+        if not is_number(factor):
             raise ValueError(f"reweight[{word!r}] must be a number, not {factor!r}.")
         weights[list(_positions(prompt, word))] = float(factor)
     return weights if bool((weights != 1).any()) else None
@@ -160,9 +160,8 @@ def _weights(prompt: TokenizedPrompt, reweight: Mapping[str, float] | None) -> t
 def _cross_until(prompt: TokenizedPrompt, share: float | Mapping[str, float], num_steps: int) -> torch.Tensor:
     shares = share if isinstance(share, Mapping) else {"default_": share}
     for word, value in shares.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"cross_replace_steps must be from 0 to 1, not {value!r} (for {word!r}).")
-    until = torch.full((prompt.num_columns,), float(shares.get("default_", 0.4)))
+        check_share("cross_replace_steps" + (f" of {word!r}" if isinstance(share, Mapping) else ""), value)
+    until = torch.full((prompt.num_columns,), float(shares.get("default_", CROSS_REPLACE_STEPS)))
     for word, value in shares.items():
         if word != "default_":
             until[list(_positions(prompt, word))] = float(value)

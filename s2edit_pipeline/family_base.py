@@ -46,6 +46,8 @@ class ModelFamily(ABC):
 
     edit_defaults: ClassVar[Mapping[str, Any]] = {}
     """What of ``EditSettings`` is another where the caller says nothing."""
+    takes_picture_adapters: ClassVar[bool] = False
+    """Whether IP-Adapters can be loaded."""
     kept_attention: ClassVar[float] = 0.4
     """The share of an inversion's steps at which the source's attention is kept where the caller says nothing."""
     drawn_branches: ClassVar[str] = "null first"
@@ -101,8 +103,11 @@ class ModelFamily(ABC):
     def device(self) -> torch.device:
         """Where the work is done: where the denoiser is, or is brought to. diffusers walks through all modules to
         answer, so a call asks once."""
-        if not is_offloaded(self.denoiser):  # of a pipeline that is offloaded in part diffusers names another place
-            return next(self.denoiser.parameters()).device
+        denoiser = self.denoiser  # None where there are text encoders alone
+        if denoiser is not None and not is_offloaded(
+            denoiser
+        ):  # of a pipeline that is offloaded in part diffusers names another place
+            return next(denoiser.parameters()).device
         device: torch.device = self.pipe._execution_device
         return device
 
@@ -404,7 +409,8 @@ def family_of(pipe: Any) -> ModelFamily:
     served = "; ".join(f"{one.name} ({', '.join(one.denoiser_classes)})" for one in registered_families())
     if denoiser is None:
         raise ValueError(
-            f"The pipeline has no unet; load it whole, or pass unet= to from_pretrained. Served are: {served}."
+            "The pipeline has no unet; load it whole, or pass unet= to from_pretrained, of a transformer model "
+            f"transformer=. Served are: {served}."
         )
     raise ValueError(
         f"{type(denoiser).__name__} is a model that isn't served yet. Served are: {served}. Load one of these: "

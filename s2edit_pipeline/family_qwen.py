@@ -155,8 +155,8 @@ class QwenImageFamily(LanguageModelFamily):
         named.pop("guidance_scale", None)
         says_no = any(given.get(f"negative_prompt{end}") is not None for end in ("", "_embeds"))
         if (named["true_cfg_scale"] or 0) > self.guidance.neutral and not says_no:
-            prompt = given.get("prompt")
-            named["negative_prompt"] = [self.empty_prompt] * (len(prompt) if isinstance(prompt, list) else 1)
+            prompts = next((given[one] for one in ("prompt", "prompt_embeds") if given.get(one) is not None), "")
+            named["negative_prompt"] = [self.empty_prompt] * (1 if isinstance(prompts, str) else len(prompts))
         return named
 
     def draws_null(self, given: Mapping[str, Any]) -> bool:

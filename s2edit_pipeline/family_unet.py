@@ -46,6 +46,7 @@ class UNetFamily(ModelFamily):
     name = "Stable Diffusion 1, 2 and XL"
     denoiser_name = "unet"
     denoiser_classes = ("UNet2DConditionModel",)
+    takes_picture_adapters = True
 
     @property
     def is_xl(self) -> bool:

@@ -129,7 +129,7 @@ class Objective:
         epsilon = torch.randn(self.latents.shape, generator=generator, device=device).to(self.latents)
         if self.example.words is None or not words:
             return Draw(levels, epsilon)
-        count = self.settings.response_batch_size
+        count = self.settings.response_batch_size or self.batch
         rows = torch.randperm(self.batch, generator=generator, device=device)[:count].tolist()
         return Draw(levels, epsilon, tuple(rows), tuple(self.example.words.drawn(count, generator, device)))
 
@@ -149,7 +149,7 @@ class Objective:
         example = self.example
         sentence_prompts = [example.prompt] if self.sentence is None else []
         told = [one.prompt_with_token for one in draw.told]
-        encoded = self.family.encode([*sentence_prompts, example.prompt_with_token, *told])
+        encoded = self.family.encode([*sentence_prompts, example.prompt_with_token, *told])  # P, and P~ with [I]
         own = len(sentence_prompts)  # the row of P~
         semantics, angles = [], []
         for name, output in encoded.outputs.items():
@@ -158,7 +158,7 @@ class Objective:
             if self.settings.detach_sentence:
                 sentence = sentence.detach()
             token = output[own, example.token_positions(name)]  # e_[I]
-            semantics.append(semantic_loss(sentence, token))
+            semantics.append(semantic_loss(sentence, token))  # L_semantic = |cos(e_P, e_[I])|
             angles.append(cosine(sentence, token).mean())
         embeds = encoded.rows(slice(own, own + 1)).expand(self.batch)
         levels, noised, rows = draw.levels, self._noised(draw), list(draw.rows)
@@ -170,7 +170,7 @@ class Objective:
         if rows:
             assert base is not None
             response = response_loss((output[self.batch :], output[rows]), base)
-        reconstruction = reconstruction_loss(output[: self.batch], self._target(draw))
+        reconstruction = reconstruction_loss(output[: self.batch], self._target(draw))  # L_recons, under P~
         return Losses(reconstruction, torch.stack(semantics).sum(), torch.stack(angles).mean(), response)
 
     def total(self, losses: Losses) -> torch.Tensor:

@@ -133,8 +133,8 @@ class FitSettings:
         response_words: these words, things and adjectives as ``change_words`` adds them, such as "smiling" and
             "glasses", at most 200 characters in all; None takes those of the model's own vocabulary, else of
             ``fit_words.GENERAL_VOCABULARY``, said beside the prompt's or in place of what it says.
-        response_batch_size: at how many of a step's noise levels, each with a word of its own. One more row a step
-            through the denoiser, forward and back, and two more forward.
+        response_batch_size: at how many of a step's noise levels, each with a word of its own; None: all. Each is one
+            more row a step through the denoiser, forward and back, and two more forward.
     """
 
     method: str = "lora"
@@ -158,7 +158,7 @@ class FitSettings:
     mask_threshold: float = MASK_THRESHOLD
     response_loss_weight: float = 0.0
     response_words: Sequence[str] | None = None
-    response_batch_size: int = 1
+    response_batch_size: int | None = None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> FitSettings:
@@ -184,7 +184,10 @@ class FitSettings:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.optimizer == "adamw_8bit":
             bitsandbytes()
-        for name in ("num_steps", "batch_size", "lora_rank", "response_batch_size"):
+        if self.response_loss_weight and self.response_batch_size is None:
+            object.__setattr__(self, "response_batch_size", self.batch_size)
+        counts = ["num_steps", "batch_size", "lora_rank"]
+        for name in (*counts, *(["response_batch_size"] if self.response_batch_size is not None else [])):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
@@ -228,7 +231,7 @@ class FitSettings:
                 )
             object.__setattr__(self, "response_words", tuple(words))
         assert self.batch_size is not None
-        if self.response_batch_size > self.batch_size:
+        if self.response_batch_size is not None and self.response_batch_size > self.batch_size:
             raise ValueError(
                 f"response_batch_size={self.response_batch_size} is more than the batch_size={self.batch_size} noise "
                 "levels of a step; lower it, or raise batch_size."

@@ -165,7 +165,10 @@ class IdentityAdapter:
                 raise ValueError(f"reference_token={reference_token!r}: this identity was fitted without a reference.")
             renamed = replace(renamed, reference=replace(self.reference, token=reference_token))
         if renamed.reference is not None and renamed.reference.token == renamed.token:
-            raise ValueError(f"The identity and its reference attribute can't both be {renamed.token!r}.")
+            raise ValueError(
+                f"The identity and its reference attribute can't both be {renamed.token!r}; give the attribute another "
+                "token: load_identity(..., reference_token='[A]')."
+            )
         return renamed
 
     def lora_factors(self, component: str) -> dict[str, LoraFactors]:
@@ -274,9 +277,16 @@ class IdentityAdapter:
             )
         saved = self if exact else self.compressed(kept_energy, max_bytes)
         with atomic_folder(target) as folder:
-            saved._write(folder, previews or {}, license)
+            saved._write(folder, previews or {}, license, name=target.name)
 
-    def _write(self, folder: Path, previews: Mapping[str, Any], license: str, repository: str | None = None) -> None:
+    def _write(
+        self,
+        folder: Path,
+        previews: Mapping[str, Any],
+        license: str,
+        repository: str | None = None,
+        name: str = "",
+    ) -> None:
         reference = None
         if self.reference is not None:
             reference = {name: getattr(self.reference, name) for name in ("token", "subject", "source_prompt")}
@@ -302,7 +312,7 @@ class IdentityAdapter:
             differences={name: t for name, t in self.weights.items() if name not in lora},
         )
         pictures = {f"preview_{i}.png": load_picture(p, "previews") for i, p in enumerate(previews.values(), 1)}
-        card = identity_card(self, dict(zip(previews, pictures, strict=True)), license, repository)
+        card = identity_card(self, dict(zip(previews, pictures, strict=True)), license, repository, name)
         write_identity(folder, files, card, pictures)
 
     @classmethod

@@ -10,6 +10,7 @@ import html
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from string import Template
 from typing import Any
 
@@ -17,7 +18,8 @@ from huggingface_hub import ModelCardData
 
 from .identity_lora_names import is_lora
 from .identity_schema import MASK_FILES
-from .prompt_words import insert_token
+from .prompt_changes import change_words
+from .prompt_words import insert_token, split_words
 
 TEMPLATE = Template("""\
 ---
@@ -26,8 +28,8 @@ $front_matter
 
 # $title
 
-An identity for [S2EditPipeline](https://pypi.org/project/s2edit-pipeline): the token `$token` before the noun
-"$subject", fitted to **one** picture that was described as
+An identity for S2EditPipeline: the token `$token` before the noun "$subject", fitted to **one** picture that was
+described as
 
 > $source_prompt
 
@@ -37,8 +39,9 @@ $pictures
 ```text
 $import_line
 
-pipe = S2EditPipeline.from_pretrained("$base_model")
-pipe.load_identity("$repository")
+pipe = $loading
+pipe.load_identity($place)
+image = "picture.png"  # the one that it was fitted to
 edited = pipe($example, image=image, source_prompt=$quoted_source_prompt).images[0]
 ```
 
@@ -77,9 +80,19 @@ the learned word for the end: set `text_encoder_2.config.eos_token_id` and `text
 `tokenizer_2.eos_token_id`."""
 """What plain SDXL needs besides."""
 
+EMBEDDED = {
+    "weights": ("the embedded avatars", "load_avatars()"),
+    "flow_weights": ("the embedded flow avatars", 'load_avatars("flow")'),
+}
+"""The embedded models: folder in ``avatars`` -> what the model is called, and the call that loads it."""
+
 
 def identity_card(
-    identity: Any, previews: Mapping[str, str] | None = None, license: str = "other", repository: str | None = None
+    identity: Any,
+    previews: Mapping[str, str] | None = None,
+    license: str = "other",
+    repository: str | None = None,
+    folder: str = "",
 ) -> str:
     """The card's text.
 
@@ -88,12 +101,13 @@ def identity_card(
         previews: prompt -> its picture's file.
         license: as the Hub names licences.
         repository: its name on the Hub, if known.
+        folder: otherwise the name of the folder that it is saved as.
     """
     previews = previews or {}
     tokens = {identity.token: identity.subject}
     if identity.reference is not None:
         tokens[identity.reference.token] = identity.reference.subject
-    example = insert_token(identity.source_prompt, identity.subject, identity.token)
+    example = _example(identity, previews)
     masks = {
         name: file
         for file, (name, (_, mask)) in zip(MASK_FILES, identity.learned.items(), strict=False)
@@ -103,6 +117,7 @@ def identity_card(
     facts["fitted with"] = ", ".join(f"{name} {version}" for name, version in identity.library_versions.items())
     reads_as_lora, base_model = any(map(is_lora, identity.weights)), identity.base_model
     token, subject = next(iter(tokens.items()))
+    loading = dict(EMBEDDED.values()).get(base_model, f"S2EditPipeline.from_pretrained({_quoted(base_model)})")
     source_prompt, example = (" ".join(text.split()) for text in (identity.source_prompt, example))
     pictures = [f"![{prompt}]({file})\n\n*{prompt}*" for prompt, file in previews.items()]
     pictures += [  # a cell of the latents a pixel: shown larger
@@ -114,7 +129,9 @@ def identity_card(
         front_matter=_front_matter(source_prompt, base_model, previews, reads_as_lora, license),
         # here, not in the template: diffusers' loader takes a line that begins so for an import of ours, and says that
         # the package is missing
-        import_line="from s2edit_pipeline import S2EditPipeline",
+        import_line=f"from s2edit_pipeline import {re.split('[.(]', loading)[0]}",
+        loading=loading,
+        place=_quoted(repository or folder),
         title=repository or f"The identity {token}",
         token=token,
         subject=subject,
@@ -122,12 +139,25 @@ def identity_card(
         quoted_source_prompt=_quoted(source_prompt),
         pictures="".join(f"{picture}\n\n" for picture in pictures),
         base_model=base_model or "the base model that it was fitted to",
-        repository=repository or "this folder or repository",
         example=_quoted(example),
         plain_diffusers=_plain_diffusers(identity, reads_as_lora=reads_as_lora),
         method=identity.method,
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     )
+
+
+def _example(identity: Any, previews: Mapping[str, str]) -> str:
+    """A target prompt: one that there is a picture of, or the source with something put on."""
+    shown = next((prompt for prompt in previews if identity.token in split_words(prompt, [identity.token])), None)
+    if shown is not None:
+        return shown
+    source = identity.source_prompt
+    for thing in ("hat", "glasses"):
+        with suppress(ValueError):  # it is there already
+            return insert_token(
+                change_words(source, add=[thing], subject=identity.subject), identity.subject, identity.token
+            )
+    return insert_token(source, identity.subject, identity.token) + ", smiling"
 
 
 def _plain_diffusers(identity: Any, *, reads_as_lora: bool) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image
 
 from .identity_schema import (
@@ -147,7 +147,9 @@ def fetch_identity(
     folder, name = Path(name_or_path), str(name_or_path)
     if folder.is_dir():
         return folder
-    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    if folder.is_file():
+        raise ValueError(f"{name} is a file; give the identity's folder, {folder.parent}.")
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ValueError(f"{name} is not a folder; give an identity's folder or a Hub repository's name.")
     commit = None
     if not local_files_only and not constants.HF_HUB_OFFLINE:
@@ -165,14 +167,20 @@ def fetch_identity(
         for file, size in listed.items():
             if size is not None and size > MOST_BYTES.get(file, math.inf):
                 raise ValueError(_too_large(name, file, size))
-    fetched = snapshot_download(
-        name,
-        revision=commit or revision,
-        token=token,
-        cache_dir=None if cache_dir is None else str(cache_dir),
-        local_files_only=local_files_only,
-        allow_patterns=list(MOST_BYTES),
-    )
+    try:
+        fetched = snapshot_download(
+            name,
+            revision=commit or revision,
+            token=token,
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            local_files_only=local_files_only,
+            allow_patterns=list(MOST_BYTES),
+        )
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is no folder here, and the Hub, which can't be reached or isn't to be asked, gave none of that "
+            "name before; look at the spelling."
+        ) from error
     if commit is not None and commit != revision:
         # the Hub's cache notes which commit a branch's name stands for, so that it is found without a network too
         note = Path(fetched).parent.parent / "refs" / (revision or constants.DEFAULT_REVISION)

@@ -387,6 +387,9 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return parameter if isinstance(parameter, nn.Parameter) else None
 
 
+_OTHER_MODEL = "It was fitted to another model: load that one, or fit it again, pipe.fit_identity(...)."
+
+
 def _check_rows(adapter: Any, text_encoders: Components) -> None:
     wanted = {
         name: (encoder.get_input_embeddings().weight.shape[1],)  # type: ignore[operator]
@@ -395,7 +398,7 @@ def _check_rows(adapter: Any, text_encoders: Components) -> None:
     for token, (rows, _) in adapter.learned.items():
         shapes = {name: tuple(row.shape) for name, row in rows.items()}
         if shapes != wanted:
-            raise ValueError(f"The token {token!r} has rows of {shapes}; this model's are of {wanted}.")
+            raise ValueError(f"The token {token!r} has rows of {shapes}; this model's are of {wanted}. {_OTHER_MODEL}")
 
 
 def _check_fit(adapter: Any, components: Components) -> None:
@@ -404,7 +407,9 @@ def _check_fit(adapter: Any, components: Components) -> None:
     """
     foreign = {name.split(".")[0] for name in adapter.weights} - components.keys()
     if foreign:
-        raise ValueError(f"The identity changes {', '.join(sorted(foreign))}, which this model doesn't have.")
+        raise ValueError(
+            f"The identity changes {', '.join(sorted(foreign))}, which this model doesn't have. {_OTHER_MODEL}"
+        )
     for component, module in components.items():
         for saved_name, difference in adapter.plain_differences(component).items():
             _check_shape(component, module, name_within(module, saved_name), tuple(difference.shape), is_lora=False)
@@ -423,20 +428,20 @@ def _check_fit(adapter: Any, components: Components) -> None:
 def _check_shape(component: str, module: nn.Module, name: str, shape: tuple[int, ...], is_lora: bool) -> None:
     parameter = _parameter(module, name)
     if parameter is None:
-        raise ValueError(f"The identity changes {component}.{name}, which this model doesn't have.")
+        raise ValueError(f"The identity changes {component}.{name}, which this model doesn't have. {_OTHER_MODEL}")
     owner = module.get_submodule(name.rpartition(".")[0])
     owner = owner.get_base_layer() if isinstance(owner, BaseTunerLayer) else owner
     is_linear = isinstance(owner, nn.Linear)
     if is_lora and not is_linear and not isinstance(owner, nn.Conv2d):
         raise ValueError(
             f"The identity has a LoRA of {component}.{name}, and that layer is {type(owner).__name__} here, neither "
-            "linear nor a convolution: it was fitted to another model."
+            f"linear nor a convolution. {_OTHER_MODEL}"
         )
     # a weight that quantisation has packed: what it stands for
     packed = is_linear and name.endswith(".weight")
     present = (owner.out_features, owner.in_features) if packed else tuple(parameter.shape)
     if present != shape:
-        raise ValueError(f"The identity's {component}.{name} is {shape}; the model's is {present}.")
+        raise ValueError(f"The identity's {component}.{name} is {shape}; the model's is {present}. {_OTHER_MODEL}")
     if not is_lora and is_too_coarse(parameter):
         raise ValueError(
             f"The identity changes {component}.{name} as a whole, and it is quantised here ({kind_of(parameter)}). "

@@ -17,7 +17,7 @@ def edit_friendly(task: InversionTask) -> InversionPath:
     Every level is noised from the picture itself, independently of the others (equation 5); what the random step
     from each then misses of the next, ``sigma_t z_t`` (equation 6), is the picture's noise space.
     """
-    return _noise_space(task, lambda x, output, k: task.schedule.posterior(x, output, k, k - 1)[0])
+    return _noise_space(task, lambda x, output, k: task.schedule.posterior_mean(x, output, k, k - 1))
 
 
 def flowedit(task: InversionTask) -> InversionPath:
@@ -37,12 +37,12 @@ def _noise_space(task: InversionTask, mean: Callable[[torch.Tensor, torch.Tensor
     latents, schedule, path = task.latents, task.schedule, [task.latents]
     for k in range(1, schedule.num_steps + 1):
         noise = randn_tensor(latents.shape, generator=task.generator, device=latents.device, dtype=torch.float32)
-        path.append(schedule.noised(latents, noise.to(latents), k))
+        path.append(schedule.noised(latents, noise.to(latents), k))  # equation 5
     residuals = []
     for k in range(1, schedule.num_steps + 1):
         step = mean(path[k], task.denoise(path[k], k), k)
         check_finite(step, "the inversion", k - 1)
-        residuals.append(path[k - 1] - step)
+        residuals.append(path[k - 1] - step)  # equation 6
         task.on_step(k - 1, path[k])
     return InversionPath(torch.cat(path), residuals=torch.cat(residuals))
 

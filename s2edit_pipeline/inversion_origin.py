@@ -113,4 +113,7 @@ def check_inversion(
         raise ValueError(f"The inversion was made of another picture than image=; pass that one, or {again}.")
     channels = inversion.trajectory.shape[1]
     if channels != family.latent_channels:
-        raise ValueError(f"The inversion has {channels} latent channels, this model {family.latent_channels}.")
+        raise ValueError(
+            f"The inversion has {channels} latent channels, this model {family.latent_channels}: it was made with "
+            f"another model. Load that one, or {again}."
+        )

@@ -104,6 +104,11 @@ def register_inversion(name: str, method: InversionMethod) -> None:
     INVERSIONS[name] = method
 
 
+def is_finished(inversion: Any) -> bool:
+    """Whether it is an ``Inversion``, of this copy of the package or another, and no method's name."""
+    return hasattr(inversion, "trajectory")
+
+
 def inversion_method(name: Any) -> InversionMethod:
     """Raises:
     ValueError: there is no such inversion.

@@ -155,8 +155,8 @@ def _refuse_what_has_no_effect(call: InversionCall, guidance: Guidance) -> None:
     if call.generator is not None and not method.draws_noise:
         drawing = ", ".join(repr(name) for name, one in INVERSIONS.items() if one.draws_noise)
         raise ValueError(
-            f"generator has no effect on the inversion {call.method!r}, which draws no noise; leave it out, or use "
-            f"{drawing}."
+            f"generator= or seed= has no effect on the inversion {call.method!r}, which draws no noise; leave it out, "
+            f"or use {drawing}."
         )
 
 

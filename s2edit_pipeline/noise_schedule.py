@@ -94,17 +94,14 @@ class NoiseSchedule:
         a, s = self._factors(level, x)
         return self.noised((x - s * epsilon) / a, epsilon, next_level)
 
-    def posterior(
-        self, x: torch.Tensor, output: torch.Tensor, level: int, next_level: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean (B, C, H, W) and the deviation of the random step down to ``next_level``: the next latents are
-        ``mean + deviation z``, z normal (DDIM, equations 12 and 16 with eta 1: DDPM's step)."""
+    def posterior_mean(self, x: torch.Tensor, output: torch.Tensor, level: int, next_level: int) -> torch.Tensor:
+        """(B, C, H, W), the mean of the random step down to ``next_level`` (DDIM, equations 12 and 16 with eta 1:
+        DDPM's step)."""
         x0, epsilon = self.split(output, x, level)
         a, s = self.signal[level], self.noise[level]
         a_next, s_next = self.signal[next_level], self.noise[next_level]
         variance = s_next**2 * (1 - (a * s_next / (a_next * s)) ** 2)
-        mean = a_next.to(x) * x0 + (s_next**2 - variance).clamp(min=0).sqrt().to(x) * epsilon
-        return mean, variance.clamp(min=0).sqrt().to(x)
+        return a_next.to(x) * x0 + (s_next**2 - variance).clamp(min=0).sqrt().to(x) * epsilon
 
     def _factors(self, level: Level, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(a, s) in ``x``'s dtype, shaped to multiply it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from diffusers import DiffusionPipeline
@@ -38,7 +38,7 @@ from .edit_attention import EditControl  # noqa: F401
 from .edit_loop import EDITS  # noqa: F401
 from .edit_output import S2EditPipelineOutput
 from .edit_pictures import edited_pictures  # noqa: F401
-from .edit_settings import EDIT_PRESETS, EditRequest, EditSettings
+from .edit_settings import CROSS_REPLACE_STEPS, EDIT_PRESETS, EditRequest, EditSettings
 from .edit_stage import edit_picture
 from .edit_words import plan_edits  # noqa: F401
 from .family_base import family_of  # noqa: F401
@@ -76,7 +76,7 @@ from .inversion_edit_friendly import edit_friendly  # noqa: F401
 from .inversion_files import read_inversion  # noqa: F401
 from .inversion_null_text import null_text  # noqa: F401
 from .inversion_origin import check_inversion  # noqa: F401
-from .inversion_record import Inversion
+from .inversion_record import Inversion, is_finished
 from .inversion_stage import InversionCall, invert_words
 from .noise_guidance import guided  # noqa: F401
 from .noise_schedule import NoiseSchedule  # noqa: F401
@@ -181,6 +181,7 @@ class S2EditPipeline(
         keep_attention: KeepAttention | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         stop: Any = None,
+        seed: int | None = None,
     ) -> Inversion:
         """From a picture to the noise that leads back to it under ``prompt``.
 
@@ -207,6 +208,7 @@ class S2EditPipeline(
             callback_on_step_end: ``f(pipe, step, timestep, {"latents": ...})``.
             stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
                 comes back and says ``interrupted``.
+            seed: in place of ``generator`` a new one that begins there.
 
         Raises:
             TypeError, ValueError: an input that can't be used; nothing has been done then.
@@ -220,10 +222,78 @@ class S2EditPipeline(
             call = InversionCall(
                 image=image, prompt=prompt, method=method, identity_token=token,
                 num_inference_steps=steps, guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt, size=(height, width), clip_skip=clip_skip, generator=generator,
-                keep=keep_attention, crop=crop,
+                negative_prompt=negative_prompt, size=(height, width), clip_skip=clip_skip,
+                generator=given["generator"], keep=keep_attention, crop=crop,
             )  # fmt: skip
             return invert_words(work, call)
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | list[str] | None = ...,
+        image: Any = ...,
+        source_prompt: str | None = ...,
+        identity: Any = ...,
+        inversion: Inversion | str | None = ...,
+        num_inference_steps: int | None = ...,
+        guidance_scale: float | None = ...,
+        cross_replace_steps: float | Mapping[str, float] = ...,
+        self_replace_steps: float | None = ...,
+        reweight: Mapping[str, float] | None = ...,
+        blend_words: Sequence[str] | bool | None = ...,
+        edit_mask: Any = ...,
+        generator: torch.Generator | list[torch.Generator] | None = ...,
+        output_type: str = ...,
+        return_dict: Literal[True] = ...,
+        callback_on_step_end: Callable[..., Any] | None = ...,
+        *,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ...,
+        preset: str | None = ...,
+        edit: str = ...,
+        edit_method: str = ...,
+        blend_threshold: float = ...,
+        change_threshold: float = ...,
+        guidance_rescale: float = ...,
+        guidance_stop: float | None = ...,
+        residuals: bool = ...,
+        strength: float = ...,
+        keep_words: Sequence[str] | None = ...,
+        keep_pixels: bool = ...,
+        output_size: str = ...,
+        crop: Any = ...,
+        negative_prompt: str | list[str] | None = ...,
+        num_images_per_prompt: int = ...,
+        prompt_embeds: torch.Tensor | None = ...,
+        negative_prompt_embeds: torch.Tensor | None = ...,
+        pooled_prompt_embeds: torch.Tensor | None = ...,
+        negative_pooled_prompt_embeds: torch.Tensor | None = ...,
+        original_size: tuple[int, int] | None = ...,
+        crops_coords_top_left: tuple[int, int] = ...,
+        target_size: tuple[int, int] | None = ...,
+        latents: torch.Tensor | None = ...,
+        height: int | None = ...,
+        width: int | None = ...,
+        clip_skip: int | None = ...,
+        return_attention_maps: bool = ...,
+        keep_attention: KeepAttention | None = ...,
+        ip_adapter_image: Any = ...,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = ...,
+        cross_attention_kwargs: Mapping[str, Any] | None = ...,
+        complete_prompt: bool | None = ...,
+        stop: Any = ...,
+        seed: int | Sequence[int] | None = ...,
+        **stock_arguments: Any,
+    ) -> S2EditPipelineOutput: ...
+
+    @overload
+    def __call__(
+        self, prompt: Any = ..., image: Any = ..., source_prompt: Any = ..., *, return_dict: Literal[False], **more: Any
+    ) -> tuple[Any, ...]: ...
+
+    @overload
+    def __call__(
+        self, prompt: Any = ..., image: Any = ..., source_prompt: Any = ..., *, return_dict: bool, **more: Any
+    ) -> S2EditPipelineOutput | tuple[Any, ...]: ...
 
     @torch.no_grad()
     def __call__(
@@ -235,7 +305,7 @@ class S2EditPipeline(
         inversion: Inversion | str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        cross_replace_steps: float | Mapping[str, float] = 0.4,
+        cross_replace_steps: float | Mapping[str, float] = CROSS_REPLACE_STEPS,
         self_replace_steps: float | None = None,
         reweight: Mapping[str, float] | None = None,
         blend_words: Sequence[str] | bool | None = None,
@@ -279,6 +349,7 @@ class S2EditPipeline(
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         complete_prompt: bool | None = None,
         stop: Any = None,
+        seed: int | Sequence[int] | None = None,
         **stock_arguments: Any,
     ) -> S2EditPipelineOutput | tuple[Any, ...]:
         """Edit a picture by words (S2Edit, stage two), or draw the identity anew where ``image`` is None.
@@ -326,6 +397,8 @@ class S2EditPipeline(
             complete_prompt: add to all prompts what :meth:`describe` says besides; None: where no source is known.
             stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
                 comes back and says ``interrupted``.
+            seed: in place of ``generator`` a new one that begins there; without ``image`` also a list, one for each
+                picture.
             stock_arguments: only without ``image``: whatever else diffusers' own pipeline of this model takes.
 
         Returns:
@@ -344,7 +417,7 @@ class S2EditPipeline(
         settings = EditSettings.of(given.values, chosen, defaults)
         steps = family.default_steps if num_inference_steps is None else num_inference_steps
         lora_scale, shown = check_adapters(given)
-        if image is None and not hasattr(inversion, "trajectory"):
+        if image is None and not is_finished(inversion):
             names = check_drawing(given, stock_arguments)
             drawn = {
                 **stock_arguments, **given.only((*BOTH, *DRAWING)), "guidance_scale": settings.guidance_scale,
@@ -362,7 +435,7 @@ class S2EditPipeline(
                     prompts=[prompt] if isinstance(prompt, str) else list(prompt or []), image=image,
                     source_prompt=source_prompt, identity_token=token, inversion=method, settings=settings,
                     num_inference_steps=num_inference_steps, negative_prompt=negative_prompt, edit_mask=edit_mask,
-                    keep_pixels=keep_pixels, size=(height, width), clip_skip=clip_skip, generator=generator,
+                    keep_pixels=keep_pixels, size=(height, width), clip_skip=clip_skip, generator=given["generator"],
                     keep_attention=keep_attention, output_type=output_type,
                     return_attention_maps=return_attention_maps, output_size=output_size, crop=crop, shown=shown,
                     complete_prompt=complete_prompt, method=edit_method,

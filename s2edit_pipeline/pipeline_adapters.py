@@ -123,7 +123,13 @@ class AdapterLoaders:
         return kwargs if args else {"components": self._lora_loadable_modules, **kwargs}
 
     def load_ip_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As Stable Diffusion's; when no call is at work. Drawings and edits are then shown ``ip_adapter_image=``."""
+        """As Stable Diffusion's; when no call is at work. Drawings and edits are then shown ``ip_adapter_image=``.
+
+        Raises:
+            ValueError: there are none for this kind of model.
+        """
+        if not self.family.takes_picture_adapters:
+            raise ValueError(f"{self.family.name} takes no IP-Adapter here.")
         with self._turns.exclusive("load_ip_adapter"):
             super().load_ip_adapter(*args, **kwargs)  # type: ignore[misc]
 

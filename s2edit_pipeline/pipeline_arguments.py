@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
+import operator
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .argument_checks import check_choice, check_guidance
+from .argument_checks import check_choice, check_guidance, is_number
 from .edit_loop import edit_method
 from .family_base import ModelFamily
 from .fit_settings import ReferenceAttribute
-from .inversion_record import inversion_method
+from .identity_card import EMBEDDED
+from .inversion_record import inversion_method, is_finished
 from .offloaded_weights import check_gathering
 from .packed_weights import check_fine
+from .picture_inputs import load_picture
 from .pipeline_turns import Call
 from .pipeline_work import Report
 from .prompt_embeds import ShownPicture
@@ -31,8 +34,7 @@ def _check_output_type(output_type: Any) -> None:
     """Raises:
     ValueError: no such form of pictures.
     """
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={output_type!r} is unknown; choose 'pil', 'np', 'pt' or 'latent'.")
+    check_choice("output_type", output_type, OUTPUT_TYPES)
 
 
 def _check_keep(keep_attention: Any) -> None:
@@ -55,7 +57,39 @@ def _check_generator(generator: Any, what: str) -> None:
             f"generator must be one for {what}, not a list of {len(generator)}: all of it shares one picture's noise."
         )
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be one torch.Generator for {what}, not {type(generator).__name__}.")
+        raise TypeError(
+            f"generator must be one torch.Generator for {what}, not {type(generator).__name__}; a number is a seed: "
+            "seed=0."
+        )
+
+
+def generator_of(generator: Any, seed: Any) -> Any:
+    """``generator``, or without one that which begins at ``seed``, of a list one for each; on the CPU, so that a seed
+    is the same noise on every device.
+
+    Raises:
+        TypeError, ValueError: both are given, or a seed isn't a whole number that PyTorch takes.
+    """
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ValueError("seed= and generator= both say what noise is drawn; pass one of them.")
+    if isinstance(seed, (list, tuple)):
+        return [generator_of(None, _checked_seed(one)) for one in seed]
+    return torch.Generator().manual_seed(_checked_seed(seed))
+
+
+def _checked_seed(seed: Any) -> int:
+    """Raises:
+    TypeError: it is no whole number.
+    ValueError: PyTorch doesn't take it.
+    """
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be a whole number, or a list of them, not {seed!r}.")
+    number = operator.index(seed)
+    if not 0 <= number < 2**64:
+        raise ValueError(f"seed must be from 0 to 2**64 - 1, not {number}.")
+    return number
 
 
 def _check_autograd() -> None:
@@ -170,9 +204,14 @@ class Arguments:
 
 
 def arguments_of(call: Callable[..., Any], values: Mapping[str, Any]) -> Arguments:
-    """``values``, the local variables at the start of ``call``."""
+    """``values``, the local variables at the start of ``call``; a seed has become the generator.
+
+    Raises:
+        TypeError, ValueError: a seed that can't be used.
+    """
     parameters = dict(inspect.signature(call).parameters)
     named = {n: values[n] for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    named["generator"] = generator_of(named["generator"], named["seed"])
     changed = frozenset(n for n, value in named.items() if not _is_default(value, parameters[n].default))
     return Arguments(named, changed)
 
@@ -234,7 +273,7 @@ def check_adapters(arguments: Arguments) -> tuple[float, ShownPicture | None]:
     scale, masks = attention.pop("scale", 1.0), attention.pop("ip_adapter_masks", None)
     for name in attention:
         raise ValueError(f"cross_attention_kwargs holds {name!r}; known are 'scale' and 'ip_adapter_masks'.")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not is_number(scale):
         raise ValueError(f"cross_attention_kwargs['scale'] must be a number, not {scale!r}.")
     family = arguments["self"].family
     if scale != 1 and not any(getattr(one, "peft_config", None) for one in family.tuned_components.values()):
@@ -244,13 +283,25 @@ def check_adapters(arguments: Arguments) -> tuple[float, ShownPicture | None]:
         )
     if isinstance(masks, torch.Tensor):
         masks = list(masks.unsqueeze(1))
-    shown = ShownPicture(arguments["ip_adapter_image"], arguments["ip_adapter_image_embeds"], masks)
+    shown = ShownPicture(_opened(arguments["ip_adapter_image"]), arguments["ip_adapter_image_embeds"], masks)
     if all(value is None for value in vars(shown).values()):
         return float(scale), None
     if family.num_picture_adapters == 0:
         name = next(iter(arguments.only(("ip_adapter_image", "ip_adapter_image_embeds", "cross_attention_kwargs"))))
         raise ValueError(f"{name}= is for an IP-Adapter, and none is loaded; call pipe.load_ip_adapter(...) first.")
     return float(scale), shown
+
+
+def _opened(pictures: Any) -> Any:
+    """``pictures``, of which files have become PIL pictures: diffusers reads none.
+
+    Raises:
+        ValueError: an unreadable file.
+    """
+    if isinstance(pictures, (list, tuple)):
+        return [_opened(one) for one in pictures]
+    is_file = isinstance(pictures, (str, os.PathLike, bytes, bytearray)) or callable(getattr(pictures, "read", None))
+    return load_picture(pictures, "ip_adapter_image") if is_file else pictures
 
 
 def stock_names(shown: ShownPicture | None) -> dict[str, Any]:
@@ -333,11 +384,11 @@ def check_call(arguments: Arguments, what: str, method: Any = None) -> str:
     if arguments["guidance_scale"] is not None:
         check_guidance(arguments["guidance_scale"])
     method = arguments["method"] if method is None else method
-    if not isinstance(method, str) and not hasattr(method, "trajectory"):
+    if not isinstance(method, str) and not is_finished(method):
         raise TypeError(
             f"An inversion is a method's name, such as 'direct', or what pipe.invert returned, not {method!r}."
         )
-    if hasattr(method, "trajectory") or not inversion_method(method).needs_gradients:
+    if is_finished(method) or not inversion_method(method).needs_gradients:
         return ""
     _check_autograd()
     return str(method)
@@ -351,6 +402,9 @@ def check_drawing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> t
     """
     _check_output_type(arguments["output_type"])
     _refuse_for_drawing(arguments)
+    generator = arguments["generator"]
+    for one in generator if isinstance(generator, (list, tuple)) else [generator]:
+        _check_generator(one, "a picture")
     _refuse_guidance_in_drawing(arguments, stock_arguments)
     callback = arguments["callback_on_step_end"]
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
@@ -374,6 +428,9 @@ def check_editing(arguments: Arguments, stock_arguments: Mapping[str, Any]) -> t
 
 
 def base_name(pipe: Any) -> str:
-    """What the base model calls itself: a Hub name, or the last part of a folder's."""
+    """What the base model calls itself: a Hub name, the last part of a folder's, or one of the embedded models'."""
     name = str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path", ""))
-    return name.rstrip("/").split("/")[-1] if name.startswith(("/", ".")) or name.count("/") > 1 else name
+    parts = name.replace("\\", "/").rstrip("/").split("/")
+    if parts[-3:-1] == ["s2edit_pipeline", "avatars"] and parts[-1] in EMBEDDED:
+        return EMBEDDED[parts[-1]][0]
+    return parts[-1] if name.startswith(("/", ".")) or name.count("/") > 1 else name

@@ -44,11 +44,13 @@ class PromptEncoding:
 
         Returns:
             ``(prompt_embeds, negative_prompt_embeds)``, (n, L, D) each. A model that is told a summary besides has
-            ``(..., pooled_prompt_embeds, negative_pooled_prompt_embeds)`` after them, (n, P) each.
+            ``(..., pooled_prompt_embeds, negative_pooled_prompt_embeds)`` after them, (n, P) each. Z-Image's are
+            lists, of (L, D) for each prompt.
 
         Raises:
             TypeError, ValueError: a prompt that is no text or empty, or says a token that isn't loaded; as many
-                negative prompts as there aren't prompts.
+                negative prompts as there aren't prompts; prompts of different lengths in a model whose prompts have as
+                many columns as they need.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         family = encoding_family(self)
@@ -64,11 +66,29 @@ class PromptEncoding:
                     f"negative_prompt lists {len(negatives)} for {len(texts)} prompts; give one for all, or each."
                 )
             null = join([family.encode_negative(text, encoded, clip_skip) for text in negatives])
-        every = [encoded.embeds, null.embeds, encoded.pooled, null.pooled]
-        if not do_classifier_free_guidance:
-            every[1] = every[3] = None
-        rows = [None if one is None else one.to(device).repeat_interleave(num_images_per_prompt, 0) for one in every]
-        prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = rows
-        if encoded.pooled is not None:
-            return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
-        return prompt_embeds, negative_prompt_embeds
+        handed = [
+            family.drawn_embeddings(encoded),
+            family.drawn_embeddings(null) if do_classifier_free_guidance else {},
+        ]
+        if any(
+            one.mask is not None and isinstance(named.get("prompt_embeds"), torch.Tensor)
+            for one, named in zip((encoded, null), handed, strict=True)
+        ):
+            raise ValueError(
+                f"These prompts have {encoded.embeds.shape[1]} columns or fewer, each as many as it needs: encode them "
+                "one by one."
+            )
+
+        def rows(name: str) -> list[Any]:
+            each = [named.get(name) for named in handed]
+            return [None if one is None else self._repeated(one, num_images_per_prompt, device) for one in each]
+
+        pooled = rows("pooled_prompt_embeds") if encoded.pooled is not None else []
+        return (*rows("prompt_embeds"), *pooled)
+
+    @staticmethod
+    def _repeated(embeds: Any, count: int, device: torch.device | str | None) -> Any:
+        """Each row, or each of a list of prompts, ``count`` times."""
+        if isinstance(embeds, list):
+            return [one.to(device) for one in embeds for _ in range(count)]
+        return embeds.to(device).repeat_interleave(count, 0)

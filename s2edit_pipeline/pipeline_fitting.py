@@ -13,7 +13,7 @@ from .fit_settings import FitRequest, FitSettings, ReferenceAttribute
 from .fit_stage import fit_picture
 from .identity_adapter import IdentityAdapter
 from .object_masks import MASK_THRESHOLD
-from .pipeline_arguments import check_fit
+from .pipeline_arguments import check_fit, generator_of
 
 
 class IdentityFitting:
@@ -59,9 +59,10 @@ class IdentityFitting:
         token_learning_rate: float | None = None,
         response_loss_weight: float = FitSettings.response_loss_weight,
         response_words: Sequence[str] | None = None,
-        response_batch_size: int = FitSettings.response_batch_size,
+        response_batch_size: int | None = None,
         complete_prompt: bool = False,
         stop: Any = None,
+        seed: int | None = None,
     ) -> IdentityAdapter:
         """Fit ``token`` to the subject of one picture (S2Edit, stage one). The pipeline is left as it was found.
 
@@ -95,6 +96,7 @@ class IdentityFitting:
             complete_prompt: add to ``prompt`` what :meth:`describe` says beside it.
             stop: a ``threading.Event``; its ``set()``, from any thread, stops this call after the step. What there is
                 comes back and says ``interrupted``.
+            seed: in place of ``generator`` a new one that begins there.
 
         Returns:
             The identity.
@@ -105,6 +107,7 @@ class IdentityFitting:
         """
         settings = FitSettings.of(locals())
         known = DescribeRequest(image, prompt, size=(height, width), crop=crop)
+        generator = generator_of(generator, seed)
         references = check_fit(self, settings.method, generator, reference)
 
         def on_step(step: int, total: int, measures: Mapping[str, float]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .argument_checks import check_choice
 from .prompt_columns import TokenizedPrompt, Word
 from .prompt_words import FUNCTION_WORDS, NEGATIONS, names_something
 
@@ -47,8 +48,7 @@ def align_prompts(source: TokenizedPrompt, target: TokenizedPrompt, edit: str = 
         ValueError: unknown ``edit``, or ``"replace"`` for prompts that don't have equally many words; the prompts are
             for different text encoders.
     """
-    if edit not in ("auto", "replace", "refine"):
-        raise ValueError(f"edit={edit!r} is unknown; choose 'auto', 'replace' or 'refine'.")
+    check_choice("edit", edit, ("auto", "replace", "refine"))
     names = [[segment.name for segment in prompt.segments] for prompt in (source, target)]
     if names[0] != names[1]:
         raise ValueError(

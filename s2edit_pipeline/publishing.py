@@ -37,27 +37,23 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    try:
-        if args.space:
-            from .app.space import assemble_space, publish_space
+    if args.space:
+        from .app.space import assemble_space, publish_space
 
-            made = assemble_space(args.out) if args.out else publish_space(args.repo_id, private=args.private or None)
-            print(f"The Space's files are in {made}" if args.out else made)
-        elif args.out:
-            print(f"The repository's files are in {assemble(args.out, avatars=args.avatars)}")
-        else:
-            print(
-                publish(
-                    args.repo_id,
-                    avatars=args.avatars,
-                    private=args.private or None,
-                    create_pr=args.create_pr,
-                    commit_message=args.commit_message,
-                )
+        made = assemble_space(args.out) if args.out else publish_space(args.repo_id, private=args.private or None)
+        print(f"The Space's files are in {made}" if args.out else made)
+    elif args.out:
+        print(f"The repository's files are in {assemble(args.out, avatars=args.avatars)}")
+    else:
+        print(
+            publish(
+                args.repo_id,
+                avatars=args.avatars,
+                private=args.private or None,
+                create_pr=args.create_pr,
+                commit_message=args.commit_message,
             )
-    except (ValueError, OSError) as error:
-        print(f"s2edit publish: {error}", file=sys.stderr)
-        return 2
+        )
     return 0
 
 

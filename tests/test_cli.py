@@ -1,7 +1,6 @@
 import os
 import sys
 import types
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -140,8 +139,7 @@ def test_a_command_leaves_the_libraries_logging_as_found(fails, monkeypatch):
     transformers_logging.set_verbosity_info()
     found = state()
     try:
-        with pytest.raises(RuntimeError, match="nothing works") if fails else nullcontext():
-            main(["demo"])
+        assert main(["demo"]) == int(fails)
         assert state() == found and "TRANSFORMERS_VERBOSITY" not in os.environ
     finally:
         diffusers_logging.set_verbosity(before[0][0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +134,86 @@ def test_an_edit_is_signed(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         ((*EDIT, "--out", "a.png", "--to", "a", "--add", "b"), "leave --replace, --add and --remove out"),
         (("identity", "push", "ada.png", "me/ada"), "ada.png"),
         (("identity", "show", "./nobody"), "nobody"),
+        (("identity", "show", "nobody"), "'nobody' is no folder here"),
+        (("identity", "show", "ada/identity.json"), "is a file; give the identity's folder, ada."),
+        (("describe", "ada.png", "--device", "foo"), "'foo' is none that PyTorch knows"),
+        (("describe", "ada.png", "--model", "nobody/nothing"), "no folder of that name here, and the Hub"),
+        (("describe", "ada.png", "--model", "./nothing"), "there is no such folder"),
+        (("describe", "ada.png", "--model", "ada"), "is an identity"),
+        (("describe", "ada.png", "--model", "damaged"), "its model_index.json is damaged"),
+        (("describe", "ada.png", "--model", "captioner"), "names no unet and no transformer"),
+        (("describe", "ada.png", "--model", "plain"), "it holds no model_index.json"),
+        (("describe", "ada.png", "--model", "ada.png"), "is a file; give a diffusers folder"),
+        (("mask", "ada.png", "--prompt", PROMPT, "--out", "m.xyz"), "pictures are written as"),
+        (("mask", "ada.png", "--prompt", PROMPT, "--out", "plain"), "is a folder; give a file in it"),
+        (("mask", "ada.png", "--prompt", PROMPT, "--out", "ada.png/m.png"), "ada.png is a file; give a folder"),
+        (("fit", "ada.png", *FIT, "--out", "ada.png"), "ada.png is a file; give a folder"),
+        (("fit", "ada.png", *FIT, "--out", "new", "--mask", "none.png"), "--mask='none.png' is not a file"),
+        (("fit", "ada.png", *FIT, "--out", "new", "--seed", "-1"), "seed must be from 0"),
+        ((*EDIT, "--out", "a.png", "--add", "glasses", "--strength", "7"), "--strength must be above 0"),
+        ((*EDIT, "--out", "a.png", "--add", "glasses", "--sheet", "a"), "--sheet a: pictures are written as"),
+        ((*EDIT, "--out", "a.png", "--add", "glasses", "--edit-mask", "b"), "--edit-mask='b' is not a file"),
     ],
 )
 def test_bad_arguments_are_one_line(
     argv: tuple[str, ...], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name, index in {"damaged": "{", "captioner": '{"vae": []}', "plain": None, "ada": None}.items():
+        (folder / name).mkdir()
+        if index is not None:
+            (folder / name / "model_index.json").write_text(index)
+    (folder / "ada" / "identity.json").write_text("{}")
     status, out, err = run(capsys, *argv)
     assert status == 2 and not out
     assert err.count("\n") == 1 and said in err and err.startswith(f"s2edit {argv[0]}")
     status, out, err = run(capsys, *argv, "--json")
     assert status == 2 and said in json.loads(out)["error"]
     assert not (folder / "a.png").exists() and not (folder / "m.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("demo", "--out", "ada.png"), "ada.png is a file; give a folder"),
+        (("demo", "--steps", "0"), "--steps must be at least 1"),
+        (("demo", "--model", "./nothing"), "there is no such folder"),
+        (("demo", "--device", "foo"), "none that PyTorch knows"),
+        (("bench", "--steps", "0"), "--steps must be at least 1"),
+        (("bench", "--quick", "--out", "ada.png"), "ada.png is a file; give a folder"),
+        (("bench", "--dataset", "nowhere"), "nowhere"),
+        (("measure", "steps", "--people", "0"), "--people must be at least 1"),
+        (("measure", "scaling", "--plot", "a.xyz"), "pictures are written as"),
+        (("measure", "costs", "--model", "./nothing"), "there is no such folder"),
+        (("publish",), "give --repo-id to push"),
+        (("publish", "--repo-id", "a b"), "Repo id must use"),
+        (("train-avatars", "--out", "ada.png"), "ada.png is a file; give a folder"),
+        (("train-avatars", "--out", "nothing", "--curves", "c.png"), "No such file"),
+        (("train-instruct", "--out", "ada.png"), "ada.png is a file; give a folder"),
+    ],
+)
+def test_so_are_those_of_the_other_commands(
+    argv: tuple[str, ...], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (2, "") and said in err
+    assert err.count("\n") == 1 and err.startswith(f"s2edit {argv[0]}")
+
+
+def test_a_bench_of_which_nothing_could_be_made_has_failed(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no drawing here")
+
+    monkeypatch.setattr("s2edit_pipeline.evaluation.benchmark.drawn_edits.render_array", fail)
+    few = ("--people", "1", "--creatures", "0", "--edits", "1", "--methods", "unedited")
+    status, _, err = run(capsys, "bench", "--out", "bench", *few)
+    assert status == 1 and "nothing could be made; the first error: RuntimeError: no drawing here" in err
+
+
+def test_the_module_is_the_command() -> None:
+    shown = subprocess.run([sys.executable, "-m", "s2edit_pipeline", "--version"], capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stdout.startswith("s2edit ")
 
 
 def test_what_fails_at_work_is_told_apart(

@@ -128,7 +128,7 @@ def test_identities_cross_between_the_two_copies_of_the_classes(pipe: S2EditPipe
 
 
 def flat_modules() -> dict[str, ast.Module]:
-    skipped = {"__init__", "cli", "demo", "publishing", "app"}
+    skipped = {"__init__", "__main__", "cli", "demo", "publishing", "app"}
     return {p.stem: ast.parse(p.read_text("utf-8")) for p in PACKAGE.glob("*.py") if p.stem not in skipped}
 
 

@@ -209,6 +209,33 @@ def test_strength_starts_from_the_trajectory_further_down() -> None:
     torch.testing.assert_close(result.targets[:1], x)
 
 
+@pytest.mark.parametrize(("stop", "guided_levels"), [(0.5, ()), (0.75, (3, 2)), (1.0, (3, 2, 1))])
+def test_shares_of_the_steps_are_counted_from_the_full_noise(stop: float, guided_levels: tuple[int, ...]) -> None:
+    """Also where ``strength`` leaves the first ones out."""
+    assert N == 6
+    inversion = inverted("direct")
+    result = edit(inversion, [None, None], guidance_stop=stop, strength=0.5)
+    x = inversion.trajectory[3:4]
+    for k in (3, 2, 1):
+        is_guided = k in guided_levels
+        output = guided_answer(x, k, TARGETS[:1], NULL, SCALE) if is_guided else answer(x, k, TARGETS[:1])
+        x = move(x, output, k)
+    torch.testing.assert_close(result.targets[:1], x)
+
+
+def test_guidance_is_rescaled_towards_the_words_own_deviation() -> None:
+    """Lin et al. 2024, equations 15 and 16, one target at a time."""
+    inversion = inverted("direct")
+    result = edit(inversion, [None, None], guidance_rescale=0.7)
+    for i in range(2):
+        x = inversion.trajectory[-1:]
+        for k in range(N, 0, -1):
+            u, c = answer(x, k, NULL), answer(x, k, TARGETS[i : i + 1])
+            g = u + SCALE * (c - u)
+            x = move(x, 0.7 * g * (c.std() / g.std()) + 0.3 * g, k)
+        torch.testing.assert_close(result.targets[i : i + 1], x)
+
+
 @pytest.mark.parametrize("schedule", [DIFFUSION, FLOW], ids=["diffusion", "flow"])
 def test_stored_residuals_are_added_to_the_random_steps_mean(schedule: NoiseSchedule) -> None:
     """Edit-friendly: x_{k-1} = mu(x_k, target) + sigma_k z_k, with the source's own sigma_k z_k."""
@@ -278,7 +305,7 @@ def test_a_pinned_source_that_is_looked_at_is_one_row_more() -> None:
 
     inversion = inverted("direct")
     confined = Confinement(((1,),), (), None, 0.4, start=1.0)
-    with pytest.raises(AssertionError, match="no layer was of the right size"):  # this denoiser has no attention
+    with pytest.raises(ValueError, match=r"At 4 x 4 cells no layer .*edit_mask="):  # this denoiser has no attention
         edit(inversion, [confined, None], denoise=denoise)
     assert batches == [["source", "unconditional", "unconditional", "target", "target"]] * N
 

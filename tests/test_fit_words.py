@@ -245,7 +245,7 @@ def test_a_fit_leaves_the_pipeline_as_it_was_and_says_what_it_kept(
     assert heard[-1]["response_loss"] > 0
     identity.save_pretrained(tmp_path)
     settings = IdentityAdapter.from_pretrained(tmp_path).settings
-    assert (settings["response_loss_weight"], settings["response_batch_size"]) == (1.0, 1)
+    assert (settings["response_loss_weight"], settings["response_batch_size"]) == (1.0, FitSettings(method).batch_size)
     assert settings["response_words"] == "smiling, a red hat"
     again = fit(pipe, picture, method=method, response_words=words)
     assert all(torch.equal(again.rows[name], identity.rows[name]) for name in identity.rows)

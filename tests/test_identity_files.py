@@ -518,14 +518,15 @@ def same(a: IdentityAdapter, b: IdentityAdapter) -> bool:
     return bool(flat(a) == flat(b))
 
 
-def test_two_thousand_spoilt_folders(folders: dict[str, Files], loading: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [700, pytest.param(2000, marks=pytest.mark.slow)])
+def test_spoilt_folders(folders: dict[str, Files], loading: Any, count: int, tmp_path: Path) -> None:
     """Each loads whole, as it was unless it was sealed anew, or is refused; nothing hangs, nothing is half done."""
     pipe, before = loading
     originals = [IdentityAdapter.from_pretrained(put(files, tmp_path / kind)) for kind, files in folders.items()]
     outcomes = {"refused": 0, "read": 0, "laid on": 0}
 
     @settings(
-        max_examples=2000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
     @given(spoilt(folders))
     def check(drawn: tuple[str, Files, bool]) -> None:
@@ -552,7 +553,7 @@ def test_two_thousand_spoilt_folders(folders: dict[str, Files], loading: Any, tm
         assert_untouched(pipe, before)
 
     check()
-    assert sum(outcomes.values()) >= 2000 and min(outcomes.values()) > 50, outcomes
+    assert sum(outcomes.values()) >= count and min(outcomes.values()) > count // 40, outcomes
 
 
 # ------------------------------------------------------------------------------ killed while saving

@@ -411,7 +411,9 @@ def test_edit_friendly_is_algorithm_1(kind: str) -> None:
 def test_a_generator_is_refused_where_no_noise_is_drawn(
     make_pipe: Callable[[str], S2EditPipeline], picture: Image.Image, method: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"generator has no effect on the inversion '{method}'.*'edit_friendly'"):
+    with pytest.raises(
+        ValueError, match=f"generator= or seed= has no effect on the inversion '{method}'.*'edit_friendly'"
+    ):
         make_pipe("epsilon").invert(picture, "a photo of a sad lady", method, generator=_seeded(0))
 
 

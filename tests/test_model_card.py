@@ -11,7 +11,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from s2edit_pipeline import S2EditPipeline
+from s2edit_pipeline import S2EditPipeline, load_avatars
+from s2edit_pipeline.avatars.world import render, sample_person
 from s2edit_pipeline.identity_adapter import IdentityAdapter
 from s2edit_pipeline.identity_card import TEMPLATE, identity_card
 
@@ -54,8 +55,21 @@ def test_the_template_that_is_shown_is_the_one_that_is_used() -> None:
     assert (CARD.parent / "identity.md").read_text("utf-8") == TEMPLATE.template
 
 
+def run_the_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The card's snippet as it is written, beside the identity's folder; its names."""
+    card = (folder / "README.md").read_text()
+    example = re.search(r"```text\n(.*?)```", card, flags=re.DOTALL)
+    assert example is not None
+    monkeypatch.chdir(folder.parent)
+    names: dict[str, Any] = {}
+    exec(compile(example[1], "card", "exec"), names)
+    return {**names, "card": card}
+
+
 @pytest.mark.parametrize("method", ["lora", "token"])
-def test_the_cards_example_runs(pipe: S2EditPipeline, picture: Any, tmp_path: Path, method: str) -> None:
+def test_the_cards_example_runs(
+    pipe: S2EditPipeline, picture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     pipe.save_pretrained(tmp_path / "model")
     pipe = S2EditPipeline.from_pretrained(tmp_path / "model")
     identity = pipe.fit_identity(
@@ -63,12 +77,33 @@ def test_the_cards_example_runs(pipe: S2EditPipeline, picture: Any, tmp_path: Pa
     )
     assert identity.base_model == "model"
     identity.save_pretrained(tmp_path / "ada")
-    card = (tmp_path / "ada" / "README.md").read_text()
-    example = re.search(r"```text\n(.*?)```", card, flags=re.DOTALL)
-    assert example is not None
-    code = example[1].replace('"model"', repr(str(tmp_path / "model")))
-    code = code.replace('"this folder or repository"', repr(str(tmp_path / "ada")))
-    names: dict[str, Any] = {"image": picture}
-    exec(compile(code, "card", "exec"), names)
-    assert names["edited"].size == picture.size
-    assert ("load_lora_weights" in card) is (method == "lora")
+    picture.save(tmp_path / "picture.png")
+    names = run_the_example(tmp_path / "ada", monkeypatch)
+    assert names["edited"].size == picture.size and names["edited"] != picture
+    assert ("load_lora_weights" in names["card"]) is (method == "lora")
+    assert 'pipe("a sad [I] lady with a hat", image=image' in names["card"]
+
+
+def test_an_identity_of_the_embedded_model_says_how_that_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, prompt = render(sample_person(3, "held_out")), "a photo of a surprised man with short curly black hair"
+    pipe = load_avatars()
+    identity = pipe.fit_identity(picture, prompt, "man", method="token", num_steps=1, mask=np.ones((128, 128), bool))
+    assert identity.base_model == "the embedded avatars"
+    identity.save_pretrained(tmp_path / "bob")
+    picture.save(tmp_path / "picture.png")
+    names = run_the_example(tmp_path / "bob", monkeypatch)
+    assert "pipe = load_avatars()\n" in names["card"] and names["edited"].size == picture.size
+
+
+@pytest.mark.parametrize(
+    ("name", "loading"), [("the embedded flow avatars", 'load_avatars("flow")'), ("me/a", 'from_pretrained("me/a")')]
+)
+def test_a_card_names_its_repository(name: str, loading: str) -> None:
+    identity = IdentityAdapter(
+        "[I]", "lady", "a lady with a hat", "token", {"text_encoder": torch.zeros(4)}, base_model=name
+    )
+    text = identity_card(identity, repository="me/ada")
+    assert loading in text and 'load_identity("me/ada")' in text
+    assert 'pipe("a [I] lady with a hat and glasses"' in text

@@ -87,6 +87,15 @@ def test_a_picture_keeps_its_size_its_mode_and_its_bits_outside_the_edit(pipe: S
     assert not np.array_equal(after, before) and not outside[mask == 0].any() and outside.max() == 255
 
 
+def test_the_edit_is_whole_in_every_cell_that_it_may_change(pipe: S2EditPipeline, picture: Image.Image) -> None:
+    """It fades out around them: within them the edit's own change is shown."""
+    settings: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 7.0, "blend_threshold": 0.97}
+    cells = np.asarray(pipe(TARGET, picture, SOURCE, output_type="latent", **settings).edit_masks[0]) > 127
+    shown = np.asarray(pipe(TARGET, picture, SOURCE, **settings).edit_masks[0])
+    assert 0.02 < cells.mean() < 0.6 and shown[cells].min() > 240
+    assert (shown[~cells] == 0).mean() > 0.2  # and further out nothing is
+
+
 def test_each_form_is_as_large_as_the_picture(pipe: S2EditPipeline) -> None:
     arguments: dict[str, Any] = {"image": photograph(), "source_prompt": SOURCE, "num_inference_steps": 1, "crop": None}
     arguments["inversion"] = pipe.invert(photograph(), SOURCE, num_inference_steps=1, crop=None)

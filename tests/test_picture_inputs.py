@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from s2edit_pipeline import ReferenceAttribute, S2EditPipeline
 from s2edit_pipeline.picture_inputs import load_mask, load_picture, picture_to_tensor
 
 
@@ -18,6 +20,7 @@ def pixels(height: int = 5, width: int = 7, channels: int = 3) -> np.ndarray:
 
 
 RGB = pixels()
+SOURCE = "a photo of a sad lady with glasses"
 
 
 @pytest.mark.parametrize(
@@ -195,3 +198,29 @@ def test_masks_with_transparency() -> None:
 def test_what_is_no_mask(mask: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         load_mask(mask, (8, 6))
+
+
+def test_every_call_takes_pictures_and_masks_as_files(
+    pipe: S2EditPipeline, picture: Image.Image, half_mask: np.ndarray, tmp_path: Path
+) -> None:
+    mask, files = Image.fromarray(half_mask), (tmp_path / "a.png", tmp_path / "m.png")
+    picture.save(files[0])
+    mask.save(files[1])
+    a, m = (file.read_bytes() for file in files)
+    made = []
+    for given, its_mask in ((picture, mask), files, (a, m), (io.BytesIO(a), io.BytesIO(m))):
+        fit: dict[str, Any] = {"prompt": SOURCE, "subject": "lady", "method": "token", "num_steps": 1, "batch_size": 1}
+        reference = ReferenceAttribute(given, SOURCE, "glasses", mask=its_mask)
+        identity = pipe.fit_identity(given, **fit, mask=its_mask, reference=reference, seed=0)
+        inversion = pipe.invert(given, SOURCE, num_inference_steps=1)
+        edit = pipe("a happy lady", given, SOURCE, inversion=inversion, edit_mask=its_mask)
+        made.append(
+            [
+                identity.rows["text_encoder"].tolist(),
+                inversion.trajectory.tolist(),
+                np.asarray(edit.images[0]).tolist(),
+                np.asarray(pipe.preview_mask(given, SOURCE, "lady")).tolist(),
+                pipe.describe(given, vocabulary="a {lady|man}").prompt,
+            ]
+        )
+    assert all(one == made[0] for one in made)

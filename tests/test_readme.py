@@ -13,6 +13,7 @@ from PIL import Image
 
 from s2edit_pipeline import S2EditPipeline, describe_judge, fit_settings
 from s2edit_pipeline.cli import make_parser
+from s2edit_pipeline.family_base import registered_families
 from s2edit_pipeline.fit_settings import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +97,14 @@ def test_the_examples_without_installing_run(
         names: dict[str, Any] = {"DiffusionPipeline": DiffusionPipeline, "base": tmp_path / "base", "code": code}
         exec(compile(runnable, "README.md", "exec"), names)
         assert type(names["pipe"]).__name__ == "S2EditPipeline" and names["pipe"].unet is not None
+
+
+def test_the_readme_names_every_kind_of_model_that_is_served() -> None:
+    (answer,) = re.findall(r"\*\*Which models\?\*\*(.*?)\n\n", (ROOT / "README.md").read_text("utf-8"), flags=re.DOTALL)
+    names = " ".join(answer.split())
+    families = [one.name for one in registered_families() if one.__module__.startswith("s2edit_pipeline.")]
+    assert len(families) >= 6
+    assert not [name for name in families if name not in names]
 
 
 def test_links_and_pictures_exist() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -125,7 +124,3 @@ def test_nor_does_it_complain_of_an_avatar(said: Any) -> None:
     prompt = "a photo of a surprised man with short curly black hair"
     pipe.fit_identity(picture, prompt, "man", num_steps=1, lora_init="random")
     assert "doesn't know such pictures" not in said()
-
-
-def test_type_checkers_are_told_that_the_package_is_typed() -> None:
-    assert files("s2edit_pipeline").joinpath("py.typed").is_file()

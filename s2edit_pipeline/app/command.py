@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         print('s2edit app needs Gradio: pip install "s2edit-pipeline[app]".', file=sys.stderr)
         return FAILED
+    if args.port is not None and not 0 < args.port < 1 << 16:
+        raise ValueError(f"--port must be from 1 to 65535, not {args.port}.")
     page = make_page(load_model(args), examples=example_pictures() if args.model is None else None)
     page.launch(server_name=args.host, server_port=args.port, share=args.share, mcp_server=args.mcp, **launch_options())
     return 0

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
-import torch
 
 from ..attention_source import KeepAttention
 from ..describe_stage import Description
@@ -168,7 +167,7 @@ class Session:
             self.subject,
             mask=self.mask,
             num_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
+            seed=seed,
             callback_on_step_end=lambda pipe, step, total, measures: on_step(step, total, measures),
             stop=self._stop,
         )

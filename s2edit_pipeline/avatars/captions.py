@@ -193,7 +193,7 @@ def read_caption(text: str) -> dict[str, str]:
         if word == "hair":
             said |= {"hair_color": before} if before in HAIR_COLORS else {}
             phrase = words[i - 3 : i]
-            length = next(word for word in phrase if word in ("short", "long"))
-            said["hair"] = f"{length} {'curly' if 'curly' in phrase else 'straight'}"
+            for length in {"short", "long"} & {*phrase}:  # neither in "red hair"
+                said["hair"] = f"{length} {'curly' if 'curly' in phrase else 'straight'}"
     nothing = {name: "none" for name in ("glasses", "facial_hair", "headwear", "pattern") if name in attributes}
     return nothing | said

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from .fit import add_fit, fit_words
 from .identity_cache import identity_folder, load_kept
 from .picture_words import PictureWords, add_words, words_for
-from .shared import Answer, BadArguments, add_model, load_model, run_command, task
+from .shared import (
+    Answer,
+    BadArguments,
+    add_model,
+    check_folder_place,
+    check_mask,
+    check_picture_place,
+    load_model,
+    run_command,
+    task,
+)
 
 if TYPE_CHECKING:
     from ..identity_adapter import IdentityAdapter
@@ -101,8 +111,6 @@ def _check(args: argparse.Namespace) -> None:
     """Raises:
     BadArguments: what is asked for doesn't go together.
     """
-    from ..picture_saving import SUFFIXES
-
     if not (args.to or args.replace or args.add or args.remove):
         raise BadArguments("say what to change: --add glasses, --replace sad=smiling, --remove beard, or --to PROMPT.")
     if args.to and (args.replace or args.add or args.remove):
@@ -112,10 +120,14 @@ def _check(args: argparse.Namespace) -> None:
             raise BadArguments(f"--replace {change!r} must be A=B, such as sad=smiling.")
     if args.inference_steps < 1:
         raise BadArguments(f"--inference-steps must be at least 1, not {args.inference_steps}.")
-    if Path(args.out).suffix and Path(args.out).suffix.lower() not in SUFFIXES:
-        raise BadArguments(f"--out {args.out}: pictures are written as {', '.join(sorted(SUFFIXES))}.")
+    if not 0 < args.strength <= 1:
+        raise BadArguments(f"--strength must be above 0 and at most 1, not {args.strength:g}.")
     if len(args.to) > 1 and Path(args.out).suffix:
         raise BadArguments(f"--out {args.out} is one file and there are {len(args.to)} edits: give a folder.")
+    (check_picture_place if Path(args.out).suffix else check_folder_place)("--out", args.out)
+    check_picture_place("--sheet", args.sheet)
+    check_mask("--mask", args.mask)
+    check_mask("--edit-mask", args.edit_mask)
 
 
 def _certificate(args: argparse.Namespace) -> Certificate | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .picture_words import PictureWords, add_words, opened
-from .shared import Answer, add_model, run_command, task
+from .shared import Answer, add_model, check_folder_place, check_mask, run_command, task
 
 if TYPE_CHECKING:
     from ..identity_adapter import IdentityAdapter
@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def fit(args: argparse.Namespace) -> Answer:
+    check_folder_place("--out", args.out)
+    check_mask("--mask", args.mask)
     pipe, picture, words = opened(args)
     started = time.perf_counter()
     identity = fit_words(pipe, picture, words, args, token=args.token)
@@ -55,8 +57,6 @@ def fit_words(
     pipe: S2EditPipeline, picture: Any, words: PictureWords, args: argparse.Namespace, token: str = "[I]"
 ) -> IdentityAdapter:
     """Fit as ``args`` say."""
-    import torch
-
     task(pipe, "fitting")
     return pipe.fit_identity(
         picture,
@@ -66,5 +66,5 @@ def fit_words(
         method=args.method,
         mask=args.mask,
         num_steps=args.steps,
-        generator=torch.Generator().manual_seed(args.seed),
+        seed=args.seed,
     )

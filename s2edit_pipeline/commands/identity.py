@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def show(args: argparse.Namespace) -> Answer:
-    if Path(args.what).is_file():
+    if Path(args.what).is_file() and Path(args.what).suffix.lower() not in (".json", ".safetensors", ".md"):
         return _show_picture(args.what)
     from ..identity_adapter import IdentityAdapter
 

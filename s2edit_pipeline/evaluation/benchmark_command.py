@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..commands.shared import FAILED, check_folder_place, checked_device
+
 if TYPE_CHECKING:
     from .benchmark.drawn_subjects import DrawnRun
 
@@ -25,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--people", type=int, help="held-out people (24; quick: 4; --tune and figures: 4)")
     parser.add_argument("--creatures", type=int, help="held-out creatures (12; quick: 2; else none)")
     parser.add_argument("--edits", type=int, help="at most so many of each subject (8; quick: 3; else 6)")
+    parser.add_argument(
+        "--prompts", choices=("complete", "half", "short", "vague"),
+        help="how much they say: all that captions can, half of it, the noun alone, or with one fault (complete)",
+    )  # fmt: skip
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these; --list names them")
     parser.add_argument("--list", action="store_true", help="name the methods and stop")
     parser.add_argument("--baseline", help=f"what the others are compared with ({_BASELINE})")
@@ -55,41 +61,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; returns the exit status, 2 for arguments that don't go together or can't be used."""
-    try:
-        _run(args)
-    except (ValueError, OSError) as error:
-        print(f"s2edit bench: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _run(args: argparse.Namespace) -> None:
+    """Run the benchmark; returns the exit status."""
     import torch
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
     from .methods.registry import BENCHMARK_METHODS, SETTINGS_FILE
 
+    check_folder_place("--out", args.out)
+    if args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, not {args.steps}.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
 
     if args.list:
         print("\n".join(BENCHMARK_METHODS))
-        return
+        return 0
     _check_together(args)
     args.settings = Path(args.settings or SETTINGS_FILE)
     args.models = dict(_method_model(text) for text in args.method_model)
     shared = {
         "num_inference_steps": args.steps,
         "seed": args.seed,
-        "device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        "device": checked_device(args.device) if args.device else "cuda" if torch.cuda.is_available() else "cpu",
         "model": args.model,
     }
     if args.dataset:
         _run_on_dataset(args, shared)
-        return
+        return 0
     sizes = dict(_QUICK if args.quick else _SMALL if args.tune or _figures(args) else _FULL)
     sizes |= {name: value for name in sizes if (value := getattr(args, name)) is not None}
     shared["edits"] = sizes.pop("edits")
@@ -98,7 +98,8 @@ def _run(args: argparse.Namespace) -> None:
     elif figures := _figures(args):
         _draw(args, figures, sizes, shared)
     else:
-        _run_on_drawn_subjects(args, sizes, shared)
+        return _run_on_drawn_subjects(args, sizes, shared)
+    return 0
 
 
 def _run_on_dataset(args: argparse.Namespace, shared: Mapping[str, Any]) -> None:
@@ -135,7 +136,8 @@ def _draw(
         print(f"Figure {number} is {draw_figure(number, bench, args.jobs)}")
 
 
-def _run_on_drawn_subjects(args: argparse.Namespace, sizes: Mapping[str, int], shared: Mapping[str, Any]) -> None:
+def _run_on_drawn_subjects(args: argparse.Namespace, sizes: Mapping[str, int], shared: Mapping[str, Any]) -> int:
+    """The exit status: 1 where nothing at all could be made."""
     from .benchmark.report import write_report
     from .benchmark.runner import run_benchmark
     from .methods.registry import BENCHMARK_METHODS, QUICK_METHODS
@@ -146,6 +148,14 @@ def _run_on_drawn_subjects(args: argparse.Namespace, sizes: Mapping[str, int], s
         raise ValueError(f"--baseline {args.baseline!r} takes no part; choose from {', '.join(names)}.")
     unavailable = run_benchmark(bench, args.jobs)
     _show(write_report(bench, unavailable, args.baseline or _BASELINE))
+    errors = [record["error"] for *_, record in bench.records()]
+    if None in errors:
+        return 0
+    print(
+        f"s2edit bench: nothing could be made; the first error: {next(iter(errors), 'no method is there')}",
+        file=sys.stderr,
+    )
+    return FAILED
 
 
 def _drawn_run(
@@ -156,7 +166,8 @@ def _drawn_run(
     from .methods.registry import method_specs
 
     specs = method_specs(args.methods or names, args.settings, args.models)
-    return DrawnRun(Path(args.out), specs, _numbered(BENCHMARK_FIRST, **sizes), **shared)
+    prompts = args.prompts or "complete"
+    return DrawnRun(Path(args.out), specs, _numbered(BENCHMARK_FIRST, **sizes), prompts=prompts, **shared)
 
 
 def _figures(args: argparse.Namespace) -> Sequence[int]:
@@ -169,7 +180,7 @@ def _show(report: Path) -> None:
 
 def _check_together(args: argparse.Namespace) -> None:
     """Refuse flags that the chosen kind of run would ignore."""
-    drawn = ("quick", "people", "creatures", "edits", "baseline")
+    drawn = ("quick", "people", "creatures", "edits", "baseline", "prompts")
     real = ("limit", "standard_metrics", "clip_model")
     for name in drawn if args.dataset else real:
         if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is a number
@@ -177,6 +188,8 @@ def _check_together(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {where}; leave it out.")
     if args.baseline is not None and (args.tune or _figures(args)):
         raise ValueError("--baseline is for the report, which --tune and figures don't write; leave it out.")
+    if args.prompts is not None and (args.tune or _figures(args)):
+        raise ValueError("--prompts is for the report: --tune and figures say all that captions can; leave it out.")
     if args.clip_model is not None and not args.standard_metrics:
         raise ValueError("--clip-model is for --standard-metrics; give both, or neither.")
     if args.limit is not None and args.limit < 1:

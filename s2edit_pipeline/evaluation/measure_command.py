@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from ..commands.shared import check_picture_place, checked_device, open_model
 
 if TYPE_CHECKING:
     from .studies.base_model import BaseModelReport
@@ -43,12 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one measure's tables; returns the exit status, 2 for arguments that can't be used."""
-    try:
-        report = MEASURES[args.what].run(args)
-    except (ValueError, ImportError, OSError) as error:
-        print(f"s2edit measure {args.what}: {error}", file=sys.stderr)
-        return 2
+    """Print one measure's tables; returns the exit status."""
+    for name in ("people", "creatures"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    plot = getattr(args, "plot", None)
+    if plot is not None:
+        check_picture_place("--plot", plot)
+    report = MEASURES[args.what].run(args)
     if args.json != "-":
         print(report.table())
     if args.json is not None:
@@ -97,12 +100,10 @@ def _repeats_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace) -> Any:
-    from ..avatars import load_avatars
-    from ..pipeline import S2EditPipeline
-
-    pipe = S2EditPipeline.from_pretrained(args.model) if args.model else load_avatars()
+    device = checked_device(args.device) if args.device else None
+    pipe = open_model(args.model)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(args.device) if args.device else pipe
+    return pipe if device is None else pipe.to(device)
 
 
 # ---------------------------------------------------------------------------- the measures
@@ -218,6 +219,34 @@ def _fits(args: argparse.Namespace) -> Report:
     if args.plot:
         plot(report, args.plot)
     return report
+
+
+def _prompts_flags(parser: argparse.ArgumentParser) -> None:
+    _model_flag(parser)
+    _seed_flag(parser)
+    _steps_flag(parser, 25)
+    _people_flag(parser, 8)
+    parser.add_argument("--creatures", type=int, default=6, help="how many held-out creatures (%(default)s)")
+    parser.add_argument("--first", type=int, default=200, help="number of the first of each (%(default)s)")
+    parser.add_argument(
+        "--prompts", nargs="+", default=["short", "complete"], metavar="CLASS",
+        help="of complete, half, short and vague (short and complete)",
+    )  # fmt: skip
+    parser.add_argument("--fit", action="append", help="only these rows; give as many as you like")
+    parser.add_argument(
+        "--rows", default="s2edit-prompts.jsonl", metavar="FILE", help="where each row is kept; a rerun goes on"
+    )
+
+
+def _prompts(args: argparse.Namespace) -> Report:
+    from .studies.prompts import chosen_fits, measure_prompts
+
+    counts = {"person": args.people, "creature": args.creatures}
+    subjects = [(kind, args.first + i) for kind, count in counts.items() for i in range(count)]
+    return measure_prompts(
+        _load(args), subjects, Path(args.rows), prompts=args.prompts, fits=chosen_fits(args.fit),
+        num_inference_steps=args.steps, seed=args.seed,
+    )  # fmt: skip
 
 
 def _describe_flags(parser: argparse.ArgumentParser) -> None:
@@ -343,6 +372,7 @@ MEASURES: Mapping[str, Measure] = {
     "confinement": Measure("edits that may change more or less of the picture", _confinement_flags, _confinement),
     "compositions": Measure("something of one person on another", _compositions_flags, _compositions),
     "fits": Measure("what fits are worth and cost", _fits_flags, _fits),
+    "prompts": Measure("edits asked for in fewer words, after many fits", _prompts_flags, _prompts),
     "describe": Measure("how much of a picture's description is right", _describe_flags, _describe),
     "photographs": Measure("avatars edited in photographs, and alone", _photographs_flags, _photographs),
     "steps": Measure("edits at 10, 20 and 50 steps", _steps_flags, _steps),

@@ -37,6 +37,17 @@ def test_a_run_reports_and_goes_on(tmp_path: Path, best: Path, capsys: pytest.Ca
     assert "seed 0, not 1" in capsys.readouterr().err
 
 
+def test_prompts_may_say_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "--out", str(tmp_path), *SMALL, "--methods", "unedited", "autoencoder alone"]
+    assert main([*argv, "--prompts", "short"]) == 0
+    assert "short prompts" in capsys.readouterr().out
+    record = json.loads((tmp_path / "records" / "unedited" / "person-1000" / "record.json").read_text())
+    assert record["settings"]["prompts"] == "short"
+    assert all(len(edit["prompt"].split()) < 12 for edit in record["edits"])
+    assert main(argv) == 2
+    assert "prompts 'short', not 'complete'" in capsys.readouterr().err
+
+
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["bench", "--out", str(tmp_path), *SMALL]
     for more, message in (
@@ -47,6 +58,8 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["--baseline", "SDEdit", "--methods", "unedited"], "--baseline 'SDEdit' takes no part; choose from unedited"),
         (["--tune", "--baseline", "SDEdit"], "--baseline is for the report"),
         (["--figure", "9", "--baseline", "SDEdit"], "--baseline is for the report"),
+        (["--figure", "9", "--prompts", "short"], "--prompts is for the report"),
+        (["--tune", "--prompts", "short"], "--prompts is for the report"),
     ):
         assert main([*argv, *more]) == 2
         assert message in capsys.readouterr().err

@@ -29,9 +29,10 @@ SOURCE, TARGET = "a photo of a sad lady with glasses", "a photo of a smiling lad
 LEFT = np.arange(24)[None].repeat(16, 0) < 12
 PART = (0, 0, 12, 8)
 
-REPEATABLE = "a call that draws no noise is repeatable with any generator"
+REPEATABLE = dict.fromkeys(("generator", "seed"), "a call that draws no noise is repeatable with any generator")
 MEMORY = "it is about memory alone"
 OWN_SIZE = {"output_size": "the picture is as large as what is worked at"}
+NOTHING_TO_KEEP = "a random model may change every pixel: test_pipeline.py::test_kept_pixels_are_the_pictures_own"
 OTHER_METHOD = "another method than the preset's is fitted as that method is"
 LONG_FITS = "it ends fits that gain nothing any more: test_fit_cost.py::test_a_fit_that_gains_nothing_ends"
 SITUATION = "it makes the situation"
@@ -202,7 +203,7 @@ def call_values(walk: Walk) -> dict[str, Any]:
         "pooled_prompt_embeds": noise(1, 24), "negative_pooled_prompt_embeds": noise(1, 24), "original_size": (40, 30),
         "crops_coords_top_left": (3, 5), "target_size": (16, 32), "latents": noise(1, 4, 8, 12), "height": 24,
         "width": 32, "clip_skip": 1, "return_attention_maps": True, "keep_attention": KeepAttention(share=1.0),
-        "stop": stopped(), "stock_arguments": 0.5, "complete_prompt": True, "ip_adapter_image": walk.picture,
+        "stop": stopped(), "seed": 9, "stock_arguments": 0.5, "complete_prompt": True, "ip_adapter_image": walk.picture,
         "ip_adapter_image_embeds": [noise(2, 1, 16)], "cross_attention_kwargs": {"scale": 0.5},
         "edit_method": "sources_latents",
     }  # fmt: skip
@@ -225,7 +226,8 @@ NOT_OF_AN_EDIT = DRAWING | OF_ADAPTERS | {"residuals"}  # which a flow's inversi
 XL_ALONE = {
     "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "original_size", "crops_coords_top_left", "target_size"
 }  # fmt: skip
-ETA = {"stock_arguments": {"eta": 0.5}}
+SEED = {"seed": {"seed": 9, "generator": None}}
+ETA = {"stock_arguments": {"eta": 0.5}, **SEED}
 OF_THE_INVERSION = {
     "num_inference_steps", "height", "width", "clip_skip", "source_prompt", "keep_attention", "crop", "complete_prompt",
 }  # fmt: skip
@@ -272,11 +274,11 @@ def inverted(walk: Walk, method: str) -> Any:
 CALLS: dict[str, Callable[[Walk], Situation]] = {
     "drawing": drawing,
     "editing": lambda walk: Situation(
-        "__call__", editing(walk), NOT_OF_AN_EDIT, {**OWN_SIZE, "generator": REPEATABLE, "keep_attention": MEMORY}, ETA
+        "__call__", editing(walk), NOT_OF_AN_EDIT, {**OWN_SIZE, **REPEATABLE, "keep_attention": MEMORY}, ETA
     ),
     "editing, not pinned": lambda walk: Situation(
         "__call__", editing(walk, "ddim"), NOT_OF_AN_EDIT | {"keep_attention"},
-        {**OWN_SIZE, "generator": REPEATABLE, "inversion": SITUATION}, ETA,
+        {**OWN_SIZE, **REPEATABLE, "inversion": SITUATION}, ETA,
     ),
     "editing, at random": lambda walk: Situation(
         "__call__", editing(walk, "edit_friendly", seed=0), NOT_OF_AN_EDIT,
@@ -284,28 +286,28 @@ CALLS: dict[str, Callable[[Walk], Situation]] = {
     ),
     "editing, away from the source": lambda walk: Situation(
         "__call__", editing(walk, "negative_prompt"), NOT_OF_AN_EDIT | {"keep_attention", "negative_prompt"},
-        {**OWN_SIZE, "generator": REPEATABLE, "inversion": SITUATION}, ETA,
+        {**OWN_SIZE, **REPEATABLE, "inversion": SITUATION}, ETA,
     ),
     "editing, where the caller says": lambda walk: Situation(
         "__call__", editing(walk, edit_mask=LEFT),
         NOT_OF_AN_EDIT | {"blend_words", "blend_threshold", "change_threshold", "keep_words"},
-        {**OWN_SIZE, "generator": REPEATABLE, "keep_attention": MEMORY, "edit_mask": SITUATION},
+        {**OWN_SIZE, **REPEATABLE, "keep_attention": MEMORY, "edit_mask": SITUATION},
         {**ETA, "blend_words": {"blend_words": ["glasses"]}},
     ),
     "editing, anywhere": lambda walk: Situation(
         "__call__", editing(walk, blend_words=False),
         NOT_OF_AN_EDIT | {"blend_threshold", "change_threshold", "keep_words"},
-        {**OWN_SIZE, "generator": REPEATABLE, "keep_attention": MEMORY},
+        {**OWN_SIZE, **REPEATABLE, "keep_attention": MEMORY, "keep_pixels": NOTHING_TO_KEEP},
         {**ETA, "blend_words": {"blend_words": None}},
     ),
     "editing, with a finished inversion": lambda walk: Situation(
         "__call__", editing(walk, inverted(walk, "direct")), NOT_OF_AN_EDIT | OF_THE_INVERSION | {"image", "identity"},
-        {**OWN_SIZE, "generator": REPEATABLE, "inversion": SITUATION}, ETA,
+        {**OWN_SIZE, **REPEATABLE, "inversion": SITUATION}, ETA,
     ),
     "editing, with a null-text inversion": lambda walk: Situation(
         "__call__", editing(walk, inverted(walk, "null_text")),
         NOT_OF_AN_EDIT | OF_THE_INVERSION | {"image", "identity", "guidance_scale", "negative_prompt"},
-        {**OWN_SIZE, "generator": REPEATABLE, "inversion": SITUATION}, ETA,
+        {**OWN_SIZE, **REPEATABLE, "inversion": SITUATION}, ETA,
     ),
 }  # fmt: skip
 
@@ -328,8 +330,9 @@ def inversion_of(walk: Walk, method: str) -> Situation:
         },
         (set() if guided else {"guidance_scale", "negative_prompt"})
         | (set() if INVERSIONS[method].pinned else {"keep_attention"})
-        | (set() if INVERSIONS[method].draws_noise else {"generator"}),
+        | (set() if INVERSIONS[method].draws_noise else {"generator", "seed"}),
         {"method": SITUATION},
+        SEED,
     )  # fmt: skip
 
 
@@ -340,7 +343,7 @@ def test_no_argument_of_an_inversion_is_ignored(walk: Walk, method: str) -> None
         "image": walk.picture.rotate(180), "prompt": "a photo of a lady", "method": None, "num_inference_steps": 3,
         "identity": walk.identity, "guidance_scale": 9.0, "negative_prompt": "a hat", "generator": seeded(9),
         "height": 24, "width": 32, "clip_skip": 1, "keep_attention": KeepAttention(max_bytes=0),
-        "callback_on_step_end": None, "stop": stopped(), "crop": PART,
+        "callback_on_step_end": None, "stop": stopped(), "crop": PART, "seed": 9,
     }  # fmt: skip
     assert not problems(walk, inversion_of(walk, method), values)
 
@@ -398,8 +401,8 @@ def test_no_argument_of_a_fit_is_ignored(
         "lora_layers": "all" if is_lora else "attention", "lora_init": "gradient" if is_lora else "random",
         "detach_sentence": True, "renormalize": True, "mask_after": True, "mask_threshold": 0.1,
         "height": 24, "width": 32, "token_learning_rate": 1e-4, "stop": stopped(), "crop": PART,
-        "complete_prompt": True, "checkpoint_folder": tmp_path / "fit",
-        "response_loss_weight": 2.0, "response_words": ["smiling"], "response_batch_size": 2,
+        "complete_prompt": True, "checkpoint_folder": tmp_path / "fit", "seed": 9,
+        "response_loss_weight": 2.0, "response_words": ["smiling"], "response_batch_size": 1,
     }  # fmt: skip
 
     def fit() -> dict[str, Any]:
@@ -417,7 +420,7 @@ def test_no_argument_of_a_fit_is_ignored(
         "gradient_checkpointing": MEMORY,
         **idle,
     }
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = dict(SEED)
     if name == "a mask":
         changes["spatial_control"] = {"spatial_control": False, "mask": None}
     if name == "no spatial control":

@@ -4,6 +4,7 @@ tiny size: drawing and editing. What is refused is in docs/diffusers.md, with it
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -464,6 +465,9 @@ def test_a_picture_is_encoded_by_the_image_encoder(pipe: S2EditPipeline, argumen
     load(pipe, ip_adapter(pipe))
     shown = Image.new("RGB", (16, 16), "red")
     by_picture = images(pipe, arguments(ip_adapter_image=shown))
+    file = io.BytesIO()
+    shown.save(file, "PNG")
+    assert np.array_equal(images(pipe, arguments(ip_adapter_image=file.getvalue())), by_picture)
     pixels = pipe.feature_extractor(shown, return_tensors="pt").pixel_values
     with torch.no_grad():
         encoded = pipe.image_encoder(pixels).image_embeds[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers import DDIMScheduler, Flux2KleinPipeline
 from PIL import Image
 
 from s2edit_pipeline import S2EditPipeline
+from s2edit_pipeline.family_flux2 import Flux2KleinFamily
 from s2edit_pipeline.inversion_record import INVERSIONS
 from s2edit_pipeline.noise_guidance import guided
 
@@ -18,8 +20,24 @@ from . import transformer_checks as checks
 from .tiny_transformers import flux2_parts, pipeline
 from .transformer_checks import SOURCE, WIDE
 
-pytestmark = pytest.mark.usefixtures("small_by_nature")
+pytestmark = pytest.mark.usefixtures("small_by_nature", "few_columns")
 KINDS = {"base": False, "distilled": True}
+
+
+FEW = 64
+
+
+@pytest.fixture(scope="module")
+def few_columns() -> Iterator[None]:
+    """Through a deep language model 512 columns take their time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flux2KleinFamily, "num_tokens", FEW)
+        yield
+
+
+@pytest.fixture
+def all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Flux2KleinFamily, "num_tokens", 512)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +65,7 @@ def packed(latents: torch.Tensor) -> torch.Tensor:
     return Flux2KleinPipeline._pack_latents(patched(latents))
 
 
+@pytest.mark.usefixtures("all_columns")
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_are_encoded_and_pictures_drawn_as_the_stock_pipeline_does(
     pipes: dict[str, S2EditPipeline], kind: str
@@ -98,7 +117,7 @@ def test_flowedit_is_the_published_update(pipe: S2EditPipeline, wide_picture: Im
 
 def test_nobody_but_the_object_looks_at_the_token(pipe: S2EditPipeline) -> None:
     """The prompt's columns first, then the picture; in blocks of two streams and of one."""
-    columns, cells = 512, 4 * 6
+    columns, cells = FEW, 4 * 6
     checks.check_spatial_control(pipe, lambda keys: (slice(columns, columns + cells), slice(0, columns)))
 
 
@@ -107,6 +126,7 @@ def test_words_and_identities(pipe: S2EditPipeline, wide_picture: Image.Image) -
     checks.check_identities(pipe, wide_picture)
 
 
+@pytest.mark.usefixtures("all_columns")
 def test_a_token_is_masked_in_its_own_branch_alone(pipe: S2EditPipeline, wide_picture: Image.Image) -> None:
     noise = patched(torch.randn(1, 4, 8, 12, generator=checks.seeded(7)))
     said: tuple[dict[str, Any], dict[str, Any]] = ({"guidance_scale": 1.0}, {"guidance_scale": 3.0})
@@ -121,7 +141,7 @@ def test_errors_leave_all_as_found(pipe: S2EditPipeline, wide_picture: Image.Ima
 @pytest.mark.parametrize(("kind", "scale"), [("base", 3.0), ("distilled", None)])
 def test_steps_are_the_stock_pipelines(pipes: dict[str, S2EditPipeline], kind: str, scale: float | None) -> None:
     """Its levels go by the number of cells, and of steps."""
-    checks.check_steps_are_the_stock_pipelines(pipes[kind], scale, packed, patched)
+    checks.check_steps_are_the_stock_pipelines(pipes[kind], scale, packed, patched, max_sequence_length=FEW)
 
 
 def test_pictures_to_latents_and_back_as_the_stock_pipeline_has_them(pipe: S2EditPipeline) -> None:

@@ -57,7 +57,7 @@ MAKERS: dict[str, Callable[[pytest.FixtureRequest], tuple[S2EditPipeline, str, s
 
 def edit(pipe: S2EditPipeline, picture: Image.Image, prompt: str, target: str) -> np.ndarray:
     """(H, W, 3) of uint8."""
-    settings: dict[str, Any] = {"num_inference_steps": 4, "crop": None, "output_size": "model", "inversion": "direct"}
+    settings: dict[str, Any] = {"num_inference_steps": 4, "crop": None, "inversion": "direct", "keep_pixels": False}
     return np.asarray(pipe(target, picture, prompt, **settings).images[0])
 
 

@@ -107,6 +107,13 @@ def test_words_and_identities(pipe: S2EditPipeline, wide_picture: Image.Image) -
     checks.check_drawn_branches(pipe, wide_picture, rescaled_to_the_conditionals, noise)
 
 
+def test_prompts_of_any_length_are_drawn_together(pipe: S2EditPipeline, wide_picture: Image.Image) -> None:
+    noise = torch.randn(1, 24, 16, generator=checks.seeded(7))
+    checks.check_prompts_of_any_length_are_drawn_together(pipe, wide_picture, noise, guidance_scale=3.0)
+    with pytest.raises(ValueError, match="each as many as it needs: encode them one by one"):
+        pipe.encode_prompt([SOURCE, "a hat"])
+
+
 def test_errors_leave_all_as_found(pipe: S2EditPipeline, wide_picture: Image.Image) -> None:
     checks.check_errors_leave_all_as_found(pipe, wide_picture)
 

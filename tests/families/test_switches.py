@@ -457,6 +457,7 @@ ELSEWHERE = {
     "optimizer": "test_fit_cost.py::test_eight_bits_need_bitsandbytes",
     "gradient_checkpointing": "test_fit_cost.py::test_checkpointing_makes_the_same_gradients",
     "residuals": "test_inversions.py::test_in_a_flow_what_the_sources_steps_miss_is_found",
+    "seed": "test_seeds.py::test_a_seed_is_a_generator_that_begins_there",
     "edit_method": "test_own_family.py::test_an_edit_method_of_ones_own",
     "checkpoint_folder": "test_fit_checkpoint.py::fit",
     "complete_prompt": "test_describe.py::test_short_prompts_are_completed_alike",

@@ -85,6 +85,11 @@ def test_words_and_identities(pipe: S2EditPipeline, wide_picture: Image.Image) -
     checks.check_identities(pipe, wide_picture)
 
 
+def test_prompts_of_any_length_are_drawn_together(pipe: S2EditPipeline, wide_picture: Image.Image) -> None:
+    noise = torch.randn(1, 4, 8, 12, generator=checks.seeded(7))
+    checks.check_prompts_of_any_length_are_drawn_together(pipe, wide_picture, noise, guidance_scale=2.0)
+
+
 def test_errors_leave_all_as_found(pipe: S2EditPipeline, wide_picture: Image.Image) -> None:
     checks.check_errors_leave_all_as_found(pipe, wide_picture)
 
@@ -121,6 +126,8 @@ def test_models_that_cannot_be_used_are_named(parts: dict[str, Any]) -> None:
     refused("its levels are read off a FlowMatchEuler.*; DDIMScheduler gives none", scheduler=DDIMScheduler())
     omni = type(parts["transformer"]).from_config(parts["transformer"].config, siglip_feat_dim=8)
     refused("it is Z-Image-Omni's", transformer=omni)
+    with pytest.raises(ValueError, match="Z-Image takes no IP-Adapter here"):
+        pipeline(parts).load_ip_adapter("h94/IP-Adapter", subfolder="models", weight_name="ip-adapter_sd15.bin")
 
 
 def test_folders_and_pipelines_come_and_go(pipe: S2EditPipeline, tmp_path: Path) -> None:

@@ -148,6 +148,25 @@ def check_steps_are_the_stock_pipelines(
             torch.testing.assert_close(pack(x), after, rtol=1e-4, atol=1e-4)
 
 
+def check_prompts_of_any_length_are_drawn_together(
+    pipe: S2EditPipeline, picture: Image.Image, noise: torch.Tensor, **arguments: Any
+) -> None:
+    """Each as if it were drawn alone, its token masked where it stands in it; and drawn from embeddings."""
+    prompts = ["a [I] lady", "a photo of a smiling [I] lady with glasses and a beard"]
+    given = {"num_inference_steps": 2, "output_type": "latent", **WIDE, **arguments}
+    with left_as_found(pipe):
+        pipe.load_identity(fit(pipe, picture, "token", num_steps=1, mask=np.arange(24)[None].repeat(16, 0) < 12))
+        both = pipe(prompts, latents=noise.expand(2, *noise.shape[1:]), **given).images
+        for prompt, together in zip(prompts, both, strict=True):
+            alone = pipe(prompt, latents=noise, **given).images[0]
+            torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+        pipe.unload_identity()
+    words, null = pipe.encode_prompt(SOURCE, negative_prompt="a hat")[:2]
+    from_words = pipe(SOURCE, negative_prompt="a hat", latents=noise, **given).images
+    handed = pipe(prompt_embeds=words, negative_prompt_embeds=null, latents=noise, **given).images
+    torch.testing.assert_close(handed, from_words, rtol=1e-4, atol=1e-4)
+
+
 BY_TRUE_CFG: tuple[dict[str, Any], dict[str, Any]] = (
     {"true_cfg_scale": 1.0}, {"true_cfg_scale": 3.0, "negative_prompt": "a hat"},
 )  # fmt: skip

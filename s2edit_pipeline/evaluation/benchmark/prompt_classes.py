@@ -32,6 +32,14 @@ class EditPrompts:
     targets: tuple[str, ...]
 
 
+def check_prompt_class(prompt_class: str) -> None:
+    """Raises:
+    ValueError: there is no such class.
+    """
+    if prompt_class not in PROMPT_CLASSES:
+        raise ValueError(f"prompts are one of {', '.join(PROMPT_CLASSES)}, not {prompt_class!r}.")
+
+
 def edit_prompts(
     subject: Subject, edits: Sequence[CounterfactualEdit], prompt_class: str = "complete", *, seed: int = 0
 ) -> EditPrompts:
@@ -41,12 +49,11 @@ def edit_prompts(
     Raises:
         ValueError: there is no such class.
     """
-    if prompt_class not in PROMPT_CLASSES:
-        raise ValueError(f"prompts are one of {', '.join(PROMPT_CLASSES)}, not {prompt_class!r}.")
+    check_prompt_class(prompt_class)
     rng = random.Random(f"prompts-{seed}")
     changed = [_changed(edit) for edit in edits]
     named = [name for name, value in describe(subject).said.items() if value != "none"]
-    unchanged = [name for name in named if not any(name in names for names in changed)]
+    kept = [name for name in named if not any({name, f"{name}_color"} & names for names in changed)]
     removed = {name for e, names in zip(edits, changed, strict=True) for name in names if _is_removed(e, name)}
     fault: dict[str, str] = {}
     if prompt_class == "short":
@@ -55,7 +62,7 @@ def edit_prompts(
         said = removed | set(rng.sample(named, len(named) // 2))
     else:
         said = set(subject.ATTRIBUTES)
-        open_to_fault = [name for name in unchanged if name in _MAY_BE_WRONG]
+        open_to_fault = [name for name in kept if name in _MAY_BE_WRONG]
         if prompt_class == "vague" and open_to_fault:
             name = rng.choice(open_to_fault)
             others = [v for v in subject.ATTRIBUTES[name] if v not in (getattr(subject, name), "none")]

@@ -107,7 +107,7 @@ def make_report(run: DrawnRun, unavailable: Mapping[str, str], baseline: str) ->
         methods[name]["cost"] = mean_costs(records)
     settings = {
         "edits": run.edits, "num_inference_steps": run.num_inference_steps, "seed": run.seed, "device": run.device,
-        "subjects": [list(subject) for subject in run.subjects],
+        "prompts": run.prompts, "subjects": [list(subject) for subject in run.subjects],
     }  # fmt: skip
     return {"settings": settings, "baseline": baseline, "methods": methods}
 
@@ -149,6 +149,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     measured = {name: row for name, row in methods.items() if "means" in row}
     parts = [
         f"{len(settings['subjects'])} held-out subjects, at most {settings['edits']} edits of each, "
+        f"{settings['prompts']} prompts, "
         f"{settings['num_inference_steps']} steps, seed {settings['seed']}, {settings['device']}. Means over edits, "
         "with 95 % bootstrap intervals over subjects.",
         _means(measured),
@@ -250,7 +251,8 @@ def _plot_trade_off(report: Mapping[str, Any], path: Path) -> None:
             bars = [[[v["mean"] - v["low"]], [v["high"] - v["mean"]]] for v in (x, y)]
             marker = "os^D"[index // 10 % 4]  # there are ten colours
             axis.errorbar(x["mean"], y["mean"], bars[1], bars[0], marker, markersize=4, linewidth=0.7, label=name)
-        figure.legend(loc="outside right upper", fontsize=7)
+        if shown:
+            figure.legend(loc="outside right upper", fontsize=7)
         axis.set(xlabel="preservation: PSNR outside the edit, dB", ylabel="alignment: attributes read as asked for")
 
 

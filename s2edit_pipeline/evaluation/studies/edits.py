@@ -44,6 +44,7 @@ SETTINGS: Mapping[str, PipelineArguments] = {
     "DDIM": PipelineArguments(inversion="ddim"),
     "drift left": PipelineArguments(edit={"change_threshold": 0.0}),
     "not confined": PipelineArguments(edit={"blend_words": False}),
+    "the picture's own pixels kept": PipelineArguments(edit={"keep_pixels": True}),
 }
 CONFINEMENT = ("the defaults", "drift left", "not confined")
 """Of ``SETTINGS``, those that differ in what an edit may change."""

@@ -6,6 +6,7 @@ Every row is written to a file as soon as it is measured, and a row that is ther
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +19,10 @@ from tqdm.auto import tqdm
 
 from ...avatars.world import render, sample
 from ...prompt_words import insert_token
-from ..benchmark.prompt_classes import edit_prompts
+from ..benchmark.prompt_classes import check_prompt_class, edit_prompts
 from ..methods.fit_cache import FitTask, fit_identity
 from ..methods.pipeline_arguments import AS_THE_MODEL_GIVES_IT, PipelineArguments
+from ..methods.protocol import weights_digest
 from ..metrics.classifier import load_attribute_classifier
 from ..metrics.counterfactual import demo_edits
 from ..metrics.intervals import paired_difference
@@ -29,7 +31,7 @@ from .edits import edit_scores
 
 NUM_EDITS = 3
 """Of the demo's edits, so many of each subject: something on the nose, another expression, hair, clothes or fur."""
-KEPT = {"response_loss_weight": 1.0}
+KEPT: Mapping[str, Any] = {"response_loss_weight": 1.0}
 FITS: Mapping[str, PipelineArguments] = {
     "no identity": PipelineArguments(fit=None),
     "20 steps": PipelineArguments(fit={"response_loss_weight": 0.0}),
@@ -46,7 +48,8 @@ SCORES = ("whole", "inside", "outside", "done")
 @dataclass(frozen=True)
 class PromptRow:
     """One subject's edits in one class of prompts after one fit: the means of PSNR to the truth in dB, whole, inside
-    the pixels that truly change and outside them, the share ``done``, and the fit's seconds."""
+    the pixels that truly change and outside them, the share ``done``, and the fit's seconds. ``key`` is a digest of all
+    that the row depends on, weights and arguments too."""
 
     subject: str
     prompts: str
@@ -56,6 +59,7 @@ class PromptRow:
     outside: float
     done: float
     seconds: float
+    key: str
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,17 @@ def _difference(rows: Mapping[str, PromptRow], reference: Mapping[str, PromptRow
     return "{:+.2f} ({:+.2f} to {:+.2f})".format(*paired_difference(values, others))
 
 
+def chosen_fits(names: Sequence[str] | None) -> dict[str, PipelineArguments]:
+    """Those of ``FITS`` that are named; None: all.
+
+    Raises:
+        ValueError: a name that it hasn't.
+    """
+    if unknown := [name for name in names or () if name not in FITS]:
+        raise ValueError(f"There is no fit {', '.join(unknown)}; choose from {', '.join(map(repr, FITS))}.")
+    return {name: fit for name, fit in FITS.items() if names is None or name in names}
+
+
 def measure_prompts(
     pipe: Any,
     subjects: Sequence[tuple[str, int]],
@@ -115,42 +130,58 @@ def measure_prompts(
 
     Args:
         out: the file of rows, JSON lines; those that are there are taken as they are.
+
+    Raises:
+        ValueError: there is no such class of prompts.
     """
-    measured = [PromptRow(**json.loads(line)) for line in out.read_text("utf-8").splitlines()] if out.exists() else []
-    rows = {(row.subject, row.prompts, row.fit): row for row in measured}
-    wanted = [(key, each, fit) for key in subjects for each in prompts for fit in fits]
-    missing = [one for one in wanted if (_label(one[0]), *one[1:]) not in rows]
-    for key, prompt_class, fit in tqdm(missing, desc="edited", leave=False):
-        row = _measured(pipe, key, prompt_class, (fit, fits[fit]), (num_inference_steps, seed))
-        rows[row.subject, prompt_class, fit] = row
+    for each in prompts:
+        check_prompt_class(each)
+    weights = weights_digest(pipe.components)
+    asked = [_Asked(key, each, fit, num_inference_steps, seed) for key in subjects for each in prompts for fit in fits]
+    keys = {one: one.digest(fits[one.fit], weights) for one in asked}
+    lines = out.read_text("utf-8").splitlines() if out.exists() else []
+    rows = {row.key: row for row in (PromptRow(**json.loads(line)) for line in lines)}
+    for one in tqdm([one for one in asked if keys[one] not in rows], desc="edited", leave=False):
+        row = one.row(pipe, fits[one.fit], keys[one])
+        rows[row.key] = row
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-    return PromptReport(tuple(rows[_label(key), each, fit] for key, each, fit in wanted))
+    return PromptReport(tuple(rows[keys[one]] for one in asked))
 
 
-def _label(key: tuple[str, int]) -> str:
-    return f"{key[0]}-{key[1]}"
+@dataclass(frozen=True)
+class _Asked:
+    """What a row is of."""
 
+    subject: tuple[str, int]
+    prompts: str
+    fit: str
+    num_inference_steps: int
+    seed: int
 
-def _measured(
-    pipe: Any, key: tuple[str, int], prompt_class: str, fit: tuple[str, PipelineArguments], run: tuple[int, int]
-) -> PromptRow:
-    """``fit``: its name and what it is; ``run``: inference steps and seed."""
-    (name, arguments), (num_inference_steps, seed) = fit, run
-    subject = sample(*key, "held_out")
-    edits = demo_edits(subject)[:NUM_EDITS]
-    said = edit_prompts(subject, edits, prompt_class, seed=key[1])
-    picture = render(subject)
-    identity = fit_identity(pipe, arguments, FitTask(picture, said.source, subject.noun, seed))
-    targets = list(said.targets)
-    if identity is not None:
-        targets = [insert_token(target, subject.noun, identity.token) for target in targets]
-    images = pipe(
-        targets, image=picture, source_prompt=said.source, identity=identity, inversion=arguments.inversion,
-        generator=torch.Generator().manual_seed(seed),
-        **{"num_inference_steps": num_inference_steps, **AS_THE_MODEL_GIVES_IT, **arguments.edit},
-    ).images  # fmt: skip
-    whole, inside, outside, _, done = map(float, edit_scores(edits, images, load_attribute_classifier()).mean(0))
-    seconds = 0.0 if identity is None else float(identity.measures["seconds"])
-    return PromptRow(_label(key), prompt_class, name, whole, inside, outside, done, seconds)
+    def digest(self, arguments: PipelineArguments, weights: str) -> str:
+        facts = [*vars(self).values(), arguments.resolved(), weights]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def row(self, pipe: Any, arguments: PipelineArguments, key: str) -> PromptRow:
+        """Fit, edit and grade."""
+        kind, n = self.subject
+        subject = sample(kind, n, "held_out")
+        edits = demo_edits(subject)[:NUM_EDITS]
+        said = edit_prompts(subject, edits, self.prompts, seed=n)
+        picture = render(subject)
+        identity = fit_identity(pipe, arguments, FitTask(picture, said.source, subject.noun, self.seed))
+        targets = list(said.targets)
+        if identity is not None:
+            targets = [insert_token(target, subject.noun, identity.token) for target in targets]
+        images = pipe(
+            targets, image=picture, source_prompt=said.source, identity=identity, inversion=arguments.inversion,
+            generator=torch.Generator().manual_seed(self.seed),
+            **{"num_inference_steps": self.num_inference_steps, **AS_THE_MODEL_GIVES_IT, **arguments.edit},
+        ).images  # fmt: skip
+        whole, inside, outside, _, done = map(
+            float, edit_scores(edits, images, load_attribute_classifier(kind)).mean(0)
+        )
+        seconds = 0.0 if identity is None else float(identity.measures["seconds"])
+        return PromptRow(f"{kind}-{n}", self.prompts, self.fit, whole, inside, outside, done, seconds, key)
