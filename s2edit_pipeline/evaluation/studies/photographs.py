@@ -316,7 +316,7 @@ def sheet(
     folder: str | Path, numbers: Sequence[int], edit: Callable[[Scene], int] = lambda scene: 0, side: int = 256
 ) -> Image.Image:
     """Of the scenes ``numbers`` that ``folder`` holds, a line each: the photograph's square and the truth with what
-    lies around, then the edit close up, on the whole picture, and alone.
+    lies around, then the edits that are there: close up, on the whole picture, and alone.
 
     Args:
         edit: which of a scene's edits.
@@ -332,6 +332,7 @@ def sheet(
         ]
         for way in (*WAYS, ALONE):
             path = Path(folder) / _square_name(scene.number, way, chosen.name)
-            shown.append((way, Image.open(path).convert("RGB") if path.exists() else None))
+            if path.exists():
+                shown.append((way, Image.open(path).convert("RGB")))
         lines.append(shown)
     return picture_sheet(lines, side)
