@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import logging
 from PIL import Image
 
 from .attention_maps import MapRecorder
 from .attention_spatial import mask_at
+from .describe_judge import LEVELS, DenoisingJudge
 from .object_masks import MASK_THRESHOLD, mask_to_picture, threshold_map
 from .picture_files import SourcePicture
 from .picture_modes import Box
@@ -20,6 +22,8 @@ from .picture_placement import CLOSE_UP_SHARE, PlacedPicture, Placement, close_u
 from .pipeline_work import Work
 from .prompt_columns import TokenizedPrompt
 from .prompt_parts import subject_noun
+
+logger = logging.get_logger(__name__)
 
 MASK_LEVELS = (0.2, 0.35, 0.5, 0.65)
 """Where the object is looked for: shares of the way from the picture to noise."""
@@ -98,15 +102,30 @@ class Search:
         Raises:
             ValueError: the word looks nowhere.
         """
+        found, is_sought = None, shows_more(placed)
         for _ in range(MOST_CLOSER):
             if not shows_more(placed):
                 break
             found = self.look(work, placed)
             box = nearer_box(placed, picture_mask(found.mask, placed.placement))
             if box is None:
-                return placed, found
-            placed = work.family.place(placed.source, box, self.size)
-        return placed, None
+                break
+            placed, found = work.family.place(placed.source, box, self.size), None
+        if is_sought:
+            self._warn_where_words_explain_nothing(work, placed)
+        return placed, found
+
+    def _warn_where_words_explain_nothing(self, work: Work, placed: PlacedPicture) -> None:
+        """Attention points somewhere, whatever the picture; where the subject is, its words also help to tell the
+        picture from noise."""
+        judge = DenoisingJudge(work.family, work.family.encode_picture(placed.canvas))
+        errors = [judge.errors([self.prompt.text, ""], share, 0) for share in LEVELS]
+        if sum(with_words - without for with_words, without in errors) >= 0:
+            logger.warning(
+                f"{self.subject!r} was looked for and may have been found in the wrong place: the prompt explains what "
+                f"is at {placed.placement.box} no better than no words do. Look at it with pipe.preview_mask(...), and "
+                "pass crop=(left, top, right, bottom) or mask= where it is elsewhere."
+            )
 
     def find(self, work: Work, placed: PlacedPicture, *, closer: bool) -> Found:
         """The object in ``placed``, or with ``closer`` in the close-up that is worth it.

@@ -4,7 +4,9 @@ up, and fit, mask, inversion and edit agree on where."""
 from __future__ import annotations
 
 import logging
+import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from s2edit_pipeline import IdentityAdapter, S2EditPipeline
+from s2edit_pipeline import IdentityAdapter, S2EditPipeline, load_avatars
 from s2edit_pipeline import object_search as search
 from s2edit_pipeline.attention_spatial import mask_at
 from s2edit_pipeline.picture_files import read_picture
@@ -193,6 +195,30 @@ def test_words_beyond_a_close_up_warn(
     assert "invert with pipe.invert(..., crop=None)" in caplog.text
 
 
+@pytest.mark.parametrize(("with_words", "is_warned"), [(-0.1, False), (0.1, True)])
+def test_a_place_that_words_do_not_explain_warns(
+    pipe: S2EditPipeline,
+    looks: list[PlacedPicture],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    with_words: float,
+    is_warned: bool,
+) -> None:
+    """Whether the denoising error is less under the prompt than under none, at the place that was settled on."""
+    seen: list[tuple[int, ...]] = []
+
+    def errors(judge: search.DenoisingJudge, captions: list[str], share: float, k: int) -> list[float]:
+        seen.append(tuple(judge.latents.shape))
+        assert captions == [SOURCE, ""]
+        return [with_words, 0.0]
+
+    monkeypatch.setattr(search.DenoisingJudge, "errors", errors)
+    pipe.preview_mask(photograph(), SOURCE, "lady")
+    box = str(looks[-1].placement.box).replace("(", "[(]").replace(")", "[)]")
+    said = re.search(f"'lady' .* wrong place.*at {box} no better.*pass crop=", caplog.text)
+    assert (said is not None) is is_warned and set(seen) == {(1, 4, 16, 16)}
+
+
 def test_the_model_is_not_asked_about_a_picture_of_about_its_size(
     pipe: S2EditPipeline, looks: list[PlacedPicture]
 ) -> None:
@@ -265,3 +291,41 @@ def test_what_changes_only_the_subject(source: str, target: str, only: bool) -> 
 
 def test_what_a_caption_is_about() -> None:
     assert [subject_noun(text) for text in (SOURCE, WITH, "a cat in a garden", "[I]")] == ["lady", "lady", "cat", None]
+
+
+# ------------------------------------------------------------------------------ twelve megapixels
+
+
+@pytest.mark.slow
+def test_twelve_megapixels_cost_little_beside_the_models_own_work() -> None:
+    """Beside the edit of a picture of the model's size: at most 3 seconds and 300 MB."""
+    psutil = pytest.importorskip("psutil")
+    pipe, process = load_avatars(), psutil.Process()
+    pipe.set_progress_bar_config(disable=True)
+    shades = np.add.outer(np.arange(3000) // 12, np.arange(4000) // 16).astype(np.uint8)
+    whole = Image.fromarray(np.stack([shades, 255 - shades, shades // 2], -1))
+    box = (1500, 900, 2700, 2100)
+
+    def cost(image: Image.Image, crop: Any) -> tuple[float, float]:
+        """CPU seconds, and how much the memory rose, in MB."""
+        before, peak, ended = process.memory_info().rss, [0], threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.002):
+                peak[0] = max(peak[0], process.memory_info().rss)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.process_time()
+        pipe(TARGET, image, SOURCE, num_inference_steps=10, crop=crop)
+        seconds = time.process_time() - start
+        ended.set()
+        watcher.join()
+        return seconds, (peak[0] - before) / 2**20
+
+    small = whole.crop(box).resize((128, 128))
+    cost(small, None)
+    alone, near = (cost(small, None) for _ in range(2))
+    for crop in (box, "auto"):
+        seconds, megabytes = cost(whole, crop)
+        assert seconds - min(alone[0], near[0]) < 3 and megabytes < 300

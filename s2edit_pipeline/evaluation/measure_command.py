@@ -267,19 +267,23 @@ def _photographs_flags(parser: argparse.ArgumentParser) -> None:
     _steps_flag(parser, 25)
     parser.add_argument("--scenes", type=int, default=20, help="how many photographs (%(default)s)")
     parser.add_argument(
+        "--way", action="append", help="how they are worked at; give as many as you like, all otherwise"
+    )
+    parser.add_argument(
         "--folder", help="keep rows and pictures there as they come; the same command goes on from them"
     )
     parser.add_argument("--sheet", metavar="PNG", help="with --folder: also save the first edits of six photographs")
 
 
 def _photographs(args: argparse.Namespace) -> Report:
-    from .studies.photographs import measure_photographs, sheet
+    from .studies.photographs import ALONE, WAYS, measure_photographs, sheet
 
     if args.sheet and not args.folder:
         raise ValueError("--sheet is drawn from the pictures that --folder FOLDER keeps; pass that too.")
     report = measure_photographs(
-        _load(args), args.scenes, num_inference_steps=args.steps, seed=args.seed, folder=args.folder
-    )
+        _load(args), args.scenes, num_inference_steps=args.steps, seed=args.seed, folder=args.folder,
+        ways=args.way or (*WAYS, ALONE),
+    )  # fmt: skip
     if args.sheet:
         sheet(args.folder, range(min(6, args.scenes))).save(args.sheet)
     return report

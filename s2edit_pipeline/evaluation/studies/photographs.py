@@ -29,8 +29,9 @@ SIDES = (96, 400)
 """The least and the most of an avatar's side in them, in pixels."""
 BACKGROUNDS = ("astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "retina")
 """Photographs that come with scikit-image."""
-WAYS: Mapping[str, Any] = {"close up": "auto", "the whole picture": None}
-"""How a photograph is worked at -> ``crop``."""
+TOLD, FOUND, WHOLE = "close up, told where", "close up, found", "the whole picture"
+WAYS = (TOLD, FOUND, WHOLE)
+"""How a photograph is worked at: ``crop`` the person's square, "auto" or None."""
 ALONE = "the avatar alone"
 FIRST_PERSON = 2000
 """The first of the held-out people; defaults were chosen on others."""
@@ -56,6 +57,12 @@ class Scene:
         """What ``picture``, of the photograph's size, shows where the person is, and ``margin`` pixels around."""
         (left, top), side = self.place, self.side
         return picture.crop((left - margin, top - margin, left + side + margin, top + side + margin))
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The person's square: (left, top, right, bottom)."""
+        left, top = self.place
+        return left, top, left + self.side, top + self.side
 
     def edits(self) -> list[CounterfactualEdit]:
         return demo_edits(self.person)
@@ -221,7 +228,8 @@ def _edit_scene(
     edits, photograph, start = scene.edits(), scene.photograph(), time.perf_counter()
     picture = scene.part(photograph) if way == ALONE else photograph
     targets = [edit.target_prompt for edit in edits]
-    identity, images = call.edit(picture, scene.person, targets, WAYS.get(way))
+    crop = {TOLD: scene.box, FOUND: "auto"}.get(way)
+    identity, images = call.edit(picture, scene.person, targets, crop)
     seconds = (time.perf_counter() - start) / len(edits)
     rows, squares = [], {}
     for edit, image in zip(edits, images, strict=True):
@@ -308,7 +316,7 @@ def sheet(
     folder: str | Path, numbers: Sequence[int], edit: Callable[[Scene], int] = lambda scene: 0, side: int = 256
 ) -> Image.Image:
     """Of the scenes ``numbers`` that ``folder`` holds, a line each: the photograph's square and the truth with what
-    lies around, then the edit close up, on the whole picture, and alone.
+    lies around, then the edits that are there: close up, on the whole picture, and alone.
 
     Args:
         edit: which of a scene's edits.
@@ -324,6 +332,7 @@ def sheet(
         ]
         for way in (*WAYS, ALONE):
             path = Path(folder) / _square_name(scene.number, way, chosen.name)
-            shown.append((way, Image.open(path).convert("RGB") if path.exists() else None))
+            if path.exists():
+                shown.append((way, Image.open(path).convert("RGB")))
         lines.append(shown)
     return picture_sheet(lines, side)
