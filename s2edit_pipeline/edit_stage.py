@@ -278,7 +278,7 @@ def _check_request_against(inversion: Any, source_prompt: str, request: EditRequ
     scale = request.settings.guidance_scale
     if inversion.guidance_scale is not None and inversion.guidance_scale != scale:
         raise ValueError(
-            f"The inversion {inversion.method!r} was made for guidance_scale={inversion.guidance_scale:g}, not "
+            f"The inversion {inversion.method!r} was optimised for guidance_scale={inversion.guidance_scale:g}, not "
             f"{scale:g}; use that, or call pipe.invert(..., guidance_scale={scale:g})."
         )
     if inversion.clip_skip != request.clip_skip:
