@@ -57,6 +57,7 @@ def _run(args: argparse.Namespace, started: float) -> None:
     import torch
     from diffusers.utils import logging
 
+    from . import pipeline  # noqa: F401  (it makes the inversions known)
     from .commands.shared import check_folder_place, checked_device, open_model
     from .identity_adapter import IdentityAdapter
     from .inversion_record import inversion_method

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +70,11 @@ def test_an_edit_without_the_subject_is_refused_before_the_fit(
     assert cli.main([*command, "--prompt", "a man", "--edit", "a sad man", "--mask", "nowhere.png"]) == 2
     assert "mask='nowhere.png' is not a file" in capsys.readouterr().err
     assert not (tmp_path / "out" / "identity").exists()
+
+
+def test_it_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Where no test has imported anything before it."""
+    command = [sys.executable, "-m", "s2edit_pipeline", "demo", "--out", str(tmp_path / "demo")]
+    done = subprocess.run([*command, "--fit-steps", "1", "--steps", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "demo" / "sheet.png").is_file() and "PSNR to the truth" in done.stdout

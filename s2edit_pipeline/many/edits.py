@@ -69,10 +69,9 @@ class Edits:
         """Each column by itself, so that the error can name it, then all together."""
         from ..argument_checks import check_choice, with_preset
         from ..edit_settings import EDIT_PRESETS, EditSettings
-        from ..inversion_record import inversion_method
 
         if "inversion" in cells:
-            _check("inversion", lambda: inversion_method(cells["inversion"]))
+            _check("inversion", lambda: _inversion_method(cells["inversion"]))
         if "output_size" in cells:
             _check("output_size", lambda: check_choice("output_size", cells["output_size"], ("picture", "model")))
         preset = cells.get("preset")
@@ -114,13 +113,11 @@ class Edits:
         """Of the inversions that draw noise; the others refuse one."""
         import torch
 
-        from ..inversion_record import inversion_method
-
         steps = cells.get("num_inference_steps") or pipe.family.default_steps
         name = _named_inversion(cells) or pipe.family.default_inversion(steps)
         _check_seed(name, cells)
         seed = cells.get("seed", self.settings["seed"])
-        return torch.Generator().manual_seed(seed) if inversion_method(name).draws_noise else None
+        return torch.Generator().manual_seed(seed) if _inversion_method(name).draws_noise else None
 
 
 _UMASK = os.umask(0o077)  # there is no asking without setting
@@ -135,10 +132,18 @@ def _named_inversion(cells: Mapping[str, Any]) -> str | None:
     return name
 
 
-def _check_seed(inversion: str, cells: Mapping[str, Any]) -> None:
+def _inversion_method(name: Any) -> Any:
+    """Raises:
+    ValueError: there is no such inversion.
+    """
+    from .. import pipeline  # noqa: F401  (it makes the inversions known)
     from ..inversion_record import inversion_method
 
-    if "seed" in cells and not inversion_method(inversion).draws_noise:
+    return inversion_method(name)
+
+
+def _check_seed(inversion: str, cells: Mapping[str, Any]) -> None:
+    if "seed" in cells and not _inversion_method(inversion).draws_noise:
         raise ValueError(f"'seed': the inversion {inversion!r} draws no noise; leave the cell empty.")
 
 
