@@ -296,11 +296,14 @@ def test_a_pushed_identity_makes_the_same_edit_in_a_strangers_process(
     assert all(files[p.name] == p.read_bytes() for p in (tmp_path / "ada").iterdir() if p.name != "README.md")
     assert b'pipe.load_identity("me/ada")' in files["README.md"]
     assert any("lfs" in request for request in hub.requests)  # the weights went the large files' way
+    assert len(hub.requests) <= 10  # docs/scale.md
+    hub.requests.clear()
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     arguments = (str(tmp_path / "model"), "me/ada", str(tmp_path / "picture.png"), "there.npy")
     assert fresh(hub, stranger, EDIT, *arguments, "{}", token=None).strip() == "[I]"
     assert np.array_equal(np.load(stranger / "there.npy"), np.load(tmp_path / "here.npy"))
+    assert len(hub.requests) <= 12
     # once fetched, it loads without the network too
     hub.requests.clear()
     offline = (

@@ -42,9 +42,10 @@ def command(*argv: str) -> list[str]:
 
 
 def workers_of(process: subprocess.Popen[Any]) -> Iterator[psutil.Process]:
-    for one in psutil.process_iter(["cmdline"]):
+    began = psutil.Process(process.pid).create_time()
+    for one in psutil.process_iter(["cmdline", "create_time"]):
         words = " ".join(one.info["cmdline"] or [])
-        if "ray::" in words and "MapWorker" in words:
+        if "ray::" in words and "MapWorker" in words and one.info["create_time"] >= began:
             yield one
 
 
@@ -52,7 +53,7 @@ def done_in(out: str) -> int:
     return sum(1 for path in Path(out, "results").rglob("*") if len(path.stem) == 32)
 
 
-def wait_until(is_so: Any, process: subprocess.Popen[Any], seconds: float = 240) -> None:
+def wait_until(is_so: Any, process: subprocess.Popen[Any], seconds: float = 900) -> None:
     ends = time.monotonic() + seconds
     while not is_so():
         assert process.poll() is None, process.communicate()
@@ -83,7 +84,7 @@ def test_two_workers_one_killed_and_the_driver_once(name: str, folder: Path) -> 
     driver = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_until(lambda: done_in("out") >= before + 4, driver)
     next(workers_of(driver)).send_signal(signal.SIGKILL)
-    stdout, stderr = driver.communicate(timeout=400)
+    stdout, stderr = driver.communicate(timeout=900)
     assert driver.returncode == 1, stderr
     report = json.loads(stdout)
     assert (report["rows"], report["done"], report["set_aside"]) == (25, 24, 1)
